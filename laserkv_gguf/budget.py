@@ -1,0 +1,273 @@
+"""How many tokens are kept, where, and what a run cost.
+
+LASER-KV (arXiv 2602.02199), equation (1): with `L` tokens read in blocks of `S` and a fraction `r`
+to keep, a block's budget is the harmonic mean ``B = floor(2 r S L / (S + L))``. It is split into
+anchors ``B // n`` (the first tokens of the sequence), a local window ``B // n`` (the last tokens
+read so far, sliding) and a long-term pool ``B - 2 (B // n)``. Anchors and window are counted once,
+the pool is spent anew in every block; at ``n = 4`` that makes ``2B/n + (L/S)(B - 2B/n) = r L``.
+
+Nothing here knows llama.cpp or Numba.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from laserkv_gguf.errors import UserError
+
+MIN_DIVISOR = 3
+
+
+def as_fraction(ratio: float) -> Fraction:
+    """The ratio as the user wrote it: 0.1 is 1/10, not the binary float next to it."""
+    return Fraction(repr(float(ratio)))
+
+
+def block_budget(tokens: int, block_size: int, ratio: float) -> int:
+    """Equation (1) of arXiv 2602.02199: ``floor(2 r S L / (S + L))`` tokens for one block."""
+    return math.floor(_harmonic(tokens, block_size, as_fraction(ratio)))
+
+
+def _harmonic(tokens: int, block_size: int, ratio: Fraction) -> Fraction:
+    return 2 * ratio * block_size * tokens / (block_size + tokens) if tokens else Fraction(0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of the block loop, in token indices of the whole sequence.
+
+    Attributes:
+        index: number of the block, from 0.
+        start, end: the block's tokens, half-open.
+        candidates: (start, end) of the tokens that are scored: the previous window and the block,
+            without anchors and without the new window. Always one run.
+        pool: how many of the candidates are kept.
+        kept_before, kept_after: tokens in the cache before the block and after its eviction.
+    """
+
+    index: int
+    start: int
+    end: int
+    candidates: tuple[int, int]
+    pool: int
+    kept_before: int
+    kept_after: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def evicts(self) -> bool:
+        return self.pool < self.candidates[1] - self.candidates[0]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Equation (1) and the partition for a sequence of known length.
+
+    Attributes:
+        tokens: L, tokens of the sequence (chat template, system prompt and document).
+        block_size: S, tokens a block.
+        ratio: r in (0, 1], fraction of tokens to keep.
+        divisor: n >= 3; anchors and window get ``B // n`` each.
+        sinks: anchors of a policy that keeps only these and a recent window (no pool): the window
+            is then the rest of ``floor(r L)``. None for equation (1).
+
+    A sequence of one block, or a ratio of 1, is kept whole: evicting would free nothing that the
+    run did not already need. What a block does not use of its pool (it has fewer candidates than
+    that) the next blocks may spend.
+
+    Raises:
+        UserError: ratio outside (0, 1], divisor below 3, block size below 1.
+    """
+
+    tokens: int
+    block_size: int = 4096
+    ratio: float = 0.25
+    divisor: int = 4
+    sinks: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.ratio, self.block_size, self.divisor)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.tokens <= self.block_size or self.ratio >= 1
+
+    @cached_property
+    def block(self) -> int:
+        """B, tokens a block (0 of them where everything is kept has no meaning: it is still B)."""
+        return block_budget(self.tokens, self.block_size, self.ratio)
+
+    @property
+    def anchors(self) -> int:
+        if self.sinks is not None:
+            return min(self.sinks, self._total - 1)
+        return min(self.block // self.divisor, self.tokens)
+
+    @property
+    def window(self) -> int:
+        """At least 1: a batch must start right after the last token of the sequence."""
+        if self.sinks is not None:
+            return self._total - self.anchors
+        return min(max(self.block // self.divisor, 1), self.tokens)
+
+    @property
+    def long_term(self) -> int:
+        """B_long, the part of a full block's budget that is spent anew in every block."""
+        if self.sinks is not None:
+            return 0
+        return self.block - 2 * (self.block // self.divisor)
+
+    @property
+    def _total(self) -> int:
+        """floor(r L), at least 1."""
+        return max(1, math.floor(as_fraction(self.ratio) * self.tokens))
+
+    def nominal(self, read: int) -> Fraction:
+        """``2B/n + (read/S)(B - 2B/n)`` without rounding: what equation (1) allows so far."""
+        block = _harmonic(self.tokens, self.block_size, as_fraction(self.ratio))
+        share = 2 * block / self.divisor
+        return share + Fraction(read, self.block_size) * (block - share)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        return tuple(self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        kept = spent = granted = 0
+        for index, start in enumerate(range(0, self.tokens, self.block_size)):
+            end = min(start + self.block_size, self.tokens)
+            if self.keeps_all:
+                candidates, pool = (end, end), 0
+                after = end
+            else:
+                # The window slides over everything read, also over the edge of a short last block.
+                first = max(self.anchors, start - self.window)
+                candidates = (first, max(first, end - self.window))
+                granted += self.long_term * (end - start) // self.block_size
+                # Rounding B to n parts may grant up to 1.5 tokens a block more than r L allows.
+                ceiling = math.ceil(self.nominal(end)) + index + 1 - self.anchors - self.window
+                pool = min(granted, ceiling) - spent
+                pool = max(0, min(pool, candidates[1] - candidates[0]))
+                spent += pool
+                after = min(end, self.anchors + self.window + spent)
+            yield Block(index, start, end, candidates, pool, kept, after)
+            kept = after
+
+    @property
+    def kept(self) -> int:
+        """Tokens in the cache when the sequence has been read."""
+        return self.blocks[-1].kept_after if self.blocks else 0
+
+    @property
+    def kept_fraction(self) -> float:
+        """The true fraction, which differs from `ratio` where n is not 4."""
+        return self.kept / self.tokens if self.tokens else 1.0
+
+    def cells(self, prompt: int, drafts: int, reply: int) -> int:
+        """Cells of the KV cache a run needs at most.
+
+        Args:
+            prompt: tokens of the question with the template around it.
+            drafts: lookahead tokens drafted after it while a block is whole.
+            reply: tokens that follow the document: the question and its answer, or a conversation.
+        """
+        probing = 0 if self.keeps_all else prompt + drafts
+        reading = max((b.kept_before + b.tokens + probing for b in self.blocks), default=0)
+        return max(reading, self.kept + reply, 1)
+
+
+def check_settings(ratio: float, block_size: int, divisor: int) -> None:
+    """Refuses settings no budget can be made of.
+
+    Raises:
+        UserError: with the remedy in one line.
+    """
+    if not 0 < ratio <= 1:  # also catches NaN
+        raise UserError(f"--ratio is {ratio:g}; give a fraction above 0 and at most 1, such as 0.25")
+    if block_size < 1:
+        raise UserError(f"--block-size is {block_size}; give a number of tokens such as 4096")
+    if divisor < MIN_DIVISOR:
+        raise UserError(
+            f"--protection-divisor is {divisor}; it must be at least {MIN_DIVISOR}, "
+            "or anchors and window leave nothing for the long-term pool"
+        )
+
+
+def largest_ratio(
+    tokens: int,
+    block_size: int,
+    divisor: int,
+    cells: int,
+    *,
+    prompt: int,
+    drafts: int,
+    reply: int,
+) -> float:
+    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does."""
+    low, high = 0, 1000
+    while low < high:  # cells grow with the ratio
+        middle = (low + high + 1) // 2
+        budget = Budget(tokens, block_size, middle / 1000, divisor)
+        if budget.cells(prompt, drafts, reply) <= cells:
+            low = middle
+        else:
+            high = middle - 1
+    return low / 1000
+
+
+@dataclass
+class Account:
+    """What one answer cost: counts in tokens and cells, sizes in bytes, times in seconds.
+
+    `document_tokens` are all tokens read before the question, the template's and the system
+    prompt's included. `kept_tokens` of them are in the cache when the answer starts.
+    `ctx_cells` are the cells the run was planned for; llama.cpp rounds its allocation up to a
+    multiple of 256, and `kv_bytes` is that allocation. `full_kv_bytes` is what all tokens of
+    document, question and answer would take. `first_token_seconds` runs from the start of reading
+    to the first token of the answer.
+    """
+
+    policy: str = ""
+    document_tokens: int = 0
+    kept_tokens: int = 0
+    kept_fraction: float = 1.0
+    blocks: int = 0
+    budget: int = 0
+    anchors: int = 0
+    window: int = 0
+    long_term: int = 0
+    ctx_cells: int = 0
+    kv_bytes: int = 0
+    full_kv_bytes: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    score_seconds: float = 0.0
+    evict_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_tokens_per_second: float = 0.0
+    seed: int = 0
+    ratio: float = 1.0
+    block_size: int = 0
+    protection_divisor: int = 0
+    positions: str = "original"
+    kept_per_block: list[int] = field(default_factory=list)
+
+    @property
+    def overhead_share(self) -> float:
+        """Share of prefill spent on probing, scoring and evicting."""
+        extra = self.probe_seconds + self.score_seconds + self.evict_seconds
+        return extra / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

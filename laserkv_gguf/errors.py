@@ -1,0 +1,21 @@
+"""Errors a user can cause: one line each, what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class LaserKVError(Exception):
+    """Something failed while running; the command line ends with exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(LaserKVError):
+    """Unusable arguments or input; the message names the remedy; exit code 2."""
+
+    exit_code = 2
+
+
+class Cancelled(LaserKVError):
+    """Reading or answering was stopped on request; exit code 130."""
+
+    exit_code = 130

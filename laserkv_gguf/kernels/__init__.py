@@ -1,0 +1,25 @@
+"""Scoring kernels: NumPy arrays in, arrays out, no llama.cpp. Compiled by Numba at first call."""
+
+from __future__ import annotations
+
+from laserkv_gguf.kernels._jit import set_threads
+from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus
+from laserkv_gguf.kernels.select import pool, top_k
+from laserkv_gguf.kernels.simhash import (
+    analytic_collisions,
+    collision_scores,
+    planes,
+    signatures,
+)
+
+__all__ = [
+    "analytic_collisions",
+    "attention_by_layer",
+    "attention_consensus",
+    "collision_scores",
+    "planes",
+    "pool",
+    "set_threads",
+    "signatures",
+    "top_k",
+]

@@ -1,0 +1,127 @@
+"""The chat template of the GGUF, cut where documents, questions and answers stand."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.model import Model, Tokens
+
+log = logging.getLogger(__name__)
+
+# What llama.cpp falls back to where a file has no template.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_DOCUMENT, _QUESTION, _ANSWER, _SYSTEM = (f"\u2063{name}\u2063" for name in "DQAS")
+SEPARATOR = "\n\n"  # between document and question, inside the user's turn
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first turn: `before` the document, and `after` it with the question (token ids)."""
+
+    before: Tokens
+    after: Tokens
+
+
+class ChatTemplate:
+    """Renders turns with the model's own template.
+
+    Contents are put in as marks first, so that a text which contains control tokens is never read
+    as such: only the template's own parts are tokenised with control tokens.
+
+    Raises:
+        UserError: the template cannot be read or rendered.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        template = model.metadata("tokenizer.chat_template")
+        self.from_model = template is not None
+        if template is None:
+            log.warning("%s has no chat template; using ChatML as llama.cpp does", model.path.name)
+        try:
+            self._format = Jinja2ChatFormatter(
+                template or CHATML, eos_token=model.eos_text, bos_token=model.bos_text
+            )
+        except TemplateError as error:
+            raise UserError(f"the chat template of {model.path.name} is broken: {error}") from error
+
+    def opening(self, question: str, *, system: str | None = None, document: bool = True) -> Opening:
+        """The first turn, cut at the document (or where one would stand)."""
+        turn = {"role": "user", "content": _DOCUMENT + _QUESTION}
+        before, after = _cut(self._render([*self._system(system), turn]), _DOCUMENT)
+        head = self._tokens(before, system, "")
+        bos = self.model.bos
+        if self.model.adds_bos and bos >= 0 and (not len(head) or head[0] != bos):
+            head = np.concatenate(([np.int32(bos)], head))
+        return Opening(head, self._tokens(after, None, SEPARATOR + question if document else question))
+
+    def next_turn(self, question: str, *, system: str | None = None) -> Tokens:
+        """What follows an answer up to the next one, from the token that ends the answer."""
+        rendered = self._render(
+            [
+                *self._system(system),
+                {"role": "user", "content": _DOCUMENT},
+                {"role": "assistant", "content": _ANSWER},
+                {"role": "user", "content": _QUESTION},
+            ]
+        )
+        return self._tokens(_cut(rendered, _ANSWER)[1], None, question)
+
+    def _system(self, system: str | None) -> list[dict[str, str]]:
+        return [{"role": "system", "content": _SYSTEM}] if system else []
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self._format(messages=messages).prompt)
+        except (TemplateError, ValueError) as error:
+            if messages[0]["role"] == "system":  # some templates know no system role: say it first
+                rest = [dict(message) for message in messages[1:]]
+                rest[0]["content"] = _SYSTEM + SEPARATOR + rest[0]["content"]
+                return self._render(rest)
+            raise UserError(
+                f"the chat template of {self.model.path.name} fails: {error}"
+            ) from error
+
+    def _tokens(self, rendered: str, system: str | None, question: str) -> Tokens:
+        """Tokenises template parts with control tokens and contents without."""
+        parts: list[Tokens] = []
+        contents = {_QUESTION: question, _SYSTEM: system or ""}
+        for text, is_content in _pieces(rendered, contents):
+            if text:
+                parts.append(self.model.tokenize(text, special=not is_content))
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def _cut(rendered: str, mark: str) -> tuple[str, str]:
+    before, found, after = rendered.rpartition(mark)
+    if not found:
+        raise UserError("the model's chat template drops what the user says; it cannot be used")
+    return before, after
+
+
+def _pieces(rendered: str, contents: dict[str, str]) -> list[tuple[str, bool]]:
+    """Splits rendered text at the marks: (text, whether it is content)."""
+    pieces = [(rendered, False)]
+    for mark, content in contents.items():
+        split: list[tuple[str, bool]] = []
+        for text, is_content in pieces:
+            if is_content:
+                split.append((text, True))
+                continue
+            before, found, after = text.partition(mark)
+            split.append((before, False))
+            if found:
+                split.extend([(content, True), (after, False)])
+        pieces = split
+    return pieces

@@ -1,0 +1,339 @@
+"""A llama.cpp context with one shared pool of cells, and batched decoding into it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.llama import library
+from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
+from laserkv_gguf.llama.probe import AbortFlag, Probe
+
+log = logging.getLogger(__name__)
+
+SEQUENCES = 8  # main, probe, and spares
+PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
+_SHORT = 8  # batches up to this size end soon enough to wait for them where we are
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """What a context is made with; the names are llama.cpp's flags.
+
+    Attributes:
+        batch_size: most tokens one `llama_decode` may get (-b).
+        ubatch_size: tokens computed at a time (-ub).
+        type_k, type_v: types of the cache (-ctk, -ctv); see `CACHE_TYPES`.
+        flash_attn: "on", "off" or "auto" (-fa): on a CPU auto means off, unless V is quantised.
+        threads: for decoding and scoring (-t); None for the number of physical cores.
+        outputs: most tokens of one batch whose logits can be asked for.
+    """
+
+    batch_size: int = 2048
+    ubatch_size: int = 512
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: str = "auto"
+    threads: int | None = None
+    outputs: int = 64
+
+    def check(self) -> None:
+        """Refuses unusable values.
+
+        Raises:
+            UserError: with the remedy in one line.
+        """
+        for flag, value in (("-ctk", self.type_k), ("-ctv", self.type_v)):
+            if value not in CACHE_TYPES:
+                raise UserError(f"{flag} {value} is unknown; use one of {', '.join(CACHE_TYPES)}")
+        if self.flash_attn not in ("on", "off", "auto"):
+            raise UserError(f"-fa {self.flash_attn} is unknown; use on, off or auto")
+        if self.quantised_v and self.flash_attn == "off":
+            raise UserError(f"-ctv {self.type_v} needs flash attention; use -fa on, or -ctv f16")
+        for flag, number in (("-b", self.batch_size), ("-ub", self.ubatch_size)):
+            if number < 1:
+                raise UserError(f"{flag} {number}: give at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"-t {self.threads}: give at least 1 thread")
+
+    @property
+    def quantised_v(self) -> bool:
+        return self.type_v not in ("f32", "f16", "bf16")
+
+    def flash_type(self, offloaded: bool) -> int:
+        """llama.cpp's value. On CPUs flash attention is slow for small batches: off by default."""
+        if self.flash_attn == "on" or self.quantised_v:
+            return int(L.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+        if self.flash_attn == "off" or not offloaded:
+            return int(L.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+        return int(L.LLAMA_FLASH_ATTN_TYPE_AUTO)
+
+
+def default_threads() -> int:
+    """Physical cores this process may use, as llama.cpp counts them."""
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # macOS, Windows
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(path.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def padded(cells: int) -> int:
+    """Cells llama.cpp allocates where `cells` are asked for."""
+    return -(-cells // PADDING) * PADDING
+
+
+class Context:
+    """A context over a model. Close it, or use it as a context manager.
+
+    Args:
+        model: the model; it must outlive the context.
+        cells: cells of the KV cache, shared by all sequences.
+        options: see ContextOptions.
+
+    Raises:
+        UserError: the cache does not fit into memory.
+    """
+
+    def __init__(self, model: Model, cells: int, options: ContextOptions | None = None) -> None:
+        options = options or ContextOptions()
+        options.check()
+        self.model, self.options, self.cells = model, options, cells
+        self.threads = options.threads or default_threads()
+        self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
+        self.abort = AbortFlag()
+        self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
+        self.handle = None
+        self._check_memory()
+        with library.recorded() as lines:
+            self.handle = L.llama_init_from_model(model.handle, self._params())
+        if not self.handle:
+            raise UserError(self._why_not_made(lines))
+        self.memory = L.llama_get_memory(self.handle)
+        if not self.memory:
+            self.close()
+            raise UserError(
+                f"{model.path.name} has no KV cache: an embedding model cannot answer questions"
+            )
+        self._abort_callback = L.ggml_abort_callback(self.abort.callback)
+        L.llama_set_abort_callback(
+            self.handle, self._abort_callback, ctypes.c_void_p(self.abort.address)
+        )
+        self.batch_size = int(L.llama_n_batch(self.handle))
+        self.allocated_cells = int(L.llama_n_ctx(self.handle))
+        self._batch = _Batch(self.batch_size)
+        self._worker = ThreadPoolExecutor(1, "llama-decode")
+
+    def _params(self) -> L.llama_context_params:
+        options = self.options
+        params = L.llama_context_default_params()
+        params.n_ctx = self.cells
+        params.n_batch = options.batch_size
+        params.n_ubatch = min(options.ubatch_size, options.batch_size)
+        params.n_seq_max = SEQUENCES
+        params.kv_unified = True
+        params.n_outputs_max = max(SEQUENCES, min(options.outputs, self.cells))
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = CACHE_TYPES[options.type_k]
+        params.type_v = CACHE_TYPES[options.type_v]
+        params.flash_attn_type = options.flash_type(self.model.gpu_layers != 0)
+        params.cb_eval = L.ggml_backend_sched_eval_callback(self.probe.callback)
+        params.cb_eval_user_data = self.probe.user_data
+        params.no_perf = True
+        return params
+
+    def _check_memory(self) -> None:
+        """Asks before allocating: Linux grants more than there is and kills the process later."""
+        if self.model.gpu_layers != 0:
+            return
+        total = sum(device.total for device in library.devices() if device.kind == "cpu")
+        if total and self.kv_bytes > total:
+            raise UserError(self._out_of_memory())
+
+    def _out_of_memory(self) -> str:
+        size = self.kv_bytes
+        said = f"{size / 2**30:.1f} GiB ({size} bytes)" if size >= 2**30 else f"{size} bytes"
+        return (
+            f"no memory for a KV cache of {padded(self.cells)} cells: {said} were asked for; "
+            "lower --ctx-size, --ratio or --block-size, or use -ctk q8_0 -ctv q8_0"
+        )
+
+    def _why_not_made(self, lines: list[str]) -> str:
+        said = " ".join(lines)
+        if "alloc" in said or "out of memory" in said:
+            return self._out_of_memory()
+        detail = lines[-1].split(": ", 1)[-1] if lines else "see --debug"
+        return f"llama.cpp cannot make a context of {self.cells} cells: {detail}"
+
+    def close(self) -> None:
+        if getattr(self, "handle", None):
+            self._worker.shutdown()
+            L.llama_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # decoding
+
+    def decode(
+        self,
+        tokens: Tokens,
+        start: int,
+        sequence: int,
+        *,
+        outputs: int = 0,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> None:
+        """Decodes tokens of one sequence at positions start, start + 1, …
+
+        Args:
+            tokens: int32 token ids.
+            outputs: of how many of the last tokens logits are wanted.
+            on_chunk: called with the number of tokens decoded after each micro-batch.
+
+        Raises:
+            Cancelled: `cancel` was called; tokens of finished chunks stay in the cache.
+            KeyboardInterrupt: Ctrl-C; likewise.
+            LaserKVError: llama.cpp failed, or no cells are free.
+        """
+        if outputs > self.options.outputs:
+            raise ValueError(f"{outputs} outputs asked for, the context has {self.options.outputs}")
+        count = len(tokens)
+        size = min(self.batch_size, max(self.options.ubatch_size, outputs))
+        begin = 0
+        while begin < count:
+            # all outputs must come from one batch: llama.cpp forgets those of the batch before
+            end = min(begin + size, count)
+            if end < count and count - end < outputs:
+                end = count - outputs
+            batch = self._batch.fill(tokens[begin:end], start + begin, sequence)
+            if end == count and outputs:
+                self._batch.logits[end - begin - outputs : end - begin] = 1
+            self._run(batch)
+            if on_chunk:
+                on_chunk(end - begin)
+            begin = end
+
+    def decode_parallel(
+        self, tokens: list[int], positions: list[int], sequences: list[int]
+    ) -> None:
+        """Decodes one token for each of several sequences, with logits for all."""
+        batch = self._batch.fill(np.asarray(tokens, np.int32), 0, 0)
+        self._batch.positions[: len(tokens)] = positions
+        self._batch.set_sequences(sequences)
+        self._batch.logits[: len(tokens)] = 1
+        self._run(batch)
+
+    def _run(self, batch: L.llama_batch) -> None:
+        if self.abort:
+            raise Cancelled("cancelled")
+        main = threading.current_thread() is threading.main_thread()
+        if batch.n_tokens <= _SHORT or not main:
+            status = L.llama_decode(self.handle, batch)
+        else:
+            status = self._run_interruptibly(batch)
+        if status == 0:
+            return
+        if status == 2 or self.abort:
+            raise Cancelled("cancelled")
+        if status == 1:
+            raise LaserKVError(
+                f"the KV cache of {self.allocated_cells} cells is full; use a larger --ctx-size"
+            )
+        raise LaserKVError(f"llama.cpp failed to decode (status {status}); see --debug")
+
+    def _run_interruptibly(self, batch: L.llama_batch) -> int:
+        """Ctrl-C reaches Python only between C calls: decode elsewhere and wait here."""
+        done = threading.Event()
+
+        def work() -> int:
+            try:
+                return int(L.llama_decode(self.handle, batch))
+            finally:
+                done.set()
+
+        future = self._worker.submit(work)
+        try:
+            while not done.wait(0.1):
+                pass
+        except BaseException:
+            self.abort.set()
+            done.wait()
+            self.abort.clear()
+            raise
+        return future.result()
+
+    def cancel(self) -> None:
+        """Stops the decode under way (from another thread) and every later one until `resume`."""
+        self.abort.set()
+
+    def resume(self) -> None:
+        self.abort.clear()
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """A copy of the logits (vocab,) of output `index` of the last batch (-1: the last)."""
+        pointer = L.llama_get_logits_ith(self.handle, index)
+        if not pointer:
+            raise ValueError(f"the last batch has no logits for {index}")
+        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+
+    def clear(self) -> None:
+        """Forgets every sequence."""
+        L.llama_memory_clear(self.memory, False)
+
+
+class _Batch:
+    """A llama_batch whose arrays are made once."""
+
+    def __init__(self, size: int) -> None:
+        self.tokens = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.logits = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._pointers = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        self._steps = np.arange(size, dtype=np.int32)
+        batch = self.batch = L.llama_batch()
+        int32_p = ctypes.POINTER(ctypes.c_int32)
+        batch.token = self.tokens.ctypes.data_as(int32_p)
+        batch.pos = self.positions.ctypes.data_as(int32_p)
+        batch.n_seq_id = self._ones.ctypes.data_as(int32_p)
+        batch.seq_id = self._pointers.ctypes.data_as(ctypes.POINTER(int32_p))
+        batch.logits = self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+    def fill(self, tokens: Tokens, start: int, sequence: int) -> L.llama_batch:
+        count = len(tokens)
+        self.tokens[:count] = tokens
+        np.add(self._steps[:count], start, out=self.positions[:count])
+        self._sequences[:count] = sequence
+        self.logits[:count] = 0
+        self.batch.n_tokens = count
+        return self.batch
+
+    def set_sequences(self, sequences: list[int]) -> None:
+        self._sequences[: len(sequences)] = sequences

@@ -1,0 +1,164 @@
+"""llama.cpp as installed: its shared libraries, its log, its devices, its identity."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import platform
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp import _ctypes_extensions
+
+log = logging.getLogger("llama.cpp")
+
+# enum ggml_log_level; 5 continues the line before
+_LEVELS = {
+    1: logging.INFO,
+    2: logging.WARNING,
+    3: logging.ERROR,
+    4: logging.DEBUG,
+}
+_recent: deque[tuple[int, str]] = deque(maxlen=200)
+_pending: list[str] = []
+_pending_level = logging.DEBUG
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
+    global _pending_level
+    if level != 5:
+        _flush()
+        _pending_level = _LEVELS.get(level, logging.DEBUG)
+    _pending.append(text.decode("utf-8", "replace"))
+    if _pending[-1].endswith("\n"):
+        _flush()
+
+
+def _flush() -> None:
+    line = "".join(_pending).strip()
+    _pending.clear()
+    if line:
+        _recent.append((_pending_level, line))
+        # llama.cpp's errors reach the user as our one line; its warnings are for --debug
+        log.log(min(_pending_level, logging.INFO), "%s", line)
+
+
+@cache
+def start() -> None:
+    """Initialises llama.cpp once per process and sends its log to logging ("llama.cpp")."""
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Collects what llama.cpp logs as warning or error while the block runs."""
+    _recent.clear()
+    lines: list[str] = []
+    try:
+        yield lines
+    finally:
+        _flush()
+        lines.extend(line for level, line in _recent if level >= logging.WARNING)
+
+
+@cache
+def library_folder() -> Path:
+    return Path(llama_cpp.__file__).parent / "lib"
+
+
+@cache
+def ggml_base() -> ctypes.CDLL:
+    """libggml-base, which holds tensors and backends' generic functions."""
+    return _ctypes_extensions.load_shared_library("ggml-base", library_folder())
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    return _ctypes_extensions.load_shared_library("ggml", library_folder())
+
+
+@dataclass(frozen=True)
+class Device:
+    """A compute device of this build: `kind` is "cpu", "gpu", "igpu" or "accel"; bytes."""
+
+    name: str
+    description: str
+    kind: str
+    free: int
+    total: int
+
+
+@cache
+def _device_functions() -> tuple[Any, ...]:
+    base, registry = ggml_base(), _ggml()
+    count, get = registry.ggml_backend_dev_count, registry.ggml_backend_dev_get
+    count.restype = ctypes.c_size_t
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    name, about = base.ggml_backend_dev_name, base.ggml_backend_dev_description
+    for function in (name, about):
+        function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    kind, memory = base.ggml_backend_dev_type, base.ggml_backend_dev_memory
+    kind.restype, kind.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    size_p = ctypes.POINTER(ctypes.c_size_t)
+    memory.restype, memory.argtypes = None, [ctypes.c_void_p, size_p, size_p]
+    return count, get, name, about, kind, memory
+
+
+def devices() -> list[Device]:
+    """The devices llama.cpp sees, CPUs included."""
+    start()
+    count, get, name, about, kind, memory = _device_functions()
+    found = []
+    for index in range(count()):
+        device = get(index)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        memory(device, ctypes.byref(free), ctypes.byref(total))
+        kinds = {0: "cpu", 1: "gpu", 2: "igpu"}
+        found.append(
+            Device(
+                name(device).decode(),
+                about(device).decode("utf-8", "replace"),
+                kinds.get(kind(device), "accel"),
+                free.value,
+                total.value,
+            )
+        )
+    return found
+
+
+def can_offload() -> bool:
+    """Whether this build can put layers on a GPU and one is there."""
+    start()
+    return bool(llama_cpp.llama_supports_gpu_offload()) and any(
+        device.kind in ("gpu", "igpu") for device in devices()
+    )
+
+
+@cache
+def build_identity() -> str:
+    """A digest of the shared libraries and the processor: what a crash depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(library_folder().glob("*ggml*")):
+        state = path.stat()
+        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    digest.update(f"{llama_cpp.__version__} {_processor()}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    )

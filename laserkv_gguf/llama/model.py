@@ -1,0 +1,325 @@
+"""A GGUF model: loading, what its header says, its tokenizer."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import logging
+import os
+from functools import cache, cached_property
+from pathlib import Path
+
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama import library
+
+log = logging.getLogger(__name__)
+
+CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
+    "q5_1": 7,
+}
+"""llama.cpp's names for the types of the KV cache, and ggml's numbers for them."""
+
+Tokens = NDArray[np.int32]
+
+
+@cache
+def row_bytes(cache_type: str, values: int) -> int:
+    """Bytes of one row of `values` numbers in a cache of that type."""
+    size = library.ggml_base().ggml_row_size
+    size.restype, size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
+    return int(size(CACHE_TYPES[cache_type], values))
+
+
+class Model:
+    """A loaded model. Close it, or use it as a context manager.
+
+    Args:
+        path: a GGUF file.
+        gpu_layers: layers to put on the GPU; None or a negative number for all where the build and
+            the machine can, else none.
+        extra_buffers: llama.cpp's `use_extra_bufts` (repacked weights, AMX); see `trial`.
+
+    Raises:
+        UserError: not a usable GGUF, or an architecture whose cache is not one key and value a
+            token, or GPU layers asked of a build without.
+    """
+
+    def __init__(
+        self, path: str | Path, *, gpu_layers: int | None = None, extra_buffers: bool = True
+    ) -> None:
+        self.path = Path(path)
+        check_file(self.path)
+        library.start()
+        offload = library.can_offload()
+        if gpu_layers and gpu_layers > 0 and not offload:
+            raise UserError(
+                f"--gpu-layers {gpu_layers} asks for a GPU, but this build of llama-cpp-python or "
+                "this machine has none; drop the flag, or install a build with CUDA"
+            )
+        params = L.llama_model_default_params()
+        self.gpu_layers = 0 if not offload else (-1 if gpu_layers is None else gpu_layers)
+        params.n_gpu_layers = self.gpu_layers
+        params.use_extra_bufts = extra_buffers
+        with library.recorded() as lines:
+            self.handle = L.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self.handle:
+            raise UserError(_why_not_loaded(self.path, lines))
+        try:
+            self.vocab = L.llama_model_get_vocab(self.handle)
+            self._check_architecture()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if getattr(self, "handle", None):
+            L.llama_model_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # what the header says
+
+    def metadata(self, key: str) -> str | None:
+        """A metadata value as text; None where the file does not have it."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = L.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if length < 0:
+                return None
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    @cached_property
+    def architecture(self) -> str:
+        return self.metadata("general.architecture") or "unknown"
+
+    @cached_property
+    def name(self) -> str:
+        return self.metadata("general.name") or self.path.stem
+
+    def _number(self, key: str, default: int) -> int:
+        value = self.metadata(f"{self.architecture}.{key}")
+        return int(value) if value and value.isdigit() else default
+
+    @cached_property
+    def layers(self) -> int:
+        return int(L.llama_model_n_layer(self.handle))
+
+    @cached_property
+    def heads(self) -> int:
+        return int(L.llama_model_n_head(self.handle))
+
+    @cached_property
+    def kv_heads(self) -> int:
+        return int(L.llama_model_n_head_kv(self.handle))
+
+    @cached_property
+    def head_dim(self) -> int:
+        default = int(L.llama_model_n_embd(self.handle)) // max(self.heads, 1)
+        return self._number("attention.key_length", default)
+
+    @cached_property
+    def value_dim(self) -> int:
+        return self._number("attention.value_length", self.head_dim)
+
+    @cached_property
+    def rotated_dims(self) -> int:
+        """Dimensions of a head that RoPE rotates."""
+        return self._number("rope.dimension_count", self.head_dim)
+
+    @cached_property
+    def rope_type(self) -> int:
+        """llama.cpp's rope type: 0 rotates pairs (2i, 2i+1), 2 pairs (i, i + dims/2)."""
+        return int(L.llama_model_rope_type(self.handle))
+
+    @cached_property
+    def trained_context(self) -> int:
+        return int(L.llama_model_n_ctx_train(self.handle))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(L.llama_vocab_n_tokens(self.vocab))
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        return int(L.llama_model_size(self.handle))
+
+    @cached_property
+    def description(self) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        L.llama_model_desc(self.handle, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+    def cell_bytes(self, type_k: str, type_v: str) -> int:
+        """Bytes of one cell of the KV cache over all layers."""
+        key = row_bytes(type_k, self.kv_heads * self.head_dim)
+        value = row_bytes(type_v, self.kv_heads * self.value_dim)
+        return self.layers * (key + value)
+
+    def _check_architecture(self) -> None:
+        """Refuses models whose cache is not one key and value a token, layer and head."""
+        name = self.architecture
+
+        def refuse(what: str, why: str) -> None:
+            raise UserError(
+                f"{self.path.name} is a {name} model, {what}: {why}; "
+                "use a model with plain attention such as Llama 3, Qwen 2.5 or SmolLM2"
+            )
+
+        if L.llama_model_is_recurrent(self.handle):
+            refuse("which is recurrent", "it keeps a state, not keys and values to choose from")
+        if L.llama_model_is_hybrid(self.handle):
+            refuse("a hybrid", "its recurrent layers cannot forget single tokens")
+        if L.llama_model_is_diffusion(self.handle):
+            refuse("a diffusion model", "it does not generate token by token from a cache")
+        if L.llama_model_has_encoder(self.handle):
+            refuse("which has an encoder", "only decoders have a KV cache to compress")
+        pooling = self.metadata(f"{name}.pooling_type")
+        causal = self.metadata(f"{name}.attention.causal")
+        if causal == "false" or (pooling or "0") not in ("0", "-1"):
+            refuse("made for embeddings", "it does not generate text")
+        if L.llama_model_n_swa(self.handle) > 0:
+            refuse(
+                "with sliding-window attention",
+                "llama.cpp frees its old cells by itself, so nothing could be kept",
+            )
+        if self.metadata(f"{name}.attention.kv_lora_rank"):
+            refuse("with latent attention", "its cache holds no keys per head to score")
+        if not L.llama_model_has_decoder(self.handle) or self.heads == 0:
+            refuse("without attention", "there is no KV cache to compress")
+
+    # tokens
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> Tokens:
+        """Tokens of a text, int32.
+
+        Args:
+            special: read control tokens such as <|im_end|> written in the text as such; never for
+                text that a user or a document supplies.
+            bos: put what the model wants in front (BOS).
+        """
+        data = text.encode("utf-8")
+        size = len(data) + 8
+        buffer = np.empty(size, np.int32)
+        pointer = buffer.ctypes.data_as(L.llama_token_p)
+        count = L.llama_tokenize(self.vocab, data, len(data), pointer, size, bos, special)
+        if count < 0:
+            size = -count
+            buffer = np.empty(size, np.int32)
+            pointer = buffer.ctypes.data_as(L.llama_token_p)
+            count = L.llama_tokenize(self.vocab, data, len(data), pointer, size, bos, special)
+        return buffer[:count].copy()
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token; control tokens are empty unless `special`."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = L.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
+
+    def text(self, tokens: Tokens, *, special: bool = False) -> str:
+        data = b"".join(self.piece(int(token), special=special) for token in tokens)
+        return data.decode("utf-8", "replace")
+
+    def ends_generation(self, token: int) -> bool:
+        return bool(L.llama_vocab_is_eog(self.vocab, token))
+
+    @property
+    def adds_bos(self) -> bool:
+        return bool(L.llama_vocab_get_add_bos(self.vocab))
+
+    def special_text(self, token: int) -> str:
+        """A control token as the template writes it; empty for none."""
+        return "" if token < 0 else self.piece(token, special=True).decode("utf-8", "replace")
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a text, -1 for none."""
+        return int(L.llama_vocab_bos(self.vocab))
+
+    @cached_property
+    def bos_text(self) -> str:
+        return self.special_text(self.bos)
+
+    @cached_property
+    def eos_text(self) -> str:
+        return self.special_text(int(L.llama_vocab_eos(self.vocab)))
+
+
+class PieceDecoder:
+    """Turns tokens into text as they come; a character split over tokens waits for its rest."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(self._model.piece(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is not a GGUF file before llama.cpp sees it.
+
+    Raises:
+        UserError: missing, a folder, unreadable, or without GGUF's magic number.
+    """
+    if not path.exists():
+        raise UserError(
+            f"no model at {path}; give the path of a GGUF file, "
+            "or leave --model out for the embedded SmolLM2"
+        )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the GGUF file in it")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise UserError(
+            f"{path.name} is not a GGUF file (it begins with {magic!r}); "
+            "convert it with llama.cpp's convert_hf_to_gguf.py, or download a GGUF"
+        )
+
+
+def _why_not_loaded(path: Path, lines: list[str]) -> str:
+    said = " ".join(lines)
+    if "corrupted or incomplete" in said or "failed to read" in said or "tensor data" in said:
+        return f"{path.name} is truncated or damaged; download it again"
+    if "unknown model architecture" in said:
+        name = said.split("unknown model architecture:")[-1].split("'")[1:2]
+        return (
+            f"{path.name} is a {name[0] if name else 'new'} model, which this llama.cpp does not "
+            "know; upgrade llama-cpp-python"
+        )
+    detail = next((line for line in lines if "error loading model" in line), "")
+    detail = detail.split("error loading model:")[-1].strip() or "see --debug"
+    return f"llama.cpp cannot load {path.name}: {detail}"

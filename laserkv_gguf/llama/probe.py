@@ -1,0 +1,301 @@
+"""The native probe: queries, keys and values after RoPE, read while llama.cpp computes.
+
+llama.cpp asks a `cb_eval` callback about every node of every graph, about a thousand times per
+decode, so no Python may run in it. This one is compiled by Numba, reads a control block of 64-bit
+integers and copies the wanted rows of `Qcur-<layer>`, `Kcur-<layer>` and `Vcur-<layer>` out with
+libggml's own `ggml_backend_tensor_get`, which also works for tensors on a GPU. Several nodes bear
+such a name: queries and keys are the one whose operation is ROPE, values the one that is reshaped
+to heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from laserkv_gguf.llama.library import ggml_base
+
+# Addresses are passed as integers, which Numba can calculate with and C cannot tell apart.
+_ggml_get_name = types.ExternalFunction("ggml_get_name", types.voidptr(types.uint64))
+_ggml_op_desc = types.ExternalFunction("ggml_op_desc", types.voidptr(types.uint64))
+_ggml_nbytes = types.ExternalFunction("ggml_nbytes", types.uint64(types.uint64))
+_ggml_nelements = types.ExternalFunction("ggml_nelements", types.int64(types.uint64))
+_ggml_tensor_get = types.ExternalFunction(
+    "ggml_backend_tensor_get",
+    types.void(types.uint64, types.uint64, types.uint64, types.uint64),
+)
+_SYMBOLS = (
+    "ggml_get_name",
+    "ggml_op_desc",
+    "ggml_nbytes",
+    "ggml_nelements",
+    "ggml_backend_tensor_get",
+)
+
+# The control block: a header, then one record for each of queries, keys and values.
+_ARMED, _LAYERS, _SCRATCH, _SCRATCH_ROWS, _RECORDS = 0, 1, 2, 3, 4
+_WANTED, _ADDRESS, _LAYER_STRIDE, _ROW_STRIDE, _ROW, _FIRST, _END, _HALF, _SEEN = range(9)
+_KINDS = {"queries": 0, "keys": 1, "values": 2}
+
+
+@intrinsic
+def _to_half(_context: Any, value: Any) -> Any:
+    """float32 to the bits of a float16, in one instruction where the processor has it."""
+
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.bitcast(half, ir.IntType(16))
+
+    return types.uint16(types.float32), code
+
+
+@njit
+def _layer_of(name: Any) -> int:
+    """The number behind "Qcur-", or -1."""
+    layer = -1
+    for at in range(5, 12):
+        digit = int(name[at])
+        if digit == 0:
+            break
+        if digit < 48 or digit > 57:
+            return -1
+        layer = max(layer, 0) * 10 + digit - 48
+    return layer
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any, to: Any) -> Any:
+    """An integer as a pointer to values of the type that `to` has."""
+    target = types.CPointer(to)
+
+    def code(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(target))
+
+    return target(address, to), code
+
+
+def _on_node(tensor: int, ask: int, user: Any) -> int:
+    control = carray(user, (_RECORDS + 3 * _SEEN,), np.int64)
+    if control[_ARMED] == 0:
+        return 0
+    name = carray(_ggml_get_name(tensor), (64,), np.uint8)
+    if name[1] != 99 or name[2] != 117 or name[3] != 114 or name[4] != 45:  # "?cur-"
+        return 0
+    if name[0] == 81:  # Q
+        kind = 0
+    elif name[0] == 75:  # K
+        kind = 1
+    elif name[0] == 86:  # V
+        kind = 2
+    else:
+        return 0
+    record = _RECORDS + kind * _SEEN
+    if control[record + _WANTED] == 0:
+        return 0
+    operation = carray(_ggml_op_desc(tensor), (4,), np.uint8)
+    if kind < 2:
+        if operation[0] != 82 or operation[1] != 79:  # ROPE, not RESHAPE
+            return 0
+    elif not (operation[0] == 86 or (operation[0] == 82 and operation[1] == 69)):  # VIEW, RESHAPE
+        return 0
+    layers = control[_LAYERS]
+    layer = _layer_of(name)
+    if layer < 0 or layer >= layers:
+        return 0
+
+    row = control[record + _ROW]  # float32 values a token
+    tokens = _ggml_nelements(tensor) // row
+    if _ggml_nelements(tensor) != tokens * row:
+        return 0
+    # tokens of this run that earlier micro-batches brought; the counters follow the records
+    seen = carray(_pointer(control[record + _WANTED], np.int64(0)), (layers,))
+    begin = max(seen[layer], control[record + _FIRST])
+    end = min(seen[layer] + tokens, control[record + _END])
+    if ask == 1:
+        if begin < end:
+            return 1
+        seen[layer] += tokens
+        return 0
+
+    stride = row * 4
+    if tokens > 1:  # a view into fused QKV has gaps between its rows
+        stride = (np.int64(_ggml_nbytes(tensor)) - row * 4) // (tokens - 1)
+    target = (
+        control[record + _ADDRESS]
+        + layer * control[record + _LAYER_STRIDE]
+        + (begin - control[record + _FIRST]) * control[record + _ROW_STRIDE]
+    )
+    whole = stride == row * 4 and control[record + _ROW_STRIDE] == stride
+    half = control[record + _HALF] != 0
+    scratch = control[_SCRATCH]
+    at = begin - seen[layer]
+    last = end - seen[layer]
+    while at < last:
+        if half:
+            rows = min(last - at, control[_SCRATCH_ROWS] // row)
+            if stride != row * 4:
+                rows = np.int64(1)
+            _ggml_tensor_get(tensor, scratch, at * stride, rows * row * 4)
+            source = carray(_pointer(scratch, np.float32(0)), (rows * row,))
+            result = carray(_pointer(target, np.uint16(0)), (rows * row,))
+            for i in range(rows * row):
+                result[i] = _to_half(source[i])
+        else:
+            rows = last - at if whole else np.int64(1)
+            _ggml_tensor_get(tensor, target, at * stride, rows * row * 4)
+        target += rows * control[record + _ROW_STRIDE]
+        at += rows
+    seen[layer] += tokens
+    return 1
+
+
+def _should_abort(user: Any) -> int:
+    return 1 if carray(user, (1,), np.int64)[0] != 0 else 0
+
+
+@cache
+def _native() -> tuple[int, int]:
+    """Addresses of the compiled `cb_eval` and abort callbacks (seconds once, then from cache)."""
+    library = ggml_base()
+    for symbol in _SYMBOLS:
+        address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+        llvm.add_symbol(symbol, address)
+    node = cfunc(types.uint8(types.uint64, types.uint8, types.voidptr), cache=True)(_on_node)
+    abort = cfunc(types.uint8(types.voidptr), cache=True)(_should_abort)
+    _keep_alive.extend((node, abort))
+    return node.address, abort.address
+
+
+_keep_alive: list[Any] = []
+
+
+class AbortFlag:
+    """A flag that llama.cpp's CPU backend looks at before every node; settable from any thread."""
+
+    def __init__(self) -> None:
+        self._value = np.zeros(1, np.int64)
+
+    def __bool__(self) -> bool:
+        return bool(self._value[0])
+
+    def set(self) -> None:
+        self._value[0] = 1
+
+    def clear(self) -> None:
+        self._value[0] = 0
+
+    @property
+    def address(self) -> int:
+        return int(self._value.ctypes.data)
+
+    @property
+    def callback(self) -> int:
+        return _native()[1]
+
+
+class Probe:
+    """Captures what chosen tensors hold, into arrays made beforehand.
+
+    One probe belongs to one context (llama.cpp takes the callback when the context is made and
+    keeps it). Unarmed it answers every node with "no" and costs nothing measurable.
+
+    Args:
+        layers: number of layers of the model.
+        heads, kv_heads, head_dim: shape of queries (heads) and of keys and values (kv_heads).
+    """
+
+    def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
+        self._control = np.zeros(_RECORDS + 3 * _SEEN, np.int64)
+        self._seen = np.zeros((3, layers), np.int64)
+        self._scratch = np.empty(max(1 << 16, heads * head_dim), np.float32)
+        self._control[_LAYERS] = layers
+        self._control[_SCRATCH] = self._scratch.ctypes.data
+        self._control[_SCRATCH_ROWS] = self._scratch.size
+
+    @property
+    def callback(self) -> int:
+        """Address for `cb_eval`."""
+        return _native()[0]
+
+    @property
+    def user_data(self) -> int:
+        """Address for `cb_eval_user_data`."""
+        return int(self._control.ctypes.data)
+
+    def row(self, kind: str) -> int:
+        """Values a token has: heads * head_dim."""
+        return (self.heads if kind == "queries" else self.kv_heads) * self.head_dim
+
+    def new(self, kind: str, tokens: int, dtype: Any = np.float32) -> NDArray[Any]:
+        """An array (layers, tokens, heads or kv_heads, head_dim) to capture into."""
+        heads = self.heads if kind == "queries" else self.kv_heads
+        return np.empty((self.layers, tokens, heads, self.head_dim), dtype)
+
+    @contextmanager
+    def armed(self, **wanted: tuple[NDArray[Any], int] | None) -> Iterator[None]:
+        """Captures while the block runs.
+
+        Args:
+            queries, keys, values: (array, first): the array (layers, n, heads, head_dim), float32
+                or float16, gets tokens first … first + n - 1 of those decoded in the block; None
+                for a kind that is not wanted.
+
+        Raises:
+            ValueError: an array of another shape, type or layout.
+            CaptureError: the graph did not show all rows (only when the block ended well).
+        """
+        for kind, target in wanted.items():
+            self._want(kind, target)
+        self._seen[:] = 0
+        self._control[_ARMED] = 1
+        try:
+            yield
+        finally:
+            # nothing may be left that points into arrays which may go
+            self._control[_ARMED] = 0
+            self._control[_RECORDS:] = 0
+        for kind, target in wanted.items():
+            if target is None or target[0].shape[1] == 0:
+                continue
+            end = target[1] + target[0].shape[1]
+            short = np.flatnonzero(self._seen[_KINDS[kind]] < end)
+            if short.size:
+                raise CaptureError(
+                    f"layer {short[0]} showed {self._seen[_KINDS[kind], short[0]]} rows of "
+                    f"{kind} where {end} were decoded"
+                )
+
+    def _want(self, kind: str, target: tuple[NDArray[Any], int] | None) -> None:
+        at = _RECORDS + _KINDS[kind] * _SEEN
+        if target is None or target[0].shape[1] == 0:
+            return
+        array, first = target
+        row = self.row(kind)
+        shape = (self.layers, array.shape[1], row // self.head_dim, self.head_dim)
+        if array.shape != shape or array.dtype not in (np.float32, np.float16):
+            raise ValueError(f"{kind} go into {shape} of float32 or float16, not {array.shape}")
+        if array.strides[1:] != (row * array.itemsize, self.head_dim * array.itemsize, array.itemsize):
+            raise ValueError(f"the rows of the array for {kind} must be contiguous")
+        self._control[at + _WANTED] = self._seen[_KINDS[kind]].ctypes.data
+        self._control[at + _ADDRESS] = array.ctypes.data
+        self._control[at + _LAYER_STRIDE] = array.strides[0]
+        self._control[at + _ROW_STRIDE] = array.strides[1]
+        self._control[at + _ROW] = row
+        self._control[at + _FIRST] = first
+        self._control[at + _END] = first + array.shape[1]
+        self._control[at + _HALF] = array.dtype == np.float16
+
+
+class CaptureError(RuntimeError):
+    """The model's graph does not name its queries, keys or values as expected."""

@@ -1,0 +1,90 @@
+"""How the model's RoPE turns keys, measured rather than derived.
+
+Compacting positions re-rotates keys inside llama.cpp. Keys of the window that we hold on the host
+must turn with them. Frequencies follow from base, scaling and factors in more ways than one
+(linear, YaRN, Llama 3's table), so they are read off: one token decoded alone in several empty
+sequences has, before RoPE, the same key in every layer, whatever its position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.context import SEQUENCES, Context
+from laserkv_gguf.llama.sequence import Sequence
+
+# Each distance resolves the turns that the one before it left open.
+_DISTANCES = (0, 1, 32, 1024)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Angles of RoPE.
+
+    Attributes:
+        angles: (dims / 2,) float64, radians per position of every pair of dimensions.
+        halves: pairs are (i, i + dims/2) as in NeoX, else neighbours (2i, 2i + 1).
+    """
+
+    angles: NDArray[np.float64]
+    halves: bool
+
+    def _pairs(self, vectors: NDArray[np.floating]) -> tuple[NDArray, NDArray]:  # type: ignore[type-arg]
+        half = len(self.angles)
+        if self.halves:
+            return vectors[..., :half], vectors[..., half : 2 * half]
+        return vectors[..., 0 : 2 * half : 2], vectors[..., 1 : 2 * half : 2]
+
+    def turn(self, vectors: NDArray[np.floating], positions: int) -> None:
+        """Rotates vectors (…, head_dim) in place, as if they stood `positions` further on."""
+        if not positions:
+            return
+        x, y = self._pairs(vectors)
+        cos = np.cos(self.angles * positions).astype(np.float32)
+        sin = np.sin(self.angles * positions).astype(np.float32)
+        turned = x * cos - y * sin
+        y[...] = x * sin + y * cos
+        x[...] = turned
+
+
+def measure(context: Context) -> Rotation:
+    """Reads the model's RoPE off an empty context (one tiny batch).
+
+    Also the check that the graph shows its keys at all.
+
+    Raises:
+        UserError: a kind of RoPE whose keys cannot be re-rotated.
+        CaptureError: the graph does not name its keys as expected.
+    """
+    model = context.model
+    if model.rope_type not in (L.LLAMA_ROPE_TYPE_NORM, L.LLAMA_ROPE_TYPE_NEOX):
+        raise UserError(
+            f"{model.architecture} uses a position encoding that cannot be compacted; "
+            "use --positions original"
+        )
+    spare = [SEQUENCES - 1 - i for i in range(len(_DISTANCES))]
+    keys = context.probe.new("keys", len(_DISTANCES))
+    token = model.vocab_size // 2
+    try:
+        with context.probe.armed(keys=(keys, 0)):
+            context.decode_parallel([token] * len(spare), list(_DISTANCES), spare)
+    finally:
+        for number in spare:
+            Sequence(context, number).remove()
+    rotation = Rotation(
+        np.zeros(model.rotated_dims // 2), model.rope_type == L.LLAMA_ROPE_TYPE_NEOX
+    )
+    x, y = (part.astype(np.float64) for part in rotation._pairs(keys))
+    angles = np.zeros(model.rotated_dims // 2)
+    for index, distance in enumerate(_DISTANCES[1:], 1):
+        dot = (x[:, 0] * x[:, index] + y[:, 0] * y[:, index]).sum(axis=(0, 1))
+        cross = (x[:, 0] * y[:, index] - y[:, 0] * x[:, index]).sum(axis=(0, 1))
+        seen = np.arctan2(cross, dot)
+        turns = np.round((angles * distance - seen) / (2 * np.pi))
+        angles = (seen + 2 * np.pi * turns) / distance
+    return Rotation(angles, rotation.halves)

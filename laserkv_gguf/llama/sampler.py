@@ -1,0 +1,54 @@
+"""llama.cpp's own sampler chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import llama_cpp as L
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """llama.cpp's sampling parameters, in its order: top-k, top-p, min-p, temperature.
+
+    A temperature of 0 or less is greedy: the most likely token, whatever the seed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int = 0
+
+
+class Sampler:
+    """A sampler chain; close it."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.chain = L.llama_sampler_chain_init(L.llama_sampler_chain_default_params())
+        if sampling.temperature <= 0:
+            L.llama_sampler_chain_add(self.chain, L.llama_sampler_init_greedy())
+            return
+        for sampler in (
+            L.llama_sampler_init_top_k(sampling.top_k),
+            L.llama_sampler_init_top_p(sampling.top_p, 1),
+            L.llama_sampler_init_min_p(sampling.min_p, 1),
+            L.llama_sampler_init_temp(sampling.temperature),
+            L.llama_sampler_init_dist(sampling.seed & 0xFFFFFFFF),
+        ):
+            L.llama_sampler_chain_add(self.chain, sampler)
+
+    def sample(self, context: int, index: int = -1) -> int:
+        """Chooses and accepts a token from the logits of output `index` (-1: the last)."""
+        return int(L.llama_sampler_sample(self.chain, context, index))
+
+    def close(self) -> None:
+        if self.chain:
+            L.llama_sampler_free(self.chain)
+            self.chain = None
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

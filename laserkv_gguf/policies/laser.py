@@ -1,0 +1,90 @@
+"""`laser`: exact attention and LSH, accumulating; `exact` and `magicpig` are its two ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.policies.base import Candidates, Needs, Policy
+
+
+@dataclass(frozen=True)
+class Laser(Policy):
+    """Exact attention fills α of the pool, hash collisions the rest (arXiv 2602.02199).
+
+    A token is kept for all layers and heads or for none, so scores are summed over them: steps 4
+    (softmax over the candidates, summed) and 5 (SimHash collisions with keys centred on the
+    candidates' mean, as in MagicPIG, arXiv 2410.16179) of the block loop.
+
+    Attributes:
+        alpha: share of the pool chosen by exact attention.
+        pool: scores are averaged over this many neighbours, so that phrases stay whole (SnapKV,
+            arXiv 2404.14469); 1 for none, as in the LASER paper.
+        hash_bits: bits of a signature (b); a token collides when all of a table's bits agree.
+        hash_tables: signatures a key has (R).
+        seed: of the hash planes.
+    """
+
+    name: ClassVar[str] = "laser"
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True)
+
+    alpha: float = 0.75
+    pool: int = 7
+    hash_bits: int = 8
+    hash_tables: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha is {self.alpha:g}; give a fraction from 0 to 1, such as 0.75")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise UserError(f"--pool is {self.pool}; give an odd number of neighbours, 1 for none")
+        if not 1 <= self.hash_bits <= 16:
+            raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
+        if self.hash_tables < 1:
+            raise UserError(f"--hash-tables is {self.hash_tables}; give at least 1 table")
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        from laserkv_gguf import kernels
+
+        assert candidates.queries is not None and candidates.keys is not None
+        exact = math.floor(self.alpha * budget + 0.5)
+        kept = np.zeros(candidates.count, bool)
+        if exact:
+            scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+            kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
+        if exact < budget:
+            scores = kernels.collision_scores(
+                candidates.queries,
+                candidates.keys,
+                bits=self.hash_bits,
+                tables=self.hash_tables,
+                seed=self.seed,
+            )
+            rest = np.flatnonzero(~kept)
+            scores = kernels.pool(scores, self.pool)[rest]
+            kept[rest[kernels.top_k(scores, budget - exact)]] = True
+        return np.flatnonzero(kept)
+
+
+@dataclass(frozen=True)
+class Exact(Laser):
+    """`laser` with α = 1: attention consensus alone (arXiv 2602.02199, table 1)."""
+
+    name: ClassVar[str] = "exact"
+
+    alpha: float = field(default=1.0, init=False)
+
+
+@dataclass(frozen=True)
+class MagicPig(Laser):
+    """`laser` with α = 0: hash collisions alone (arXiv 2602.02199, table 1; 2410.16179)."""
+
+    name: ClassVar[str] = "magicpig"
+
+    alpha: float = field(default=0.0, init=False)

@@ -1,0 +1,584 @@
+"""A model that answers about documents: the Python API.
+
+`LaserKV` holds the model and one context sized by what will be kept. `ask` answers one question
+about one document; a `Conversation` keeps a document and its turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laserkv_gguf import policies
+from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
+from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
+from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.llama import rope, trial
+from laserkv_gguf.llama.chat import ChatTemplate
+from laserkv_gguf.llama.context import Context, ContextOptions
+from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
+from laserkv_gguf.llama.sampler import Sampler, Sampling
+from laserkv_gguf.llama.sequence import MAIN, Sequence
+
+log = logging.getLogger(__name__)
+
+POSITIONS = ("auto", "original", "compact")
+CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
+
+__all__ = ["Cancelled", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How documents are compressed; the command line's flags of the same names.
+
+    Attributes:
+        policy: a name of `laserkv_gguf.policies`, or `module:Class`.
+        ratio: fraction of the tokens to keep, in (0, 1].
+        block_size: tokens read at a time (S).
+        protection_divisor: n; anchors and window get ``B // n`` tokens each.
+        alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
+        lookahead: tokens drafted after the question to ask with.
+        probe_tokens: of the question, the last so many ask; 0 for all.
+        positions: "original", "compact", or "auto": compact only beyond the trained context.
+    """
+
+    policy: str = "laser"
+    ratio: float = 0.25
+    block_size: int = 4096
+    protection_divisor: int = 4
+    alpha: float | None = None
+    pool: int | None = None
+    hash_bits: int | None = None
+    hash_tables: int | None = None
+    lookahead: int = 16
+    probe_tokens: int = 8
+    positions: str = "auto"
+
+    def check(self) -> None:
+        """Refuses unusable values.
+
+        Raises:
+            UserError: with the remedy in one line.
+        """
+        check_settings(self.ratio, self.block_size, self.protection_divisor)
+        if self.lookahead < 0:
+            raise UserError(f"--lookahead is {self.lookahead}; give a number of tokens, or 0")
+        if self.probe_tokens < 0:
+            raise UserError(f"--probe-tokens is {self.probe_tokens}; give a number, or 0 for all")
+        if self.positions not in POSITIONS:
+            raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
+
+    def make_policy(self, seed: int) -> policies.Policy:
+        given = {
+            "alpha": self.alpha,
+            "pool": self.pool,
+            "hash_bits": self.hash_bits,
+            "hash_tables": self.hash_tables,
+            "seed": seed,
+        }
+        return policies.make(
+            self.policy, **{key: value for key, value in given.items() if value is not None}
+        )
+
+
+@dataclass
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: what the model said.
+        finish_reason: "stop" where it ended by itself, "length" where the limit ended it.
+        account: what it cost.
+        tokens: the generated tokens.
+    """
+
+    text: str = ""
+    finish_reason: str = ""
+    account: Account = field(default_factory=Account)
+    tokens: list[int] = field(default_factory=list)
+
+
+class LaserKV:
+    """A model and a compressed cache to ask documents with.
+
+    Args:
+        model: path of a GGUF, or a loaded `llama.model.Model`.
+        gpu_layers: layers on the GPU; None for all where the build and machine can.
+        ctx_size: cells of the KV cache; None for what each run needs.
+        context: types, batch sizes, threads and flash attention of the context.
+        seed: of the sampler and of the policy's randomness.
+        **settings: fields of `Settings` (ratio=0.25, policy="laser", …).
+
+    Calls from several threads queue.
+
+    Raises:
+        UserError: unusable model or settings.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        gpu_layers: int | None = None,
+        ctx_size: int | None = None,
+        context: ContextOptions | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.settings = Settings(**settings)
+        self.settings.check()
+        self.policy = self.settings.make_policy(seed)
+        self.options = context or ContextOptions()
+        self.options.check()
+        block_size = self.settings.block_size
+        if context is None and block_size > self.options.batch_size:
+            self.options = replace(self.options, batch_size=block_size)
+        if block_size > self.options.batch_size:
+            raise UserError(
+                f"a block of {block_size} tokens is larger than the batch of "
+                f"{self.options.batch_size} it is decoded in; "
+                f"use -b {block_size}, or --block-size {self.options.batch_size}"
+            )
+        self.ctx_size, self.seed = ctx_size, seed
+        self._owns_model = not isinstance(model, Model)
+        self.model = (
+            model
+            if isinstance(model, Model)
+            else Model(model, gpu_layers=gpu_layers, extra_buffers=trial.extra_buffers_work())
+        )
+        self.template = ChatTemplate(self.model)
+        self._context: Context | None = None
+        self._reader: Reader | None = None
+        self._lock = threading.RLock()
+        self._cancelled = threading.Event()
+
+    def close(self) -> None:
+        """Frees the context, and the model if it was loaded here."""
+        if self._context:
+            self._context.close()
+            self._context = self._reader = None
+        if self._owns_model:
+            self.model.close()
+
+    def __enter__(self) -> LaserKV:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """Stops the reading or answering under way, from any thread: it raises Cancelled."""
+        self._cancelled.set()
+        if self._context:
+            self._context.cancel()
+
+    # answers
+
+    def ask(
+        self,
+        question: str,
+        *,
+        document: str | None = None,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """Reads the document with the question in mind and answers it.
+
+        Args:
+            question: what to ask.
+            document: text of any length; None for none.
+            max_tokens: of the answer.
+            on_progress: called while reading.
+            on_text: called with each piece of the answer as it comes.
+
+        Raises:
+            UserError: what is asked cannot be done with these settings.
+            Cancelled: `cancel` was called.
+        """
+        stream = self.stream(
+            question,
+            document=document,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            on_progress=on_progress,
+        )
+        for piece in stream:
+            if on_text:
+                on_text(piece)
+        return stream.reply
+
+    def stream(
+        self,
+        question: str,
+        *,
+        document: str | None = None,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Answer:
+        """Like `ask`, as an iterator over pieces of text; `.reply` is complete at its end."""
+        conversation = Conversation(
+            self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
+        )
+        return Answer(
+            conversation, lambda reply: conversation.first_turn(question, reply, on_progress)
+        )
+
+    def conversation(
+        self,
+        *,
+        document: str | None = None,
+        system: str | None = None,
+        max_tokens: int = 1024,
+        sampling: Sampling | None = None,
+    ) -> Conversation:
+        """A conversation about a document. One lives in the engine at a time."""
+        return Conversation(
+            self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
+        )
+
+    # what a run needs
+
+    def prepare(self, tokens: int, prompt: int, reply: int, *, asked: bool = True) -> _Run:
+        """Plans a run and makes its reader.
+
+        Args:
+            tokens: to be read before the question.
+            prompt: the question's, with the template around it.
+            reply: cells for what follows the document: question, answer, later turns.
+            asked: whether the question is known while reading.
+
+        Raises:
+            UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
+                positions do not fit what the model was trained for.
+        """
+        settings = self.settings
+        budget = self.policy.budget(
+            tokens, settings.block_size, settings.ratio, settings.protection_divisor
+        )
+        if prompt > settings.block_size:
+            raise UserError(
+                f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
+                "shorten it, put the long part into a --document, or use a larger --block-size"
+            )
+        probing = prompt if asked and self.policy.needs.queries else 0
+        drafts = settings.lookahead if probing else 0
+        cells = budget.cells(probing, drafts, reply)
+        compact = self._compacts(budget, tokens + reply)
+        if compact and cells > self.model.trained_context:
+            most = largest_ratio(
+                tokens,
+                settings.block_size,
+                settings.protection_divisor,
+                self.model.trained_context,
+                prompt=probing,
+                drafts=drafts,
+                reply=reply,
+            )
+            remedy = f"use --ratio {most:g} or less" if most else "use a smaller --block-size"
+            raise UserError(
+                f"keeping {settings.ratio:g} of {tokens} tokens needs {cells} positions, more than "
+                f"the {self.model.trained_context} this model was trained for; {remedy}"
+            )
+        if self.ctx_size is not None:
+            if cells > self.ctx_size:
+                raise UserError(
+                    f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
+                    f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
+                    "or a smaller --block-size"
+                )
+        reader = self._reader_for(self.ctx_size or cells, compact)
+        return _Run(budget, cells, reader, compact)
+
+    def _compacts(self, budget: Budget, positions: int) -> bool:
+        wanted = self.settings.positions
+        beyond = positions > self.model.trained_context > 0
+        if budget.keeps_all or (wanted == "original" or (wanted == "auto" and not beyond)):
+            if beyond:
+                log.warning(
+                    "%d positions are more than the %d this model was trained for: "
+                    "expect nonsense",
+                    positions,
+                    self.model.trained_context,
+                )
+            return False
+        return True
+
+    def _reader_for(self, cells: int, compact: bool) -> Reader:
+        """The reader, over a context that is made anew only when it must grow."""
+        if self._context is None or self._context.cells < cells:
+            if self._context:
+                self._context.close()
+                self._context = None
+            self._context = Context(self.model, cells, self.options)
+            self._reader = None
+            from laserkv_gguf import kernels
+
+            kernels.set_threads(self._context.threads)
+        self._context.resume()
+        if self._reader is None or self._reader.compact != compact:
+            probe = ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
+            self._reader = Reader(self._context, self.policy, probe, compact=compact)
+        return self._reader
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.model.cell_bytes(self.options.type_k, self.options.type_v)
+
+
+@dataclass(frozen=True)
+class _Run:
+    budget: Budget
+    cells: int
+    reader: Reader
+    compact: bool
+
+
+class Answer:
+    """Pieces of an answer as they come; `reply` is complete when the iterator ends."""
+
+    def __init__(self, conversation: Conversation, start: Callable[[Reply], Iterator[str]]) -> None:
+        self.reply = Reply()
+        self._pieces = self._locked(conversation.engine, start)
+
+    def _locked(
+        self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]
+    ) -> Iterator[str]:
+        with engine._lock:
+            engine._cancelled.clear()
+            yield from start(self.reply)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+
+class Conversation:
+    """A document and the turns about it, in the engine's context.
+
+    Args:
+        engine: the engine; a new conversation or `ask` takes its context over.
+        document: text to talk about; None for none.
+        system: system prompt.
+        max_tokens: of one answer.
+    """
+
+    def __init__(
+        self,
+        engine: LaserKV,
+        *,
+        document: str | None = None,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = 1024,
+    ) -> None:
+        if max_tokens < 1:
+            raise UserError(f"-n {max_tokens}: give at least 1 token for the answer")
+        self.engine, self.system, self.max_tokens = engine, system, max_tokens
+        self.document = document
+        self.sampling = sampling or Sampling(seed=engine.seed)
+        self.turns = 0
+        self.reading: Reading | None = None
+        self._run: _Run | None = None
+        self._position = 0
+        self._pending: list[int] = []  # generated, but not decoded yet
+        self._used = 0  # cells
+        self._document_tokens: Tokens | None = None
+
+    # reading
+
+    def _sequence(self, before: Tokens) -> Tokens:
+        """Everything in front of the question."""
+        if self._document_tokens is None:
+            self._document_tokens = self.engine.model.tokenize(self.document or "")
+        return np.concatenate((before, self._document_tokens)).astype(np.int32)
+
+    def read(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
+        """Reads the document before any question is known: each block asks for itself.
+
+        Raises:
+            UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
+        """
+        engine = self.engine
+        with engine._lock:
+            engine._cancelled.clear()
+            opening = engine.template.opening("", system=self.system, document=bool(self.document))
+            tokens = self._sequence(opening.before)
+            return self._read(tokens, None, self._room(len(tokens)), on_progress)
+
+    def _room(self, tokens: int) -> int:
+        """Cells for the turns: what --ctx-size leaves, else enough for a few."""
+        engine = self.engine
+        kept = engine.policy.budget(
+            tokens,
+            engine.settings.block_size,
+            engine.settings.ratio,
+            engine.settings.protection_divisor,
+        ).kept
+        if engine.ctx_size is not None:
+            return max(self.max_tokens, engine.ctx_size - kept)
+        room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
+        limit = engine.model.trained_context - kept
+        return room if limit <= 0 or tokens + room <= engine.model.trained_context else min(
+            room, max(limit, self.max_tokens)
+        )
+
+    def _read(
+        self,
+        tokens: Tokens,
+        question: Tokens | None,
+        reply: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Reading:
+        engine = self.engine
+        self.reading, self.turns, self._pending = None, 0, []
+        prompt = 0 if question is None else len(question)
+        run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
+        reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
+        self._run, self.reading = run, reading
+        self._position, self._used = reading.next_position, len(reading.kept)
+        return reading
+
+    # turns
+
+    def first_turn(
+        self,
+        question: str,
+        reply: Reply,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[str]:
+        """Reads with the question in mind and answers it."""
+        started = time.perf_counter()
+        opening = self.engine.template.opening(
+            question, system=self.system, document=bool(self.document)
+        )
+        tokens = self._sequence(opening.before)
+        self._read(tokens, opening.after, len(opening.after) + self.max_tokens, on_progress)
+        yield from self._answer(opening.after, reply, started)
+
+    def ask(self, question: str) -> Answer:
+        """The next turn. An answer that is stopped half-way is dropped with its question."""
+        return Answer(self, lambda reply: self._turn(question, reply))
+
+    def _turn(self, question: str, reply: Reply) -> Iterator[str]:
+        started = time.perf_counter()
+        if self.reading is None:
+            self.read()
+        template = self.engine.template
+        if self.turns == 0:
+            prompt = template.opening(
+                question, system=self.system, document=bool(self.document)
+            ).after
+        else:
+            prompt = template.next_turn(question, system=self.system)
+        yield from self._answer(prompt, reply, started)
+
+    def _answer(self, prompt: Tokens, reply: Reply, started: float) -> Iterator[str]:
+        assert self._run is not None and self.reading is not None
+        context = self._run.reader.context
+        before = (self._position, self._used, list(self._pending))
+        prompt = np.concatenate((np.array(self._pending, np.int32), prompt)).astype(np.int32)
+        room = context.cells - self._used - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the conversation has filled the context of {context.cells} cells; "
+                "use /reset, or a larger --ctx-size"
+            )
+        try:
+            context.decode(prompt, self._position, MAIN, outputs=1)
+            self._position += len(prompt)
+            self._used += len(prompt)
+            self._pending = []
+            first = time.perf_counter()
+            yield from self._generate(context, reply, min(self.max_tokens, room))
+        except BaseException:
+            # the turn is dropped, the document and earlier turns stay
+            self._position, self._used, self._pending = before
+            context.resume()
+            Sequence(context, MAIN).remove(self._position, -1)
+            raise
+        self.turns += 1
+        self._fill(reply, len(prompt), started, first)
+
+    def _generate(self, context: Context, reply: Reply, limit: int) -> Iterator[str]:
+        model, decoder = self.engine.model, PieceDecoder(self.engine.model)
+        with Sampler(replace(self.sampling, seed=self.sampling.seed + self.turns)) as sampler:
+            while True:
+                if self.engine._cancelled.is_set():
+                    raise Cancelled("cancelled")
+                token = sampler.sample(context.handle)
+                if model.ends_generation(token):
+                    reply.finish_reason = "stop"
+                    break
+                reply.tokens.append(token)
+                text = decoder.feed(token)
+                reply.text += text
+                if text:
+                    yield text
+                if len(reply.tokens) >= limit:
+                    reply.finish_reason = "length"
+                    self._pending = [token]
+                    break
+                context.decode(np.array([token], np.int32), self._position, MAIN, outputs=1)
+                self._position += 1
+                self._used += 1
+        rest = decoder.finish()
+        reply.text += rest
+        if rest:
+            yield rest
+
+    def _fill(self, reply: Reply, prompt: int, started: float, first: float) -> None:
+        """Completes the account of an answer."""
+        assert self._run is not None and self.reading is not None
+        engine, run, reading = self.engine, self._run, self.reading
+        budget, timings = reading.budget, reading.timings
+        seconds = time.perf_counter() - first
+        whole = len(reading.tokens) + self._used - len(reading.kept)
+        later = self.turns > 1
+        reply.account = Account(
+            policy=engine.policy.name or engine.settings.policy,
+            document_tokens=len(reading.tokens),
+            kept_tokens=len(reading.kept),
+            kept_fraction=len(reading.kept) / max(len(reading.tokens), 1),
+            blocks=len(budget.blocks),
+            budget=budget.block,
+            anchors=budget.anchors,
+            window=budget.window,
+            long_term=budget.long_term,
+            ctx_cells=run.cells,
+            kv_bytes=run.reader.context.kv_bytes,
+            full_kv_bytes=whole * engine.cell_bytes,
+            prefill_seconds=timings.total,
+            decode_seconds=timings.decode,
+            probe_seconds=timings.probe,
+            score_seconds=timings.score,
+            evict_seconds=timings.evict,
+            first_token_seconds=first - started,
+            prompt_tokens=prompt,
+            generated_tokens=len(reply.tokens),
+            decode_tokens_per_second=len(reply.tokens) / seconds if seconds > 0 else 0.0,
+            seed=engine.seed,
+            ratio=engine.settings.ratio,
+            block_size=engine.settings.block_size,
+            protection_divisor=engine.settings.protection_divisor,
+            positions="compact" if run.compact else "original",
+            kept_per_block=reading.kept_per_block,
+        )
+        del later
+
+    @property
+    def cells_used(self) -> int:
+        """Cells of the cache that are taken."""
+        return self._used
