@@ -1,0 +1,47 @@
+"""Long documents for GGUF models on small memory: LASER-KV on llama.cpp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from laserkv_gguf.budget import Account
+    from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+    from laserkv_gguf.llama.context import ContextOptions
+    from laserkv_gguf.llama.sampler import Sampling
+    from laserkv_gguf.session import Conversation, LaserKV, Reply
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Account",
+    "Cancelled",
+    "ContextOptions",
+    "Conversation",
+    "LaserKV",
+    "LaserKVError",
+    "Reply",
+    "Sampling",
+    "UserError",
+]
+
+_HOMES = {
+    "Account": "budget",
+    "Cancelled": "errors",
+    "ContextOptions": "llama.context",
+    "Conversation": "session",
+    "LaserKV": "session",
+    "LaserKVError": "errors",
+    "Reply": "session",
+    "Sampling": "llama.sampler",
+    "UserError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `--help` and the policies need neither llama.cpp nor Numba."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -191,7 +191,9 @@ def check_settings(ratio: float, block_size: int, divisor: int) -> None:
         UserError: with the remedy in one line.
     """
     if not 0 < ratio <= 1:  # also catches NaN
-        raise UserError(f"--ratio is {ratio:g}; give a fraction above 0 and at most 1, such as 0.25")
+        raise UserError(
+            f"--ratio is {ratio:g}; give a fraction above 0 and at most 1, such as 0.25"
+        )
     if block_size < 1:
         raise UserError(f"--block-size is {block_size}; give a number of tokens such as 4096")
     if divisor < MIN_DIVISOR:

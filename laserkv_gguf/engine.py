@@ -214,7 +214,9 @@ class Reader:
         """Decodes the block on top of what was kept; its tokens see that and each other."""
         needs = self.policy.needs
         wanted: dict[str, tuple[NDArray[Any], int] | None] = {}
-        if block.evicts or not state.last(block):  # keys may be wanted when the next block looks back
+        if block.evicts or not state.last(
+            block
+        ):  # keys may be wanted when the next block looks back
             size = state.budget.block_size + state.look_back
             for kind in ("keys", "values"):
                 if getattr(needs, kind) and not state.budget.keeps_all:

@@ -20,8 +20,8 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama import rope, trial
-from laserkv_gguf.llama.chat import ChatTemplate
+from laserkv_gguf.llama import trial
+from laserkv_gguf.llama.chat import ChatTemplate, Opening
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
@@ -148,6 +148,7 @@ class LaserKV:
                 f"use -b {block_size}, or --block-size {self.options.batch_size}"
             )
         self.ctx_size, self.seed = ctx_size, seed
+        self.ignore_end = False  # llama.cpp's --ignore-eos: generate on past the answer's end
         self._owns_model = not isinstance(model, Model)
         self.model = (
             model
@@ -293,13 +294,12 @@ class LaserKV:
                 f"keeping {settings.ratio:g} of {tokens} tokens needs {cells} positions, more than "
                 f"the {self.model.trained_context} this model was trained for; {remedy}"
             )
-        if self.ctx_size is not None:
-            if cells > self.ctx_size:
-                raise UserError(
-                    f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
-                    f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
-                    "or a smaller --block-size"
-                )
+        if self.ctx_size is not None and cells > self.ctx_size:
+            raise UserError(
+                f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
+                f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
+                "or a smaller --block-size"
+            )
         reader = self._reader_for(self.ctx_size or cells, compact)
         return _Run(budget, cells, reader, compact)
 
@@ -309,8 +309,7 @@ class LaserKV:
         if budget.keeps_all or (wanted == "original" or (wanted == "auto" and not beyond)):
             if beyond:
                 log.warning(
-                    "%d positions are more than the %d this model was trained for: "
-                    "expect nonsense",
+                    "%d positions are more than the %d this model was trained for: expect nonsense",
                     positions,
                     self.model.trained_context,
                 )
@@ -354,9 +353,7 @@ class Answer:
         self.reply = Reply()
         self._pieces = self._locked(conversation.engine, start)
 
-    def _locked(
-        self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]
-    ) -> Iterator[str]:
+    def _locked(self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]) -> Iterator[str]:
         with engine._lock:
             engine._cancelled.clear()
             yield from start(self.reply)
@@ -396,11 +393,19 @@ class Conversation:
         self._pending: list[int] = []  # generated, but not decoded yet
         self._used = 0  # cells
         self._document_tokens: Tokens | None = None
+        self._unread = False  # the document is left out, because reading it was stopped
 
     # reading
 
+    def _opening(self, question: str) -> Opening:
+        return self.engine.template.opening(
+            question, system=self.system, document=bool(self.document) and not self._unread
+        )
+
     def _sequence(self, before: Tokens) -> Tokens:
         """Everything in front of the question."""
+        if self._unread:
+            return before
         if self._document_tokens is None:
             self._document_tokens = self.engine.model.tokenize(self.document or "")
         return np.concatenate((before, self._document_tokens)).astype(np.int32)
@@ -411,12 +416,14 @@ class Conversation:
         Raises:
             UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
         """
-        engine = self.engine
-        with engine._lock:
-            engine._cancelled.clear()
-            opening = engine.template.opening("", system=self.system, document=bool(self.document))
-            tokens = self._sequence(opening.before)
-            return self._read(tokens, None, self._room(len(tokens)), on_progress)
+        self._unread = False
+        with self.engine._lock:
+            self.engine._cancelled.clear()
+            return self._read_unasked(on_progress)
+
+    def _read_unasked(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
+        tokens = self._sequence(self._opening("").before)
+        return self._read(tokens, None, self._room(len(tokens)), on_progress)
 
     def _room(self, tokens: int) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
@@ -431,8 +438,10 @@ class Conversation:
             return max(self.max_tokens, engine.ctx_size - kept)
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
         limit = engine.model.trained_context - kept
-        return room if limit <= 0 or tokens + room <= engine.model.trained_context else min(
-            room, max(limit, self.max_tokens)
+        return (
+            room
+            if limit <= 0 or tokens + room <= engine.model.trained_context
+            else min(room, max(limit, self.max_tokens))
         )
 
     def _read(
@@ -461,9 +470,8 @@ class Conversation:
     ) -> Iterator[str]:
         """Reads with the question in mind and answers it."""
         started = time.perf_counter()
-        opening = self.engine.template.opening(
-            question, system=self.system, document=bool(self.document)
-        )
+        self._unread = False
+        opening = self._opening(question)
         tokens = self._sequence(opening.before)
         self._read(tokens, opening.after, len(opening.after) + self.max_tokens, on_progress)
         yield from self._answer(opening.after, reply, started)
@@ -475,18 +483,16 @@ class Conversation:
     def _turn(self, question: str, reply: Reply) -> Iterator[str]:
         started = time.perf_counter()
         if self.reading is None:
-            self.read()
-        template = self.engine.template
+            self._read_unasked()
         if self.turns == 0:
-            prompt = template.opening(
-                question, system=self.system, document=bool(self.document)
-            ).after
+            prompt = self._opening(question).after
         else:
-            prompt = template.next_turn(question, system=self.system)
+            prompt = self.engine.template.next_turn(question, system=self.system)
         yield from self._answer(prompt, reply, started)
 
     def _answer(self, prompt: Tokens, reply: Reply, started: float) -> Iterator[str]:
-        assert self._run is not None and self.reading is not None
+        assert self._run is not None
+        assert self.reading is not None
         context = self._run.reader.context
         before = (self._position, self._used, list(self._pending))
         prompt = np.concatenate((np.array(self._pending, np.int32), prompt)).astype(np.int32)
@@ -519,7 +525,7 @@ class Conversation:
                 if self.engine._cancelled.is_set():
                     raise Cancelled("cancelled")
                 token = sampler.sample(context.handle)
-                if model.ends_generation(token):
+                if model.ends_generation(token) and not self.engine.ignore_end:
                     reply.finish_reason = "stop"
                     break
                 reply.tokens.append(token)
@@ -541,12 +547,12 @@ class Conversation:
 
     def _fill(self, reply: Reply, prompt: int, started: float, first: float) -> None:
         """Completes the account of an answer."""
-        assert self._run is not None and self.reading is not None
+        assert self._run is not None
+        assert self.reading is not None
         engine, run, reading = self.engine, self._run, self.reading
         budget, timings = reading.budget, reading.timings
         seconds = time.perf_counter() - first
         whole = len(reading.tokens) + self._used - len(reading.kept)
-        later = self.turns > 1
         reply.account = Account(
             policy=engine.policy.name or engine.settings.policy,
             document_tokens=len(reading.tokens),
@@ -576,7 +582,19 @@ class Conversation:
             positions="compact" if run.compact else "original",
             kept_per_block=reading.kept_per_block,
         )
-        del later
+
+    def reset(self) -> None:
+        """Forgets the turns; the document stays as it was read."""
+        if self._run is None or self.reading is None:
+            return
+        self._position, self._used = self.reading.next_position, len(self.reading.kept)
+        self._pending, self.turns = [], 0
+        Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
+
+    def without_document(self) -> None:
+        """Goes on without the document until `read` is called; nothing of it is in the cache."""
+        self.reading, self.turns, self._pending = None, 0, []
+        self._unread = True
 
     @property
     def cells_used(self) -> int:

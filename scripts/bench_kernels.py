@@ -70,7 +70,8 @@ def numpy_collisions(queries: Array, keys: Array) -> Array:
 
     def codes(vectors: Array) -> Array:
         signs = (vectors @ directions >= 0).reshape(*vectors.shape[:-1], TABLES, BITS)
-        return (signs * powers).sum(-1, dtype=np.uint16)
+        packed: Array = (signs * powers).sum(-1, dtype=np.uint16)
+        return packed
 
     mine, theirs = codes(queries), codes(keys)
     total = np.zeros(keys.shape[1])

@@ -40,7 +40,9 @@ def jit(*, parallel: bool = False, inline: bool = False) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         if inline:
-            return cast(F, numba.njit(nogil=True)(function))
+            # Inlined by Numba, before LLVM: a helper compiled on its own would be optimised again
+            # in every library that links it, several times the compile time.
+            return cast(F, numba.njit(nogil=True, inline="always")(function))
         try:
             compiled = numba.njit(parallel=parallel, nogil=True, cache=True)(function)
         except RuntimeError:  # "no locator available": read-only installation without a home

@@ -141,7 +141,6 @@ def _attend(
         for worker in prange(workers):
             for i in range(worker, count, workers):
                 layer, kv_head = divmod(start + i, kv_heads)
-                partial[i, :] = 0.0
                 _attend_head(
                     queries + (layer * tokens * heads + kv_head * group) * dim * FLOAT,
                     keys + layer * layer_stride + kv_head * head_stride,
@@ -159,7 +158,10 @@ def _attend(
                 )
         # In the tasks' order, whoever did them: the same sum for every number of threads.
         for i in range(count):
-            by_layer[(start + i) // kv_heads] += partial[i]
+            # Loops, not slices: Numba would compile each of those as a parallel region.
+            layer = (start + i) // kv_heads
+            for c in range(candidates):
+                by_layer[layer, c] += partial[i, c]
 
 
 @jit(inline=True)
@@ -178,7 +180,7 @@ def _attend_head(
     scratch: int,
     out: int,
 ) -> None:
-    """One kv head of one layer: add its rows' softmax over the candidates to ``out``."""
+    """One kv head of one layer: its rows' softmax over the candidates, summed into ``out``."""
     tiles = (candidates + KEYS_PER_TILE - 1) // KEYS_PER_TILE
     packed = scratch
     tile = packed + block * dim * FLOAT
@@ -188,6 +190,8 @@ def _attend_head(
     total = peak + block * FLOAT
     inverse = total + block * FLOAT
     weight = inverse + block * FLOAT
+    for c in range(candidates):
+        put(out + c * FLOAT, np.float32(0.0))
     for first in range(0, rows, block):
         n = min(block, rows - first)
         vectors = (n + LANES - 1) // LANES

@@ -427,7 +427,6 @@ def _expect(
         for worker in prange(workers):
             for i in range(worker, count, workers):
                 layer, kv_head = divmod(start + i, kv_heads)
-                partial[i, :] = 0.0
                 _expect_head(
                     queries + (layer * tokens * heads + kv_head * group) * dim * FLOAT,
                     keys + layer * layer_stride + kv_head * head_stride,
@@ -444,7 +443,8 @@ def _expect(
                     partial.ctypes.data + i * candidates * FLOAT,
                 )
         for i in range(count):  # in the tasks' order, for one result with any number of threads
-            total += partial[i]
+            for c in range(candidates):
+                total[c] += partial[i, c]
 
 
 @jit(inline=True)
@@ -463,7 +463,7 @@ def _expect_head(
     scratch: int,
     out: int,
 ) -> None:
-    """One kv head of one layer: add (1 - theta / pi) ** bits of all its rows to ``out``."""
+    """One kv head of one layer: (1 - theta / pi) ** bits, its rows summed into ``out``."""
     packed = scratch
     weight = packed + block * dim * FLOAT
     tile = weight + block * FLOAT
@@ -471,6 +471,8 @@ def _expect_head(
     sums = table + KEYS_PER_TILE * block * FLOAT
     mean = sums + dim * 8
     mean_key(keys, stride, candidates, dim, half, tile, sums, mean)
+    for c in range(candidates):
+        put(out + c * FLOAT, np.float32(0.0))
     for first in range(0, rows, block):
         n = min(block, rows - first)
         vectors = (n + LANES - 1) // LANES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from jinja2 import TemplateError
@@ -56,7 +57,9 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"the chat template of {model.path.name} is broken: {error}") from error
 
-    def opening(self, question: str, *, system: str | None = None, document: bool = True) -> Opening:
+    def opening(
+        self, question: str, *, system: str | None = None, document: bool = True
+    ) -> Opening:
         """The first turn, cut at the document (or where one would stand)."""
         turn = {"role": "user", "content": _DOCUMENT + _QUESTION}
         before, after = _cut(self._render([*self._system(system), turn]), _DOCUMENT)
@@ -64,7 +67,9 @@ class ChatTemplate:
         bos = self.model.bos
         if self.model.adds_bos and bos >= 0 and (not len(head) or head[0] != bos):
             head = np.concatenate(([np.int32(bos)], head))
-        return Opening(head, self._tokens(after, None, SEPARATOR + question if document else question))
+        return Opening(
+            head, self._tokens(after, None, SEPARATOR + question if document else question)
+        )
 
     def next_turn(self, question: str, *, system: str | None = None) -> Tokens:
         """What follows an answer up to the next one, from the token that ends the answer."""
@@ -83,7 +88,7 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
-            return str(self._format(messages=messages).prompt)
+            return str(self._format(messages=cast(Any, messages)).prompt)
         except (TemplateError, ValueError) as error:
             if messages[0]["role"] == "system":  # some templates know no system role: say it first
                 rest = [dict(message) for message in messages[1:]]

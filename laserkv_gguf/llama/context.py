@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as L
 import numpy as np
@@ -121,7 +122,7 @@ class Context:
         self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
-        self.handle = None
+        self.handle: Any = None
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())
@@ -144,7 +145,7 @@ class Context:
 
     def _params(self) -> L.llama_context_params:
         options = self.options
-        params = L.llama_context_default_params()
+        params: L.llama_context_params = L.llama_context_default_params()
         params.n_ctx = self.cells
         params.n_batch = options.batch_size
         params.n_ubatch = min(options.ubatch_size, options.batch_size)
@@ -156,7 +157,7 @@ class Context:
         params.type_v = CACHE_TYPES[options.type_v]
         params.flash_attn_type = options.flash_type(self.model.gpu_layers != 0)
         params.cb_eval = L.ggml_backend_sched_eval_callback(self.probe.callback)
-        params.cb_eval_user_data = self.probe.user_data
+        params.cb_eval_user_data = ctypes.c_void_p(self.probe.user_data)
         params.no_perf = True
         return params
 
@@ -318,7 +319,8 @@ class _Batch:
         self._sequences = np.zeros(size, np.int32)
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
         self._steps = np.arange(size, dtype=np.int32)
-        batch = self.batch = L.llama_batch()
+        self.batch = L.llama_batch()
+        batch: Any = self.batch
         int32_p = ctypes.POINTER(ctypes.c_int32)
         batch.token = self.tokens.ctypes.data_as(int32_p)
         batch.pos = self.positions.ctypes.data_as(int32_p)

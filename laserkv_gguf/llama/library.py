@@ -31,7 +31,7 @@ _pending: list[str] = []
 _pending_level = logging.DEBUG
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+@llama_cpp.llama_log_callback
 def _on_log(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
     global _pending_level
     if level != 5:
@@ -72,18 +72,24 @@ def recorded() -> Iterator[list[str]]:
 
 @cache
 def library_folder() -> Path:
+    """Where llama-cpp-python keeps its shared libraries."""
     return Path(llama_cpp.__file__).parent / "lib"
 
 
 @cache
 def ggml_base() -> ctypes.CDLL:
     """libggml-base, which holds tensors and backends' generic functions."""
-    return _ctypes_extensions.load_shared_library("ggml-base", library_folder())
+    return _load("ggml-base")
 
 
 @cache
 def _ggml() -> ctypes.CDLL:
-    return _ctypes_extensions.load_shared_library("ggml", library_folder())
+    return _load("ggml")
+
+
+def _load(name: str) -> ctypes.CDLL:
+    library: ctypes.CDLL = _ctypes_extensions.load_shared_library(name, library_folder())
+    return library
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from laserkv_gguf.llama.library import ggml_base
+
+types: Any = numba.types  # Numba's annotations do not cover what is done here
+carray: Any = getattr(numba, "carray")  # noqa: B009
 
 # Addresses are passed as integers, which Numba can calculate with and C cannot tell apart.
 _ggml_get_name = types.ExternalFunction("ggml_get_name", types.voidptr(types.uint64))
@@ -59,7 +62,7 @@ def _to_half(_context: Any, value: Any) -> Any:
     return types.uint16(types.float32), code
 
 
-@njit
+@numba.njit
 def _layer_of(name: Any) -> int:
     """The number behind "Qcur-", or -1."""
     layer = -1
@@ -74,7 +77,7 @@ def _layer_of(name: Any) -> int:
 
 
 @intrinsic
-def _pointer(_context: Any, address: Any, to: Any) -> Any:
+def _pointer(_context: Any, address: Any, to: Any = None) -> Any:
     """An integer as a pointer to values of the type that `to` has."""
     target = types.CPointer(to)
 
@@ -84,7 +87,7 @@ def _pointer(_context: Any, address: Any, to: Any) -> Any:
     return target(address, to), code
 
 
-def _on_node(tensor: int, ask: int, user: Any) -> int:
+def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
     control = carray(user, (_RECORDS + 3 * _SEEN,), np.int64)
     if control[_ARMED] == 0:
         return 0
@@ -170,10 +173,11 @@ def _native() -> tuple[int, int]:
     for symbol in _SYMBOLS:
         address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
         llvm.add_symbol(symbol, address)
+    cfunc: Any = numba.cfunc
     node = cfunc(types.uint8(types.uint64, types.uint8, types.voidptr), cache=True)(_on_node)
     abort = cfunc(types.uint8(types.voidptr), cache=True)(_should_abort)
     _keep_alive.extend((node, abort))
-    return node.address, abort.address
+    return int(node.address), int(abort.address)
 
 
 _keep_alive: list[Any] = []
@@ -285,7 +289,11 @@ class Probe:
         shape = (self.layers, array.shape[1], row // self.head_dim, self.head_dim)
         if array.shape != shape or array.dtype not in (np.float32, np.float16):
             raise ValueError(f"{kind} go into {shape} of float32 or float16, not {array.shape}")
-        if array.strides[1:] != (row * array.itemsize, self.head_dim * array.itemsize, array.itemsize):
+        if array.strides[1:] != (
+            row * array.itemsize,
+            self.head_dim * array.itemsize,
+            array.itemsize,
+        ):
             raise ValueError(f"the rows of the array for {kind} must be contiguous")
         self._control[at + _WANTED] = self._seen[_KINDS[kind]].ctypes.data
         self._control[at + _ADDRESS] = array.ctypes.data

@@ -74,7 +74,9 @@ class Policy(ABC):
         return Budget(tokens, block_size, ratio, divisor)
 
 
-def checked(policy: Policy, chosen: NDArray[Any], candidates: Candidates, budget: int) -> Any:
+def checked(
+    policy: Policy, chosen: NDArray[Any], candidates: Candidates, budget: int
+) -> NDArray[np.int64]:
     """The choice in ascending order, or an error that names the policy.
 
     Raises:

@@ -52,7 +52,8 @@ class Laser(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.queries is not None and candidates.keys is not None
+        assert candidates.queries is not None
+        assert candidates.keys is not None
         exact = math.floor(self.alpha * budget + 0.5)
         kept = np.zeros(candidates.count, bool)
         if exact:

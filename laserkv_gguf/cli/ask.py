@@ -1,0 +1,76 @@
+"""`ask`: one question, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Optional
+
+from typer import Option
+
+from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
+from laserkv_gguf.errors import UserError
+
+
+@with_options(EngineOptions, SamplingOptions)
+def ask(
+    options: EngineOptions,
+    sampling: SamplingOptions,
+    question: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("-q", "--question", "-p", "--prompt", help="What to ask."),
+    ] = None,
+    document: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("-d", "--document", help="Text, Markdown or PDF to ask about; - is standard input."),
+    ] = None,
+    system: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("-sys", "--system", help="System prompt."),
+    ] = None,
+    as_json: Annotated[
+        bool, Option("--json", help="Print one object: answer, finish_reason, account.")
+    ] = False,
+) -> None:
+    """Ask one question, about documents of any length or none."""
+    if not question or not question.strip():
+        raise UserError('no question; use --question "…"')
+    text = documents.load(document or [])
+    bar = terminal.ReadingBar()
+    with options.engine() as engine:
+        try:
+            stream = None
+            with bar.shown() as on_progress:
+                stream = engine.stream(
+                    question,
+                    document=text,
+                    system=system,
+                    max_tokens=sampling.predict,
+                    sampling=sampling.sampling(options.seed),
+                    on_progress=on_progress,
+                )
+                first = next(iter(stream), "")
+            for piece in _chain(first, stream):
+                if not as_json:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if bar.read < bar.total:
+                terminal.note(bar.stopped)
+            elif not as_json:
+                print(flush=True)
+            raise
+        reply = stream.reply
+    if as_json:
+        answer = {"answer": reply.text, "finish_reason": reply.finish_reason}
+        print(json.dumps({**answer, "account": reply.account.as_dict()}, ensure_ascii=False))
+        return
+    print(flush=True)
+    if sys.stderr.isatty():
+        terminal.dim(terminal.account_line(reply.account))
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest

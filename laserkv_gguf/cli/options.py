@@ -1,0 +1,203 @@
+"""Flags that several commands share, told once. llama.cpp's own wherever it has one."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+from typer import Option
+
+if TYPE_CHECKING:
+    from laserkv_gguf.session import LaserKV, Sampling
+
+
+@dataclass
+class EngineOptions:
+    """Model, context and compression."""
+
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        Option(
+            "-m",
+            "--model",
+            help="GGUF file, or a name of models.txt; without it the embedded SmolLM2-135M.",
+        ),
+    ] = None
+    ctx_size: Annotated[
+        int, Option("-c", "--ctx-size", help="Cells of the KV cache; 0: what the run needs.")
+    ] = 0
+    gpu_layers: Annotated[
+        int, Option("-ngl", "--gpu-layers", help="Layers on the GPU; -1: all where there is one.")
+    ] = -1
+    flash_attn: Annotated[
+        str, Option("-fa", "--flash-attn", help="on, off or auto (off on a CPU).")
+    ] = "auto"
+    cache_type_k: Annotated[
+        str, Option("-ctk", "--cache-type-k", help="Type of cached keys: f16, q8_0, …")
+    ] = "f16"
+    cache_type_v: Annotated[
+        str, Option("-ctv", "--cache-type-v", help="Type of cached values.")
+    ] = "f16"
+    batch_size: Annotated[
+        int,
+        Option("-b", "--batch-size", help="Most tokens of one decode; 0: at least a block."),
+    ] = 0
+    ubatch_size: Annotated[
+        int, Option("-ub", "--ubatch-size", help="Tokens computed at a time.")
+    ] = 512
+    threads: Annotated[int, Option("-t", "--threads", help="Threads; 0: the physical cores.")] = 0
+    seed: Annotated[int, Option("-s", "--seed", help="Of sampling, hashing and `random`.")] = 0
+    policy: Annotated[
+        str, Option("--policy", help="How tokens are chosen: laser, exact, full, …")
+    ] = "laser"
+    ratio: Annotated[
+        float, Option("--ratio", help="Fraction of the tokens to keep, above 0 to 1.")
+    ] = 0.25
+    block_size: Annotated[
+        int, Option("--block-size", help="Tokens read before the next eviction (S).")
+    ] = 4096
+    protection_divisor: Annotated[
+        int,
+        Option("--protection-divisor", help="Anchors and window get 1/n of a block's budget each."),
+    ] = 4
+    alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        Option("--alpha", help="Share of the pool chosen by exact attention (0.75)."),
+    ] = None
+    lookahead: Annotated[
+        int, Option("--lookahead", help="Tokens drafted after the question to probe with.")
+    ] = 16
+    probe_tokens: Annotated[
+        int, Option("--probe-tokens", help="Last tokens of the question that probe; 0: all.")
+    ] = 8
+    pool: Annotated[
+        Optional[int],  # noqa: UP045
+        Option("--pool", help="Neighbours that scores are averaged over (7); 1: none."),
+    ] = None
+    hash_bits: Annotated[
+        Optional[int],  # noqa: UP045
+        Option("--hash-bits", help="Bits of a hash signature (8)."),
+    ] = None
+    hash_tables: Annotated[
+        Optional[int],  # noqa: UP045
+        Option("--hash-tables", help="Hash tables (32)."),
+    ] = None
+    positions: Annotated[
+        str,
+        Option("--positions", help="auto, original or compact (re-rotate keys to close gaps)."),
+    ] = "auto"
+    debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
+
+    def settings(self) -> dict[str, Any]:
+        """What LaserKV takes as settings."""
+        names = (
+            "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
+            "hash_bits hash_tables positions"
+        )
+        return {name: getattr(self, name) for name in names.split()}
+
+    def engine(self, **changes: Any) -> LaserKV:
+        """Makes the engine.
+
+        Args:
+            **changes: settings, or a loaded `model`, other than the flags say.
+
+        Raises:
+            UserError: unusable flags or model.
+        """
+        log_to_stderr(self.debug)
+        from laserkv_gguf import models
+        from laserkv_gguf.llama.context import ContextOptions
+        from laserkv_gguf.session import LaserKV
+
+        settings = {**self.settings(), **changes}
+        model = settings.pop("model", None) or models.find(self.model)
+        context = ContextOptions(
+            batch_size=self.batch_size or max(2048, settings["block_size"]),
+            ubatch_size=self.ubatch_size,
+            type_k=self.cache_type_k,
+            type_v=self.cache_type_v,
+            flash_attn=self.flash_attn,
+            threads=self.threads or None,
+        )
+        return LaserKV(
+            model,
+            gpu_layers=self.gpu_layers if self.gpu_layers >= 0 else None,
+            ctx_size=self.ctx_size or None,
+            context=context,
+            seed=self.seed,
+            **settings,
+        )
+
+
+@dataclass
+class SamplingOptions:
+    """How an answer is sampled."""
+
+    predict: Annotated[
+        int, Option("-n", "--predict", "--n-predict", help="Most tokens of an answer.")
+    ] = 512
+    temp: Annotated[float, Option("--temp", help="Temperature; 0: always the likeliest token.")] = (
+        0.0
+    )
+    top_k: Annotated[int, Option("--top-k", help="Sample from the k likeliest; 0: all.")] = 40
+    top_p: Annotated[float, Option("--top-p", help="Sample from this much probability.")] = 0.95
+    min_p: Annotated[
+        float, Option("--min-p", help="Drop tokens below this share of the likeliest.")
+    ] = 0.05
+
+    def sampling(self, seed: int) -> Sampling:
+        from laserkv_gguf.llama.sampler import Sampling
+
+        return Sampling(self.temp, self.top_k, self.top_p, self.min_p, seed)
+
+
+def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the flags of option groups to a command, which gets one object of each group first."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**values: Any) -> Any:
+            made = [
+                group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups
+            ]
+            return command(*made, **values)
+
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters = list(own.values())[len(groups) :]
+        for group in groups:
+            hints = typing.get_type_hints(group, include_extras=True)
+            for item in fields(group):
+                parameters.append(
+                    inspect.Parameter(
+                        item.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=inspect.Parameter.empty
+                        if item.default is MISSING
+                        else item.default,
+                        annotation=hints[item.name],
+                    )
+                )
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def log_to_stderr(debug: bool) -> None:
+    """Warnings as one line each on stderr; with `debug` everything, llama.cpp's log included."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(name)s: %(message)s" if debug else "warning: %(message)s",
+        force=True,
+    )
+    if debug:
+        logging.getLogger("numba").setLevel(logging.WARNING)

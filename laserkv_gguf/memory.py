@@ -1,0 +1,31 @@
+"""Resident memory of this process, in bytes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def reset_peak_rss() -> bool:
+    """Starts the peak anew (Linux); False where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss() -> int | None:
+    """The highest resident memory since the last reset or, elsewhere, since the start."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
