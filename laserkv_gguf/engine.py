@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
 from laserkv_gguf.llama import rope
+from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
@@ -32,7 +33,8 @@ class ProbeSettings:
     """How a block is asked what the question needs of it.
 
     Attributes:
-        tokens: of the question, the last so many join the probe; 0 for all of them.
+        tokens: of the question's own text, the last so many join the probe, and with them what the
+            template puts after it; 0 for everything after the document.
         lookahead: tokens drafted after the question while the block is whole; they join too.
         observation: where no question is known, the block's own last tokens ask instead
             (SnapKV, arXiv 2404.14469).
@@ -105,7 +107,7 @@ class _State:
 
     tokens: Tokens
     budget: Budget
-    question: Tokens | None
+    question: Prompt | None
     on_progress: Callable[[Progress], None] | None
     look_back: int = 0  # rows in front of a block's, for the window before it
     shift: int = 0  # how far compacting has just moved the window
@@ -155,7 +157,7 @@ class Reader:
         self,
         tokens: Tokens,
         budget: Budget,
-        question: Tokens | None = None,
+        question: Prompt | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Reading:
@@ -251,7 +253,9 @@ class Reader:
         if state.question is None:
             return self._array("queries", min(self.settings.observation, block.tokens))
         question, lookahead = state.question, self.settings.lookahead
-        asking = min(self.settings.tokens or len(question), len(question))
+        asking = len(question)
+        if self.settings.tokens:
+            asking = min(self.settings.tokens + question.ending, asking)
         queries = self._array("queries", asking + lookahead)
         with state.timings.spent("probe"):
             self.main.share_with(self.scratch)
@@ -262,13 +266,13 @@ class Reader:
         return np.ascontiguousarray(queries[:, : asking + drafted])
 
     def _draft(
-        self, state: _State, question: Tokens, asking: int, queries: NDArray[np.float32]
+        self, state: _State, question: Prompt, asking: int, queries: NDArray[np.float32]
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number."""
         context, position = self.context, self._position(state)
         lookahead = self.settings.lookahead
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
-            context.decode(question, position, PROBE, outputs=1 if lookahead else 0)
+            context.decode(question.tokens, position, PROBE, outputs=1 if lookahead else 0)
         position += len(question)
         for index in range(lookahead):
             token = int(context.logits().argmax())

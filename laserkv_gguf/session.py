@@ -21,7 +21,7 @@ from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import trial
-from laserkv_gguf.llama.chat import ChatTemplate, Opening
+from laserkv_gguf.llama.chat import ChatTemplate, Opening, Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
@@ -447,7 +447,7 @@ class Conversation:
     def _read(
         self,
         tokens: Tokens,
-        question: Tokens | None,
+        question: Prompt | None,
         reply: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> Reading:
@@ -490,12 +490,12 @@ class Conversation:
             prompt = self.engine.template.next_turn(question, system=self.system)
         yield from self._answer(prompt, reply, started)
 
-    def _answer(self, prompt: Tokens, reply: Reply, started: float) -> Iterator[str]:
+    def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
         assert self._run is not None
         assert self.reading is not None
         context = self._run.reader.context
         before = (self._position, self._used, list(self._pending))
-        prompt = np.concatenate((np.array(self._pending, np.int32), prompt)).astype(np.int32)
+        prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
         room = context.cells - self._used - len(prompt)
         if room < 1:
             raise UserError(

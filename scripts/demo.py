@@ -16,7 +16,7 @@ import sys
 import environment
 
 DOCUMENT = environment.PROJECT / environment.PACKAGE / "data" / "sample.txt"
-QUESTION = "What is this text about?"
+QUESTION = "What is the number of the safe?"
 EXTRAS = ("model", "pdf")
 
 

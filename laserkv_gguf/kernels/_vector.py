@@ -368,7 +368,7 @@ def _agree(e: _Emit, args: Sequence[Any]) -> None:
             for coefficient in _ACOS[-2::-1]:
                 y = e.muladd(y, size, e.constant(coefficient))
             angle = b.fmul(y, e.sqrt(b.fsub(one, size)))  # in half turns
-            b.store(b.fsub(one, angle), square)
+            b.store(b.select(negative, angle, b.fsub(one, angle)), square)
             b.store(one, power)
             with cgutils.for_range(b, digits, intp=_I64) as digit:
                 odd = b.trunc(b.lshr(bits, digit.index), ir.IntType(1))

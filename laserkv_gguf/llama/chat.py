@@ -27,11 +27,28 @@ SEPARATOR = "\n\n"  # between document and question, inside the user's turn
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What is decoded up to where an answer starts.
+
+    Attributes:
+        tokens: int32 ids of the question with the template around it.
+        ending: how many of them come after the question's own text: the template's part that ends
+            the turn and begins the answer.
+    """
+
+    tokens: Tokens
+    ending: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
 class Opening:
-    """The first turn: `before` the document, and `after` it with the question (token ids)."""
+    """The first turn: the tokens before the document, and what follows it."""
 
     before: Tokens
-    after: Tokens
+    after: Prompt
 
 
 class ChatTemplate:
@@ -63,15 +80,13 @@ class ChatTemplate:
         """The first turn, cut at the document (or where one would stand)."""
         turn = {"role": "user", "content": _DOCUMENT + _QUESTION}
         before, after = _cut(self._render([*self._system(system), turn]), _DOCUMENT)
-        head = self._tokens(before, system, "")
+        head = self._tokens(before, system)
         bos = self.model.bos
         if self.model.adds_bos and bos >= 0 and (not len(head) or head[0] != bos):
             head = np.concatenate(([np.int32(bos)], head))
-        return Opening(
-            head, self._tokens(after, None, SEPARATOR + question if document else question)
-        )
+        return Opening(head, self._prompt(after, SEPARATOR + question if document else question))
 
-    def next_turn(self, question: str, *, system: str | None = None) -> Tokens:
+    def next_turn(self, question: str, *, system: str | None = None) -> Prompt:
         """What follows an answer up to the next one, from the token that ends the answer."""
         rendered = self._render(
             [
@@ -81,7 +96,12 @@ class ChatTemplate:
                 {"role": "user", "content": _QUESTION},
             ]
         )
-        return self._tokens(_cut(rendered, _ANSWER)[1], None, question)
+        return self._prompt(_cut(rendered, _ANSWER)[1], question)
+
+    def _prompt(self, rendered: str, question: str) -> Prompt:
+        before, ending = (self._tokens(part, None) for part in _cut(rendered, _QUESTION))
+        asked = self.model.tokenize(question)
+        return Prompt(np.concatenate((before, asked, ending)).astype(np.int32), len(ending))
 
     def _system(self, system: str | None) -> list[dict[str, str]]:
         return [{"role": "system", "content": _SYSTEM}] if system else []
@@ -98,14 +118,14 @@ class ChatTemplate:
                 f"the chat template of {self.model.path.name} fails: {error}"
             ) from error
 
-    def _tokens(self, rendered: str, system: str | None, question: str) -> Tokens:
-        """Tokenises template parts with control tokens and contents without."""
-        parts: list[Tokens] = []
-        contents = {_QUESTION: question, _SYSTEM: system or ""}
-        for text, is_content in _pieces(rendered, contents):
-            if text:
-                parts.append(self.model.tokenize(text, special=not is_content))
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+    def _tokens(self, rendered: str, system: str | None) -> Tokens:
+        """Tokenises the template's parts with control tokens, and the system prompt without."""
+        before, found, after = rendered.partition(_SYSTEM)
+        parts = [self.model.tokenize(before, special=True)]
+        if found:
+            parts.append(self.model.tokenize(system or ""))
+            parts.append(self.model.tokenize(after, special=True))
+        return np.concatenate(parts)
 
 
 def _cut(rendered: str, mark: str) -> tuple[str, str]:
@@ -113,20 +133,3 @@ def _cut(rendered: str, mark: str) -> tuple[str, str]:
     if not found:
         raise UserError("the model's chat template drops what the user says; it cannot be used")
     return before, after
-
-
-def _pieces(rendered: str, contents: dict[str, str]) -> list[tuple[str, bool]]:
-    """Splits rendered text at the marks: (text, whether it is content)."""
-    pieces = [(rendered, False)]
-    for mark, content in contents.items():
-        split: list[tuple[str, bool]] = []
-        for text, is_content in pieces:
-            if is_content:
-                split.append((text, True))
-                continue
-            before, found, after = text.partition(mark)
-            split.append((before, False))
-            if found:
-                split.extend([(content, True), (after, False)])
-        pieces = split
-    return pieces

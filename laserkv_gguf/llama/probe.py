@@ -52,7 +52,7 @@ _KINDS = {"queries": 0, "keys": 1, "values": 2}
 
 
 @intrinsic
-def _to_half(_context: Any, value: Any) -> Any:
+def _half_bits(_context: Any, value: Any) -> Any:
     """float32 to the bits of a float16, in one instruction where the processor has it."""
 
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -60,6 +60,9 @@ def _to_half(_context: Any, value: Any) -> Any:
         return builder.bitcast(half, ir.IntType(16))
 
     return types.uint16(types.float32), code
+
+
+_to_half: Any = _half_bits
 
 
 @numba.njit
@@ -77,7 +80,7 @@ def _layer_of(name: Any) -> int:
 
 
 @intrinsic
-def _pointer(_context: Any, address: Any, to: Any = None) -> Any:
+def _as_pointer(_context: Any, address: Any, to: Any) -> Any:
     """An integer as a pointer to values of the type that `to` has."""
     target = types.CPointer(to)
 
@@ -85,6 +88,9 @@ def _pointer(_context: Any, address: Any, to: Any = None) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(target))
 
     return target(address, to), code
+
+
+_pointer: Any = _as_pointer
 
 
 def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
