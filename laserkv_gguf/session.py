@@ -159,10 +159,13 @@ class LaserKV:
         self._context: Context | None = None
         self._reader: Reader | None = None
         self._lock = threading.RLock()
+        self._warming: threading.Thread | None = None
         self._cancelled = threading.Event()
 
     def close(self) -> None:
         """Frees the context, and the model if it was loaded here."""
+        if self._warming:
+            self._warming.join()
         if self._context:
             self._context.close()
             self._context = self._reader = None
@@ -301,7 +304,17 @@ class LaserKV:
                 "or a smaller --block-size"
             )
         reader = self._reader_for(self.ctx_size or cells, compact)
+        if not budget.keeps_all and self._warming is None:
+            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
+            self._warming.start()
         return _Run(budget, cells, reader, compact)
+
+    def _warm_up(self) -> None:
+        """Compiles the policy's kernels while the first block is decoded."""
+        try:
+            self.policy.warm_up()
+        except Exception as error:  # the block loop will meet it too, and say so
+            log.debug("cannot compile ahead: %s", error)
 
     def _compacts(self, budget: Budget, positions: int) -> bool:
         wanted = self.settings.positions

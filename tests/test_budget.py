@@ -42,7 +42,9 @@ def test_budgets_of_the_design(tokens: int, expected: int) -> None:
 
 
 @given(lengths(), RATIOS, DIVISORS)
-def test_block_budget_is_floored_exactly(shape: tuple[int, int], ratio: float, divisor: int) -> None:
+def test_block_budget_is_floored_exactly(
+    shape: tuple[int, int], ratio: float, divisor: int
+) -> None:
     """Against integers: thousandths of a ratio are exact, whatever their float is."""
     (tokens, size), thousandths = shape, round(1000 * ratio)
     assert Budget(tokens, size, ratio, divisor).block == (

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,12 +23,13 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
-from tiny import TinySpec, Weights, forward, make, random_tokens, visibility
+from tiny import TinySpec, forward, make, random_tokens, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, LaserKVError
+from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
@@ -54,7 +58,8 @@ class Loaded:
         self.model = Model(path, gpu_layers=0, extra_buffers=False)
         everything = random_tokens(TOKENS + 60, spec).astype(np.int32)
         self.tokens, self.later = everything[:TOKENS], everything[TOKENS : TOKENS + 40]
-        self.question = everything[TOKENS + 40 : TOKENS + 52]
+        # 14 tokens, the last 4 of them the template's: with 8 of the text's that makes 12
+        self.question = Prompt(everything[TOKENS + 40 : TOKENS + 54], ending=4)
 
     def context(self, **options: Any) -> Watched:
         return Watched(self.model, 512, replace(OPTIONS, **options))
@@ -146,6 +151,8 @@ class Recorder(Policy):
     def kept(self, budget: Budget, blocks: int | None = None) -> list[int]:
         """What must be held after so many blocks: anchors, what was chosen, and the window."""
         last = budget.blocks[len(budget.blocks) - 1 if blocks is None else blocks - 1]
+        if budget.keeps_all:
+            return list(range(last.end))
         held = set(range(min(budget.anchors, last.end)))
         held |= set(range(max(last.end - budget.window, 0), last.end))
         for block in budget.blocks[: last.index + 1]:
@@ -202,7 +209,9 @@ class Cache:
             normed = tiny._rms_norm(stream, weights[block + "ffn_norm.weight"], spec.rms_eps)
             gate = tiny._linear(weights, block + "ffn_gate", normed)
             up = tiny._linear(weights, block + "ffn_up", normed)
-            stream = stream + tiny._linear(weights, block + "ffn_down", gate / (1 + np.exp(-gate)) * up)
+            stream = stream + tiny._linear(
+                weights, block + "ffn_down", gate / (1 + np.exp(-gate)) * up
+            )
         self.raw, self.values = np.stack(raw), np.stack(values)
         normed = tiny._rms_norm(stream, weights["output_norm.weight"], spec.rms_eps)
         return normed @ weights["output.weight"].T, np.stack(queries)
@@ -222,12 +231,12 @@ class Cache:
         return np.stack([self.turned(layer[rows], where) for layer in self.raw])
 
     def asked(
-        self, question: NDArray[Any], settings: ProbeSettings
+        self, question: Prompt, settings: ProbeSettings
     ) -> tuple[NDArray[np.float64], list[int]]:
         """What the lookahead probe must see: queries of the question's end and greedy drafts."""
         scratch, at = copy.deepcopy(self), int(self.positions[-1]) + 1
-        logits, queries = scratch.decode(question, at)
-        asking = settings.tokens or len(question)
+        logits, queries = scratch.decode(question.tokens, at)
+        asking = settings.tokens + question.ending if settings.tokens else len(question)
         found, drafts = [queries[:, -asking:]], []
         for index in range(settings.lookahead):
             drafts.append(int(logits[-1].argmax()))
@@ -364,42 +373,22 @@ def test_the_moving_cache_is_the_forward_pass(compact: bool, loaded: dict[str, L
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", TOLERANCE), ("f16", 0.02)])
-def test_one_compaction_in_one_forward_pass(
-    kind: str, tolerance: float, loaded: dict[str, Loaded]
-) -> None:
+def test_one_compaction_in_one_forward_pass(kind: str, tolerance: float, tmp_path: Path) -> None:
     """One layer's keys do not depend on what it saw: its tokens' new positions say it all."""
-    one = loaded["llama"]
-    spec = replace(one.spec, layers=1)
-    weights: Weights = {k: w for k, w in one.weights.items() if "blk" not in k or "blk.0." in k}
-    tokens = one.tokens[:60]
-    with make_model(spec) as model, Watched(model, 256, replace(OPTIONS, type_k=kind)) as context:
-        recorder = Recorder(policies.make("random"))
-        budget = Budget(60, 48, 0.5)
-        reading = Reader(context, recorder, SHORT, compact=True).read(tokens, budget)
+    one = Loaded(tmp_path, TinySpec(layers=1))
+    tokens, budget, policy = one.tokens[:60], Budget(60, 48, 0.5), policies.make("random")
+    with one.model, one.context(type_k=kind, type_v=kind) as context:
+        reading = Reader(context, policy, SHORT, compact=True).read(tokens, budget)
         logits = continued(context, reading, one.later)
-    count = len(reading.kept)
-    positions = np.arange(60 + len(one.later))
+    count, everything = len(reading.kept), np.concatenate((tokens, one.later))
+    positions = np.arange(len(everything))
     positions[60:] = count + np.arange(len(one.later))
     positions[reading.kept] = np.arange(count)
-    evicted = dict.fromkeys(set(range(60)) - set(reading.kept.tolist()), 60)
-    everything = np.concatenate((tokens, one.later))
-    # all of a single layer's keys and values come from the embeddings
-    truth = forward(
-        weights, spec, everything, positions, visibility(len(everything), evicted)
-    ).logits[60:]
+    hidden = visibility(len(everything), dict.fromkeys({*range(60)} - {*reading.kept.tolist()}, 60))
+    truth = forward(one.weights, one.spec, everything, positions, hidden).logits[60:]
     assert error(logits, truth) < tolerance
-    stay = forward(weights, spec, everything, None, visibility(len(everything), evicted)).logits
-    assert error(logits, stay[60:]) > 0.1
-
-
-class make_model(Model):  # noqa: N801 (a function by use)
-    """A model made for one test."""
-
-    def __init__(self, spec: TinySpec) -> None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            super().__init__(make(folder, spec=spec).path, gpu_layers=0, extra_buffers=False)
+    stay = forward(one.weights, one.spec, everything, None, hidden).logits[60:]
+    assert error(logits, stay) > 0.1  # that positions moved is felt
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -507,8 +496,8 @@ def test_lookahead_probe_sees_question_and_drafts(
     for block, seen in zip(budget.blocks, recorder.seen, strict=True):
         start = len(cache.positions) if compact else block.start
         cache.decode(one.tokens[block.start : block.end], start, block.start)
-        asking = min(settings.tokens or 12, 12)
-        truth, _ = cache.asked(one.question, replace(settings, tokens=asking))
+        truth, _ = cache.asked(one.question, settings)
+        assert truth.shape[1] == settings.lookahead + {8: 12, 1: 5, 0: 14, 99: 14}[settings.tokens]
         assert seen.queries.shape == truth.shape
         assert np.abs(seen.queries - truth).max() < 1e-3
         cache.keep(recorder.kept(budget, block.index + 1), compact=compact)
@@ -526,14 +515,14 @@ def test_lookahead_probe_in_one_forward_pass(loaded: dict[str, Loaded]) -> None:
     with one.context() as context:
         Reader(context, recorder, SHORT).read(one.tokens, budget, one.question)
     for block, seen in zip(budget.blocks, recorder.seen, strict=True):
-        tokens = np.concatenate((one.tokens[: block.end], one.question))
+        tokens = np.concatenate((one.tokens[: block.end], one.question.tokens))
         for _ in range(SHORT.lookahead):
             mask = visibility(len(tokens), evicted)
             logits = forward(one.weights, one.spec, tokens, visible=mask).logits[-1]
             tokens = np.append(tokens, logits.argmax())
         mask = visibility(len(tokens), evicted)
         queries = forward(one.weights, one.spec, tokens, visible=mask).queries
-        rows = queries[:, block.end + len(one.question) - 8 :]
+        rows = queries[:, block.end + len(one.question) - 12 :]
         assert np.abs(seen.queries - rows).max() < 1e-3
         kept = {*recorder.kept(budget, block.index + 1)}
         for token in {*range(block.end)} - kept - {*evicted}:
@@ -558,7 +547,7 @@ def test_drafts_end_where_the_answer_does(
             one.tokens, Budget(TOKENS, SIZE, RATIO), one.question
         )
         assert_only_main(context)
-    assert [seen.queries.shape[1] for seen in recorder.seen] == [8 + 2] * 4
+    assert [seen.queries.shape[1] for seen in recorder.seen] == [12 + 2] * 4
     assert all(np.isfinite(seen.queries).all() for seen in recorder.seen)
     cache = Cache(one)
     cache.decode(one.tokens[:SIZE], 0)
@@ -641,30 +630,25 @@ def test_planned_cells_are_enough_and_needed(
     assert (budget.kept + reply < cells) == reading_is_most
     later = np.tile(one.later, 3)[:reply]
 
-    def run(free: int) -> tuple[list[int], NDArray[Any] | None]:
-        with crowded(one, free) as context:
-            reader = Reader(context, made, SHORT, compact=compact)
-            try:
-                reading = reader.read(one.tokens, budget, one.question)
-                context.decode(later, reading.next_position, MAIN, outputs=1)
-            except LaserKVError as caught:
-                assert "cache" in str(caught)
-                assert "full" in str(caught)
-                if reading_is_most:
-                    assert_empty(context)
-                return [], None
-            return reading.kept.tolist(), context.logits()
-
-    kept, logits = run(cells)
-    assert len(kept) == budget.kept
-    with one.context() as context:  # holes and a crowd change nothing
+    def run(context: Watched) -> tuple[list[int], NDArray[Any]]:
         reading = Reader(context, made, SHORT, compact=compact).read(
             one.tokens, budget, one.question
         )
         context.decode(later, reading.next_position, MAIN, outputs=1)
-        assert reading.kept.tolist() == kept
-        assert error(logits, context.logits()) < 1e-5
-    assert run(cells - 1) == ([], None)
+        return reading.kept.tolist(), context.logits()
+
+    with crowded(one, cells) as context:
+        kept, logits = run(context)
+    assert len(kept) == budget.kept
+    with one.context() as context:  # holes and a crowd change nothing
+        roomy, expected = run(context)
+    assert roomy == kept
+    assert error(logits, expected) < 1e-5
+    with crowded(one, cells - 1) as context:
+        with pytest.raises(LaserKVError, match=r"cache .* is full"):
+            run(context)
+        if reading_is_most:
+            assert_empty(context)
 
 
 # ---- when something goes wrong -----------------------------------------------------------------
@@ -901,20 +885,65 @@ def test_another_document_with_the_same_reader(loaded: dict[str, Loaded]) -> Non
                 assert np.array_equal(reading.kept, fresh.kept)
 
 
-@pytest.mark.parametrize("options", [{"type_k": "f16", "type_v": "f16"}, {"type_k": "q8_0"}])
-def test_rounded_caches(options: dict[str, str], loaded: dict[str, Loaded]) -> None:
-    """Captured keys are not the cache's rounded ones; logits are near the exact forward pass."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
-    budget = Budget(TOKENS, SIZE, RATIO)
-    with one.context(**options) as context:
-        reading = Reader(context, recorder, SHORT, compact=True).read(
-            one.tokens, budget, one.question
-        )
+@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"type_k": "f16", "type_v": "f16"}, 0.02),
+        ({"type_k": "f16", "type_v": "f16", "flash_attn": "on"}, 0.02),
+        ({"type_k": "q8_0", "type_v": "q8_0", "flash_attn": "auto"}, 0.2),
+    ],
+    ids=["f16", "flash", "q8_0"],
+)
+def test_rounded_caches(
+    options: dict[str, str], tolerance: float, compact: bool, tmp_path: Path
+) -> None:
+    """Captured keys are not the cache's rounded ones; logits are near the exact ones."""
+    one = Loaded(tmp_path, TinySpec(heads=2, kv_heads=1, head_dim=64))
+    recorder, budget = Recorder(Everything()), Budget(TOKENS, SIZE, RATIO)
+    with one.model, one.context(**options) as context:
+        reader = Reader(context, recorder, SHORT, compact=compact)
+        reading = reader.read(one.tokens, budget, one.question)
         logits = continued(context, reading, one.later)
     cache = Cache(one)
-    for block in budget.blocks:
-        ids = one.tokens[block.start : block.end]
-        cache.decode(ids, len(cache.positions), block.start)
-        cache.keep(recorder.kept(budget, block.index + 1), compact=True)
-    truth, _ = cache.decode(one.later, len(cache.positions))
-    assert error(logits, truth) < (0.02 if options["type_k"] == "f16" else 0.3)
+    for block, seen in zip(budget.blocks, recorder.seen, strict=True):
+        start = len(cache.positions) if compact else block.start
+        cache.decode(one.tokens[block.start : block.end], start, block.start)
+        if block.index == 0:
+            # deeper layers feel the rounding of what they saw; the first layer's keys do not
+            assert error(seen.keys[0], cache.keys(range(*block.candidates))[0]) < TOLERANCE
+        cache.keep(recorder.kept(budget, block.index + 1), compact=compact)
+    truth, _ = cache.decode(one.later, int(cache.positions[-1]) + 1)
+    assert error(logits, truth) < tolerance
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="llama.cpp's K-shift dies: of bf16 keys always, of quantised ones whose head_dim is no "
+    "multiple of 64 (it dereferences the Hadamard matrix it has only then)",
+)
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_types_that_cannot_be_compacted_are_refused(kind: str, tmp_path: Path) -> None:
+    """In a process of its own, for today it takes that process along."""
+    path = make(tmp_path, head_dim=32).path
+    code = f"""
+import numpy as np
+from laserkv_gguf.budget import Budget
+from laserkv_gguf.engine import Reader
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.context import Context, ContextOptions
+from laserkv_gguf.llama.model import Model
+from laserkv_gguf.policies import make
+
+model = Model({str(path)!r}, gpu_layers=0, extra_buffers=False)
+try:
+    context = Context(model, 256, ContextOptions(64, 64, type_k={kind!r}, threads=1))
+    reader = Reader(context, make("random"), compact=True)
+    reading = reader.read(np.full(120, 9, np.int32), Budget(120, 48, 0.3))
+    context.decode(np.full(3, 9, np.int32), reading.next_position, 0)
+except UserError as error:
+    assert "-ctk" in str(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert ended.returncode == 0

@@ -48,9 +48,7 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Loaded]]:
-    models = {
-        name: Loaded(tmp_path_factory.mktemp(name), spec) for name, spec in SPECS.items()
-    }
+    models = {name: Loaded(tmp_path_factory.mktemp(name), spec) for name, spec in SPECS.items()}
     yield models
     for one in models.values():
         one.model.close()

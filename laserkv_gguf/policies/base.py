@@ -69,6 +69,25 @@ class Policy(ABC):
             `budget` distinct numbers in 0 … count - 1, in any order.
         """
 
+    def warm_up(self) -> None:
+        """Chooses once among next to nothing, so that what Numba must compile is compiled.
+
+        The first use after an installation takes seconds; they pass while a block is decoded.
+        """
+        vectors = np.ones((1, 4, 1, 8), np.float32)
+        needs = self.needs
+        self.select(
+            Candidates(
+                0,
+                4,
+                0,
+                vectors if needs.queries else None,
+                vectors if needs.keys else None,
+                vectors if needs.values else None,
+            ),
+            2,
+        )
+
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
         """The partition for a sequence of `tokens`; equation (1) unless a method has its own."""
         return Budget(tokens, block_size, ratio, divisor)
