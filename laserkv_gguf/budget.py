@@ -12,7 +12,7 @@ Nothing here knows llama.cpp or Numba.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -44,8 +44,10 @@ class Block:
     Attributes:
         index: number of the block, from 0.
         start, end: the block's tokens, half-open.
-        candidates: (start, end) of the tokens that are scored: the previous window and the block,
-            without anchors and without the new window. Always one run.
+        candidates: (start, end): the tokens in the cache with such an index are scored. In an
+            accumulating run that is the previous window and the block, without anchors and without
+            the new window: one run of tokens.
+        count: how many candidates that are.
         pool: how many of the candidates are kept.
         kept_before, kept_after: tokens in the cache before the block and after its eviction.
     """
@@ -54,6 +56,7 @@ class Block:
     start: int
     end: int
     candidates: tuple[int, int]
+    count: int
     pool: int
     kept_before: int
     kept_after: int
@@ -64,20 +67,25 @@ class Block:
 
     @property
     def evicts(self) -> bool:
-        return self.pool < self.candidates[1] - self.candidates[0]
+        return self.pool < self.count
+
+
+SHAPES = ("accumulating", "recursive", "one-shot")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Equation (1) and the partition for a sequence of known length.
+    """How many tokens of a sequence of known length are kept, and when the others go.
 
     Attributes:
         tokens: L, tokens of the sequence (chat template, system prompt and document).
         block_size: S, tokens a block.
         ratio: r in (0, 1], fraction of tokens to keep.
         divisor: n >= 3; anchors and window get ``B // n`` each.
-        sinks: anchors of a policy that keeps only these and a recent window (no pool): the window
-            is then the rest of ``floor(r L)``. None for equation (1).
+        shape: "accumulating": equation (1), every block adds its pool and is never touched again;
+            "recursive": a summary of ``floor(r L)`` tokens is chosen anew from summary and block
+            (FINCH, arXiv 2408.00167); "one-shot": everything is read, then chosen from once.
+        sinks, recent: first and last tokens that a recursive or one-shot run always keeps.
 
     A sequence of one block, or a ratio of 1, is kept whole: evicting would free nothing that the
     run did not already need. What a block does not use of its pool (it has fewer candidates than
@@ -91,10 +99,18 @@ class Budget:
     block_size: int = 4096
     ratio: float = 0.25
     divisor: int = 4
-    sinks: int | None = None
+    shape: str = "accumulating"
+    sinks: int = 0
+    recent: int = 1
 
     def __post_init__(self) -> None:
         check_settings(self.ratio, self.block_size, self.divisor)
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape must be one of {SHAPES}, not {self.shape!r}")
+
+    @property
+    def accumulates(self) -> bool:
+        return self.shape == "accumulating"
 
     @property
     def keeps_all(self) -> bool:
@@ -107,28 +123,36 @@ class Budget:
 
     @property
     def anchors(self) -> int:
-        if self.sinks is not None:
-            return min(self.sinks, self._total - 1)
+        if not self.accumulates:
+            return min(self.sinks, self.total - 1)
         return min(self.block // self.divisor, self.tokens)
 
     @property
     def window(self) -> int:
         """At least 1: a batch must start right after the last token of the sequence."""
-        if self.sinks is not None:
-            return self._total - self.anchors
+        if not self.accumulates:
+            return max(1, min(self.recent, self.total - self.anchors))
         return min(max(self.block // self.divisor, 1), self.tokens)
 
     @property
     def long_term(self) -> int:
-        """B_long, the part of a full block's budget that is spent anew in every block."""
-        if self.sinks is not None:
-            return 0
+        """B_long: spent anew in every block, or the whole choice of the other shapes."""
+        if not self.accumulates:
+            return self.total - self.anchors - self.window
         return self.block - 2 * (self.block // self.divisor)
 
     @property
-    def _total(self) -> int:
-        """floor(r L), at least 1."""
+    def total(self) -> int:
+        """floor(r L), at least 1: what recursive and one-shot runs end with."""
         return max(1, math.floor(as_fraction(self.ratio) * self.tokens))
+
+    @property
+    def rows(self) -> int:
+        """Tokens whose keys are held on the host at a time, for policies that look at keys."""
+        if self.keeps_all:
+            return 0
+        before = {"accumulating": self.window, "recursive": self.total}.get(self.shape)
+        return self.tokens if before is None else before + self.block_size
 
     def nominal(self, read: int) -> Fraction:
         """``2B/n + (read/S)(B - 2B/n)`` without rounding: what equation (1) allows so far."""
@@ -138,27 +162,42 @@ class Budget:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        return tuple(self._blocks())
+        if self.keeps_all or not self.accumulates:
+            return tuple(self._choosing_from_all())
+        return tuple(self._accumulating())
 
-    def _blocks(self) -> Iterator[Block]:
-        kept = spent = granted = 0
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
         for index, start in enumerate(range(0, self.tokens, self.block_size)):
-            end = min(start + self.block_size, self.tokens)
-            if self.keeps_all:
-                candidates, pool = (end, end), 0
-                after = end
-            else:
-                # The window slides over everything read, also over the edge of a short last block.
-                first = max(self.anchors, start - self.window)
-                candidates = (first, max(first, end - self.window))
-                granted += self.long_term * (end - start) // self.block_size
-                # Rounding B to n parts may grant up to 1.5 tokens a block more than r L allows.
-                ceiling = math.ceil(self.nominal(end)) + index + 1 - self.anchors - self.window
-                pool = min(granted, ceiling) - spent
-                pool = max(0, min(pool, candidates[1] - candidates[0]))
-                spent += pool
-                after = min(end, self.anchors + self.window + spent)
-            yield Block(index, start, end, candidates, pool, kept, after)
+            yield index, start, min(start + self.block_size, self.tokens)
+
+    def _choosing_from_all(self) -> Iterator[Block]:
+        """Recursive and one-shot runs, and those that keep everything."""
+        kept = 0
+        for index, start, end in self._spans():
+            held = kept + end - start
+            waits = self.shape == "one-shot" and end < self.tokens
+            if self.keeps_all or waits or held <= self.total:
+                yield Block(index, start, end, (end, end), 0, 0, kept, held)
+                kept = held
+                continue
+            count = held - self.anchors - self.window
+            candidates = (self.anchors, end - self.window)
+            yield Block(index, start, end, candidates, count, self.long_term, kept, self.total)
+            kept = self.total
+
+    def _accumulating(self) -> Iterator[Block]:
+        kept = spent = granted = 0
+        for index, start, end in self._spans():
+            # The window slides over everything read, also over the edge of a short last block.
+            first = max(self.anchors, start - self.window)
+            last = max(first, end - self.window)
+            granted += self.long_term * (end - start) // self.block_size
+            # Rounding B to n parts may grant up to 1.5 tokens a block more than r L allows.
+            ceiling = math.ceil(self.nominal(end)) + index + 1 - self.anchors - self.window
+            pool = max(0, min(min(granted, ceiling) - spent, last - first))
+            spent += pool
+            after = self.anchors + self.window + spent
+            yield Block(index, start, end, (first, last), last - first, pool, kept, after)
             kept = after
 
     @property
@@ -212,12 +251,21 @@ def largest_ratio(
     prompt: int,
     drafts: int,
     reply: int,
+    make: Callable[[int, int, float, int], Budget] | None = None,
 ) -> float:
-    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does."""
+    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does.
+
+    Args:
+        tokens, block_size, divisor: as in Budget.
+        cells: what there is.
+        prompt, drafts, reply: as in `Budget.cells`.
+        make: a policy's `budget`; None for equation (1).
+    """
+    make = make or Budget
     low, high = 0, 1000
     while low < high:  # cells grow with the ratio
         middle = (low + high + 1) // 2
-        budget = Budget(tokens, block_size, middle / 1000, divisor)
+        budget = make(tokens, block_size, middle / 1000, divisor)
         if budget.cells(prompt, drafts, reply) <= cells:
             low = middle
         else:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a block is asked what the question needs of it.
+    """How a block is asked what the question needs of it; None for what the policy says.
 
     Attributes:
         tokens: of the question's own text, the last so many join the probe, and with them what the
@@ -40,8 +40,8 @@ class ProbeSettings:
             (SnapKV, arXiv 2404.14469).
     """
 
-    tokens: int = 8
-    lookahead: int = 16
+    tokens: int | None = None
+    lookahead: int | None = None
     observation: int = 32
 
 
@@ -109,10 +109,13 @@ class _State:
     budget: Budget
     question: Prompt | None
     on_progress: Callable[[Progress], None] | None
-    look_back: int = 0  # rows in front of a block's, for the window before it
-    shift: int = 0  # how far compacting has just moved the window
     read: int = 0
     kept: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    # which tokens the rows of the captured keys and values belong to
+    held: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    # how far compacting has just moved each kept token
+    shifts: NDArray[np.int64] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -147,7 +150,10 @@ class Reader:
         compact: bool = False,
     ) -> None:
         self.context, self.policy = context, policy
-        self.settings = probe or ProbeSettings()
+        probe, needs = probe or ProbeSettings(), policy.needs
+        self.observation = probe.observation
+        self.asking = needs.probe_tokens if probe.tokens is None else probe.tokens
+        self.lookahead = needs.lookahead if probe.lookahead is None else probe.lookahead
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
         self._rotation: rope.Rotation | None = None
@@ -181,8 +187,6 @@ class Reader:
         if self.compact and not budget.keeps_all and self._rotation is None:
             self._rotation = rope.measure(self.context)
         state = _State(tokens, budget, question, on_progress)
-        if self.policy.needs.keys or self.policy.needs.values:
-            state.look_back = budget.window
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -191,7 +195,7 @@ class Reader:
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
-                self._slide_window(state, block)
+                self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
         except BaseException:
             self.forget()
@@ -214,21 +218,18 @@ class Reader:
 
     def _decode(self, state: _State, block: Block) -> None:
         """Decodes the block on top of what was kept; its tokens see that and each other."""
-        needs = self.policy.needs
+        needs, rows = self.policy.needs, len(state.held)
         wanted: dict[str, tuple[NDArray[Any], int] | None] = {}
-        if block.evicts or not state.last(
-            block
-        ):  # keys may be wanted when the next block looks back
-            size = state.budget.block_size + state.look_back
-            for kind in ("keys", "values"):
-                if getattr(needs, kind) and not state.budget.keeps_all:
-                    array = self._array(kind, size)
-                    rows = array[:, state.look_back : state.look_back + block.tokens]
-                    wanted[kind] = (rows, 0)
-            if needs.queries and state.question is None and block.evicts:
-                count = min(self.settings.observation, block.tokens)
-                queries = self._array("queries", count)
-                wanted["queries"] = (queries, block.tokens - count)
+        if self._scores_later(state, block):
+            for kind in self._seen():
+                array = self._array(kind, state.budget.rows)
+                wanted[kind] = (array[:, rows : rows + block.tokens], 0)
+            state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
+        if block.evicts and needs.block_queries:
+            wanted["queries"] = (self._block_queries(block), 0)
+        elif block.evicts and needs.queries and state.question is None:
+            queries = self._observed(block)
+            wanted["queries"] = (queries, block.tokens - queries.shape[1])
         with state.timings.spent("decode"), self.context.probe.armed(**wanted):
             self.context.decode(
                 state.tokens[block.start : block.end],
@@ -237,6 +238,20 @@ class Reader:
                 on_chunk=state.report,
             )
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
+
+    def _scores_later(self, state: _State, block: Block) -> bool:
+        """Whether the block's keys are looked at, now or when a later block looks back."""
+        return not state.budget.keeps_all and (block.evicts or not state.last(block))
+
+    def _seen(self) -> list[str]:
+        """What the policy sees of every candidate."""
+        return [kind for kind in ("keys", "values") if getattr(self.policy.needs, kind)]
+
+    def _block_queries(self, block: Block) -> NDArray[Any]:
+        return self._array("block_queries", block.tokens)
+
+    def _observed(self, block: Block) -> NDArray[Any]:
+        return self._array("queries", min(self.observation, block.tokens))
 
     # 2
 
@@ -251,16 +266,18 @@ class Reader:
         if not self.policy.needs.queries:
             return None
         if state.question is None:
-            return self._array("queries", min(self.settings.observation, block.tokens))
-        question, lookahead = state.question, self.settings.lookahead
-        asking = len(question)
-        if self.settings.tokens:
-            asking = min(self.settings.tokens + question.ending, asking)
-        queries = self._array("queries", asking + lookahead)
+            if self.policy.needs.block_queries:
+                last = self._block_queries(block)[:, -self.observation :]
+                return last.astype(np.float32)
+            return self._observed(block)
+        asking = len(state.question)
+        if self.asking:
+            asking = min(self.asking + state.question.ending, asking)
+        queries = self._array("queries", asking + self.lookahead)
         with state.timings.spent("probe"):
             self.main.share_with(self.scratch)
             try:
-                drafted = self._draft(state, question, asking, queries)
+                drafted = self._draft(state, state.question, asking, queries)
             finally:
                 self.scratch.remove()
         return np.ascontiguousarray(queries[:, : asking + drafted])
@@ -270,54 +287,55 @@ class Reader:
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number."""
         context, position = self.context, self._position(state)
-        lookahead = self.settings.lookahead
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
-            context.decode(question.tokens, position, PROBE, outputs=1 if lookahead else 0)
+            context.decode(question.tokens, position, PROBE, outputs=1 if self.lookahead else 0)
         position += len(question)
-        for index in range(lookahead):
+        for index in range(self.lookahead):
             token = int(context.logits().argmax())
             if context.model.ends_generation(token):
                 return index
             row = asking + index
             with context.probe.armed(queries=(queries[:, row : row + 1], 0)):
-                more = 1 if index + 1 < lookahead else 0
+                more = 1 if index + 1 < self.lookahead else 0
                 context.decode(np.array([token], np.int32), position, PROBE, outputs=more)
             position += 1
-        return lookahead
+        return self.lookahead
 
     # 3
 
     def _candidates(
         self, state: _State, block: Block, queries: NDArray[np.float32] | None
     ) -> Candidates:
-        """The block and the window before it, without anchors and without the new window."""
-        first, end = block.candidates
-        row = state.look_back + first - block.start
-        seen = {
-            kind: self._array(kind, state.budget.block_size + state.look_back)[
-                :, row : row + end - first
-            ]
-            for kind in ("keys", "values")
-            if getattr(self.policy.needs, kind)
-        }
-        for array in seen.values():
-            array.flags.writeable = False
-        return Candidates(first, end - first, block.index, queries, **seen)
+        """The block and what it looks back at, without anchors and without the new window."""
+        first, last = np.searchsorted(state.held, block.candidates)
+        views = {kind: self._array(kind, state.budget.rows)[:, first:last] for kind in self._seen()}
+        if self.policy.needs.block_queries:
+            views["block_queries"] = self._block_queries(block)[:]
+        for view in views.values():
+            view.flags.writeable = False
+        return Candidates(
+            state.held[first:last],
+            (block.start, block.end),
+            block.index,
+            queries,
+            memory=state.memory,
+            **views,
+        )
 
     # 4 and 5
 
     def _select(self, state: _State, candidates: Candidates, block: Block) -> NDArray[np.int64]:
-        """The policy's choice, checked: indices of the candidates to keep, ascending."""
+        """The policy's choice, checked: indices of the tokens to keep, ascending."""
         if block.pool == 0:
             return np.empty(0, np.int64)
         with state.timings.spent("score"):
             chosen = self.policy.select(candidates, block.pool)
-        return candidates.first + checked(self.policy, chosen, candidates, block.pool)
+        return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
 
     # 6
 
     def _evict(self, state: _State, block: Block, chosen: NDArray[np.int64]) -> None:
-        """Frees the cells of all other candidates; earlier blocks are never touched again."""
+        """Frees the cells of all other candidates."""
         first, end = block.candidates
         with state.timings.spent("evict"):
             inside = (state.kept >= first) & (state.kept < end)
@@ -327,22 +345,26 @@ class Reader:
             state.kept, positions = state.kept[stays], positions[stays]
             if self.compact:
                 self.main.compact(positions, 0)
-                state.shift = len(positions) - 1 - int(positions[-1])
+                state.shifts = np.arange(len(positions)) - positions
 
-    def _slide_window(self, state: _State, block: Block) -> None:
-        """Holds on to the new window's keys and values: the next block looks back at them."""
+    def _hold(self, state: _State, block: Block) -> None:
+        """Holds on to the keys and values that the next block looks back at.
+
+        In an accumulating run these are the new window's, else those of all that was kept.
+        """
         if state.last(block) or state.budget.keeps_all:
             return
-        look_back = min(state.look_back, block.end)
-        for kind in ("keys", "values"):
-            if not getattr(self.policy.needs, kind):
-                continue
-            array = self._array(kind, state.budget.block_size + state.look_back)
-            held = array[:, block.tokens + state.look_back - look_back :][:, :look_back].copy()
-            if kind == "keys" and self._rotation is not None:
-                self._rotation.turn(held, state.shift)
-            array[:, state.look_back - look_back : state.look_back] = held
-        state.shift = 0
+        start = block.end - state.budget.window if state.budget.accumulates else 0
+        held = state.kept[np.searchsorted(state.kept, start) :]
+        rows = np.searchsorted(state.held, held)
+        for kind in self._seen():
+            array = self._array(kind, state.budget.rows)
+            if rows[-1] != len(rows) - 1:
+                array[:, : len(rows)] = array[:, rows]
+            if kind == "keys" and self._rotation is not None and state.shifts is not None:
+                shifts = state.shifts[np.searchsorted(state.kept, held)]
+                self._rotation.turn(array[:, : len(rows)], shifts[:, None, None])
+        state.held, state.shifts = held, None
 
     # where tokens stand
 
@@ -362,5 +384,10 @@ class Reader:
         """A view of `tokens` rows of an array that is made once and grows only when it must."""
         array = self._arrays.get(kind)
         if array is None or array.shape[1] < tokens:
-            array = self._arrays[kind] = self.context.probe.new(kind, tokens)
+            precise = kind == "queries" or self.policy.needs.precise
+            array = self._arrays[kind] = self.context.probe.new(
+                "queries" if kind == "block_queries" else kind,
+                tokens,
+                np.float32 if precise else np.float16,
+            )
         return array[:, :tokens]

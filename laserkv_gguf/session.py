@@ -45,8 +45,8 @@ class Settings:
         block_size: tokens read at a time (S).
         protection_divisor: n; anchors and window get ``B // n`` tokens each.
         alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
-        lookahead: tokens drafted after the question to ask with.
-        probe_tokens: of the question, the last so many ask; 0 for all.
+        lookahead: tokens drafted after the question to ask with; None for the policy's own number.
+        probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact only beyond the trained context.
     """
 
@@ -58,8 +58,8 @@ class Settings:
     pool: int | None = None
     hash_bits: int | None = None
     hash_tables: int | None = None
-    lookahead: int = 16
-    probe_tokens: int = 8
+    lookahead: int | None = None
+    probe_tokens: int | None = None
     positions: str = "auto"
 
     def check(self) -> None:
@@ -69,9 +69,9 @@ class Settings:
             UserError: with the remedy in one line.
         """
         check_settings(self.ratio, self.block_size, self.protection_divisor)
-        if self.lookahead < 0:
+        if self.lookahead is not None and self.lookahead < 0:
             raise UserError(f"--lookahead is {self.lookahead}; give a number of tokens, or 0")
-        if self.probe_tokens < 0:
+        if self.probe_tokens is not None and self.probe_tokens < 0:
             raise UserError(f"--probe-tokens is {self.probe_tokens}; give a number, or 0 for all")
         if self.positions not in POSITIONS:
             raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
@@ -279,7 +279,7 @@ class LaserKV:
                 "shorten it, put the long part into a --document, or use a larger --block-size"
             )
         probing = prompt if asked and self.policy.needs.queries else 0
-        drafts = settings.lookahead if probing else 0
+        drafts = self._lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
         if compact and cells > self.model.trained_context:
@@ -291,6 +291,7 @@ class LaserKV:
                 prompt=probing,
                 drafts=drafts,
                 reply=reply,
+                make=self.policy.budget,
             )
             remedy = f"use --ratio {most:g} or less" if most else "use a smaller --block-size"
             raise UserError(
@@ -308,6 +309,11 @@ class LaserKV:
             self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
             self._warming.start()
         return _Run(budget, cells, reader, compact)
+
+    @property
+    def _lookahead(self) -> int:
+        given = self.settings.lookahead
+        return self.policy.needs.lookahead if given is None else given
 
     def _warm_up(self) -> None:
         """Compiles the policy's kernels while the first block is decoded."""

@@ -70,11 +70,13 @@ class EngineOptions:
         Option("--alpha", help="Share of the pool chosen by exact attention (0.75)."),
     ] = None
     lookahead: Annotated[
-        int, Option("--lookahead", help="Tokens drafted after the question to probe with.")
-    ] = 16
+        Optional[int],  # noqa: UP045
+        Option("--lookahead", help="Tokens drafted after the question to probe with (laser: 16)."),
+    ] = None
     probe_tokens: Annotated[
-        int, Option("--probe-tokens", help="Last tokens of the question that probe; 0: all.")
-    ] = 8
+        Optional[int],  # noqa: UP045
+        Option("--probe-tokens", help="Last tokens of the question that probe; 0: all (laser: 8)."),
+    ] = None
     pool: Annotated[
         Optional[int],  # noqa: UP045
         Option("--pool", help="Neighbours that scores are averaged over (7); 1: none."),

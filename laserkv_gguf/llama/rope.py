@@ -9,6 +9,7 @@ sequences has, before RoPE, the same key in every layer, whatever its position.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp as L
 import numpy as np
@@ -34,19 +35,24 @@ class Rotation:
     angles: NDArray[np.float64]
     halves: bool
 
-    def _pairs(self, vectors: NDArray[np.floating]) -> tuple[NDArray, NDArray]:  # type: ignore[type-arg]
+    def _pairs(self, vectors: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         half = len(self.angles)
         if self.halves:
             return vectors[..., :half], vectors[..., half : 2 * half]
         return vectors[..., 0 : 2 * half : 2], vectors[..., 1 : 2 * half : 2]
 
-    def turn(self, vectors: NDArray[np.floating], positions: int) -> None:
-        """Rotates vectors (…, head_dim) in place, as if they stood `positions` further on."""
-        if not positions:
+    def turn(self, vectors: NDArray[Any], positions: NDArray[np.int64] | int) -> None:
+        """Rotates vectors (…, head_dim) in place, as if they stood `positions` further on.
+
+        Args:
+            vectors: float32 or float16.
+            positions: a number, or an array that broadcasts to all but the last axis.
+        """
+        if not np.any(positions):
             return
+        angles = self.angles * np.asarray(positions)[..., None]
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         x, y = self._pairs(vectors)
-        cos = np.cos(self.angles * positions).astype(np.float32)
-        sin = np.sin(self.angles * positions).astype(np.float32)
         turned = x * cos - y * sin
         y[...] = x * sin + y * cos
         x[...] = turned

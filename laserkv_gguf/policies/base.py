@@ -6,7 +6,7 @@ A policy never touches the engine. It is a frozen dataclass; its fields are its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,37 +17,55 @@ from laserkv_gguf.budget import Budget
 
 @dataclass(frozen=True)
 class Needs:
-    """What the engine captures for a policy.
+    """What the engine captures for a policy, and how it asks where the user does not say.
 
     Attributes:
-        queries: of the probe: the question's last tokens and the drafts after it, or the block's
-            own last tokens where no question is known.
+        queries: of the probe: the question's last tokens and the drafts after it, or the last
+            tokens read where no question is known.
+        block_queries: of all tokens of the block (the costly one: layers × heads × head_dim × S).
         keys, values: of every candidate.
+        precise: keys, values and block queries in float32; else they are kept as float16.
+        probe_tokens: the question's last so many tokens ask, with what the template puts after
+            them; 0 for everything after the document.
+        lookahead: tokens drafted after the question that ask along.
     """
 
     queries: bool = False
+    block_queries: bool = False
     keys: bool = False
     values: bool = False
+    precise: bool = False
+    probe_tokens: int = 0
+    lookahead: int = 0
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A read-only view of what can be kept of a block: everything after RoPE, float32.
+    """A read-only view of what can be kept: everything after RoPE.
 
     Attributes:
-        first: index in the sequence of candidate 0; candidates are consecutive tokens.
-        count: number of candidates, C.
-        block: number of the block, from 0.
-        queries: (layers, probe tokens, heads, head_dim), or None if not asked for.
-        keys, values: (layers, C, kv_heads, head_dim), or None if not asked for.
+        tokens: (C,) int64, ascending: which tokens of the sequence the candidates are.
+        block: (start, end) of the block that was just read, in the same numbers.
+        index: number of the block, from 0.
+        queries: (layers, probe tokens, heads, head_dim) float32, or None if not asked for.
+        keys, values: (layers, C, kv_heads, head_dim) float16 or float32, or None.
+        block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None.
+        memory: a policy's own notes; empty at the start of a sequence, kept from block to block.
     """
 
-    first: int
-    count: int
-    block: int
+    tokens: NDArray[np.int64]
+    block: tuple[int, int]
+    index: int = 0
     queries: NDArray[np.float32] | None = None
-    keys: NDArray[np.float32] | None = None
-    values: NDArray[np.float32] | None = None
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    block_queries: NDArray[Any] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Number of candidates, C."""
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,8 @@ class Policy(ABC):
 
     name: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs()
+    flexible: ClassVar[bool] = False
+    """Whether `select` may keep fewer than its budget."""
 
     @abstractmethod
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
@@ -66,7 +86,7 @@ class Policy(ABC):
             budget: how many to keep; at least 1 and less than `candidates.count`.
 
         Returns:
-            `budget` distinct numbers in 0 … count - 1, in any order.
+            `budget` distinct numbers in 0 … count - 1, in any order; fewer if `flexible`.
         """
 
     def warm_up(self) -> None:
@@ -74,18 +94,19 @@ class Policy(ABC):
 
         The first use after an installation takes seconds; they pass while a block is decoded.
         """
-        vectors = np.ones((1, 4, 1, 8), np.float32)
-        needs = self.needs
+        needs, count = self.needs, 4
+        asked = np.ones((1, count, 1, 8), np.float32)
+        seen = asked if needs.precise else asked.astype(np.float16)
         self.select(
             Candidates(
-                0,
-                4,
-                0,
-                vectors if needs.queries else None,
-                vectors if needs.keys else None,
-                vectors if needs.values else None,
+                np.arange(count),
+                (0, count),
+                queries=asked if needs.queries else None,
+                keys=seen if needs.keys else None,
+                values=seen if needs.values else None,
+                block_queries=seen if needs.block_queries else None,
             ),
-            2,
+            count // 2,
         )
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
@@ -104,7 +125,7 @@ def checked(
     kept = np.unique(np.asarray(chosen, np.int64))
     if len(kept) != np.size(chosen):
         raise PolicyError(f"policy {policy.name!r} chose candidates more than once")
-    if len(kept) != budget:
+    if len(kept) > budget or (len(kept) < budget and not policy.flexible):
         raise PolicyError(f"policy {policy.name!r} chose {len(kept)} candidates, not {budget}")
     if len(kept) and (kept[0] < 0 or kept[-1] >= candidates.count):
         raise PolicyError(f"policy {policy.name!r} chose a token that is no candidate")

@@ -31,7 +31,7 @@ class Laser(Policy):
     """
 
     name: ClassVar[str] = "laser"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True)
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8, lookahead=16)
 
     alpha: float = 0.75
     pool: int = 7

@@ -24,5 +24,5 @@ class Random(Policy):
     seed: int = 0
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        generator = np.random.Generator(np.random.PCG64([self.seed, candidates.block]))
+        generator = np.random.Generator(np.random.PCG64([self.seed, candidates.index]))
         return generator.permutation(candidates.count)[:budget]

@@ -28,7 +28,9 @@ class StreamingLLM(Policy):
     sinks: int = 4
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
-        return Budget(tokens, block_size, ratio, divisor, sinks=self.sinks)
+        return Budget(
+            tokens, block_size, ratio, divisor, shape="recursive", sinks=self.sinks, recent=tokens
+        )
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         return np.arange(candidates.count - budget, candidates.count)
