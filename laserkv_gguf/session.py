@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Settings:
         lookahead: tokens drafted after the question to ask with; None for the policy's own number.
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact only beyond the trained context.
+        policy_options: fields of the policy's class, as `policies.parse` gives them.
     """
 
     policy: str = "laser"
@@ -61,6 +62,7 @@ class Settings:
     lookahead: int | None = None
     probe_tokens: int | None = None
     positions: str = "auto"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuses unusable values.
@@ -84,9 +86,8 @@ class Settings:
             "hash_tables": self.hash_tables,
             "seed": seed,
         }
-        return policies.make(
-            self.policy, **{key: value for key, value in given.items() if value is not None}
-        )
+        given = {key: value for key, value in given.items() if value is not None}
+        return policies.make(self.policy, **{**given, **self.policy_options})
 
 
 @dataclass

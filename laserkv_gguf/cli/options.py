@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
+from laserkv_gguf.errors import UserError
+
 if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV, Sampling
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0},
+}
+"""Settings by name; `paper` is LASER-KV as published (arXiv 2602.02199)."""
 
 
 @dataclass
@@ -55,6 +63,14 @@ class EngineOptions:
     policy: Annotated[
         str, Option("--policy", help="How tokens are chosen: laser, exact, full, …")
     ] = "laser"
+    policy_option: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("--policy-option", help="key=value for the policy; repeatable."),
+    ] = None
+    preset: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--preset", help="paper: as LASER-KV was published (alpha 0.75, no lookahead, …)."),
+    ] = None
     ratio: Annotated[
         float, Option("--ratio", help="Fraction of the tokens to keep, above 0 to 1.")
     ] = 0.25
@@ -101,7 +117,17 @@ class EngineOptions:
             "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
             "hash_bits hash_tables positions"
         )
-        return {name: getattr(self, name) for name in names.split()}
+        from laserkv_gguf import policies
+
+        settings = {name: getattr(self, name) for name in names.split()}
+        settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise UserError(f"--preset {self.preset} is unknown; use {' or '.join(PRESETS)}")
+            for name, value in PRESETS[self.preset].items():
+                if settings[name] is None:  # a flag that was given wins
+                    settings[name] = value
+        return settings
 
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.

@@ -123,6 +123,7 @@ class Context:
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
+        self._worker = ThreadPoolExecutor(1, "llama-decode")
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())
@@ -141,7 +142,6 @@ class Context:
         self.batch_size = int(L.llama_n_batch(self.handle))
         self.allocated_cells = int(L.llama_n_ctx(self.handle))
         self._batch = _Batch(self.batch_size)
-        self._worker = ThreadPoolExecutor(1, "llama-decode")
 
     def _params(self) -> L.llama_context_params:
         options = self.options

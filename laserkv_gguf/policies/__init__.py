@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "checked",
     "find",
     "make",
+    "parse",
 ]
 
 GROUP = "laserkv_gguf.policies"
@@ -69,5 +71,41 @@ def _policy_class(value: Any, name: str) -> type[Policy]:
 def make(name: str, **options: Any) -> Policy:
     """A policy with those of the options that it has; the others are for other policies."""
     kind = find(name)
-    fields = {field.name for field in dataclasses.fields(kind) if field.init}
-    return kind(**{key: value for key, value in options.items() if key in fields})
+    return kind(**{key: value for key, value in options.items() if key in _options(kind)})
+
+
+def parse(name: str, given: Iterable[str]) -> dict[str, Any]:
+    """`key=value` options of a policy, as its fields' types.
+
+    Raises:
+        UserError: not `key=value`, an option the policy does not have (near ones are named), or a
+            value of another type.
+    """
+    fields, values = _options(find(name)), {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise UserError(f"--policy-option {text!r} is not key=value")
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or list(fields)
+            known = f"it has {', '.join(near)}" if near else "it has none"
+            raise UserError(f"policy {name} has no option {key!r}; {known}")
+        values[key] = _value(key, value.strip(), fields[key])
+    return values
+
+
+def _options(kind: type[Policy]) -> dict[str, Any]:
+    """The options of a policy and their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.init}
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    """A value of the default's type; None stands for whatever a number would be."""
+    kind = float if default is None else type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"--policy-option {key}={text}: give a {kind.__name__}") from None
