@@ -430,8 +430,15 @@ class Conversation:
             self._document_tokens = self.engine.model.tokenize(self.document or "")
         return np.concatenate((before, self._document_tokens)).astype(np.int32)
 
-    def read(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
-        """Reads the document before any question is known: each block asks for itself.
+    def read(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        question: str | None = None,
+    ) -> Reading:
+        """Reads the document, with a question in mind if one is given.
+
+        Without one each block asks for itself. The next `ask` starts the conversation anew.
 
         Raises:
             UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
@@ -439,7 +446,16 @@ class Conversation:
         self._unread = False
         with self.engine._lock:
             self.engine._cancelled.clear()
-            return self._read_unasked(on_progress)
+            if question is None:
+                return self._read_unasked(on_progress)
+            return self._read_asked(question, on_progress)
+
+    def _read_asked(
+        self, question: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> Reading:
+        opening = self._opening(question)
+        tokens = self._sequence(opening.before)
+        return self._read(tokens, opening.after, len(opening.after) + self.max_tokens, on_progress)
 
     def _read_unasked(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
         tokens = self._sequence(self._opening("").before)
@@ -491,10 +507,8 @@ class Conversation:
         """Reads with the question in mind and answers it."""
         started = time.perf_counter()
         self._unread = False
-        opening = self._opening(question)
-        tokens = self._sequence(opening.before)
-        self._read(tokens, opening.after, len(opening.after) + self.max_tokens, on_progress)
-        yield from self._answer(opening.after, reply, started)
+        self._read_asked(question, on_progress)
+        yield from self._answer(self._opening(question).after, reply, started)
 
     def ask(self, question: str) -> Answer:
         """The next turn. An answer that is stopped half-way is dropped with its question."""
@@ -504,11 +518,48 @@ class Conversation:
         started = time.perf_counter()
         if self.reading is None:
             self._read_unasked()
+        yield from self._answer(self._prompt(question), reply, started)
+
+    def _prompt(self, question: str) -> Prompt:
+        """What the next turn decodes before its answer starts."""
         if self.turns == 0:
-            prompt = self._opening(question).after
-        else:
-            prompt = self.engine.template.next_turn(question, system=self.system)
-        yield from self._answer(prompt, reply, started)
+            return self._opening(question).after
+        return self.engine.template.next_turn(question, system=self.system)
+
+    def log_likelihood(self, question: str, answer: str) -> float:
+        """Mean log-probability (nats) of an answer's tokens, were it given to the next question.
+
+        Leaves the conversation as it is. The document must have been read, or is read now.
+
+        Raises:
+            UserError: an empty answer, or one with its question that the context cannot hold.
+        """
+        with self.engine._lock:
+            if self.reading is None:
+                self._read_unasked()
+            assert self._run is not None
+            context = self._run.reader.context
+            prompt = np.concatenate((self._pending, self._prompt(question).tokens))
+            wanted = self.engine.model.tokenize(answer)
+            if not len(wanted):
+                raise UserError("an empty answer has no likelihood")
+            room = min(context.cells - self._used - len(prompt), context.options.outputs)
+            if len(wanted) > room:
+                raise UserError(
+                    f"an answer of {len(wanted)} tokens does not fit: there is room for {room}; "
+                    "use a larger --ctx-size or a shorter answer"
+                )
+            tokens = np.concatenate((prompt, wanted[:-1])).astype(np.int32)
+            try:
+                context.decode(tokens, self._position, MAIN, outputs=len(wanted))
+                total = 0.0
+                for index, token in enumerate(wanted):
+                    logits = context.logits(index - len(wanted)).astype(np.float64)
+                    highest = logits.max()
+                    total += logits[token] - highest - np.log(np.exp(logits - highest).sum())
+            finally:
+                Sequence(context, MAIN).remove(self._position, -1)
+            return float(total / len(wanted))
 
     def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
         assert self._run is not None

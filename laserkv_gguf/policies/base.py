@@ -94,7 +94,7 @@ class Policy(ABC):
 
         The first use after an installation takes seconds; they pass while a block is decoded.
         """
-        needs, count = self.needs, 4
+        needs, count = self.needs, 16  # enough for every part of a budget to get some
         asked = np.ones((1, count, 1, 8), np.float32)
         seen = asked if needs.precise else asked.astype(np.float16)
         self.select(

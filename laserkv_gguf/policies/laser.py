@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy
+
+RULES = ("fraction", "magicpig", "analytic")
+RESIDUALS = ("lsh", "keydiff", "leverage")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,12 @@ class Laser(Policy):
             arXiv 2404.14469); 1 for none, as in the LASER paper.
         hash_bits: bits of a signature (b); a token collides when all of a table's bits agree.
         hash_tables: signatures a key has (R).
-        seed: of the hash planes.
+        rule: what collisions are worth. "fraction": the share of the tables that collide;
+            "magicpig": 1 from two tables on, else 0 (arXiv 2410.16179); "analytic": the fraction's
+            expected value, (1 - θ/π)^b with θ the angle of query and centred key, without a hash.
+        residual: what fills the (1 - α) part. "lsh": collisions, by `rule`; "keydiff": keys least
+            like the others (arXiv 2504.15364); "leverage": keys that lie apart (2507.08143).
+        seed: of the hash planes, and of leverage's sketch.
     """
 
     name: ClassVar[str] = "laser"
@@ -37,6 +45,8 @@ class Laser(Policy):
     pool: int = 7
     hash_bits: int = 8
     hash_tables: int = 32
+    rule: str = "fraction"
+    residual: str = "lsh"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +58,10 @@ class Laser(Policy):
             raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
         if self.hash_tables < 1:
             raise UserError(f"--hash-tables is {self.hash_tables}; give at least 1 table")
+        if self.rule not in RULES:
+            raise UserError(f"rule is {self.rule!r}; give {', '.join(RULES)}")
+        if self.residual not in RESIDUALS:
+            raise UserError(f"residual is {self.residual!r}; give {', '.join(RESIDUALS)}")
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
@@ -60,17 +74,30 @@ class Laser(Policy):
             scores = kernels.attention_consensus(candidates.queries, candidates.keys)
             kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
         if exact < budget:
-            scores = kernels.collision_scores(
-                candidates.queries,
-                candidates.keys,
-                bits=self.hash_bits,
-                tables=self.hash_tables,
-                seed=self.seed,
-            )
+            scores = self._residual(candidates.queries, candidates.keys)
             rest = np.flatnonzero(~kept)
             scores = kernels.pool(scores, self.pool)[rest]
             kept[rest[kernels.top_k(scores, budget - exact)]] = True
         return np.flatnonzero(kept)
+
+    def _residual(self, queries: NDArray[np.float32], keys: NDArray[Any]) -> NDArray[Any]:
+        """Step 5's scores, or what stands in for them."""
+        from laserkv_gguf.kernels import analytic_collisions, collision_scores, geometry
+
+        if self.residual == "keydiff":
+            return geometry.keydiff_scores(keys)
+        if self.residual == "leverage":
+            return geometry.leverage_scores(keys, seed=self.seed)
+        if self.rule == "analytic":
+            return analytic_collisions(queries, keys, bits=self.hash_bits)
+        return collision_scores(
+            queries,
+            keys,
+            bits=self.hash_bits,
+            tables=self.hash_tables,
+            seed=self.seed,
+            rule="magicpig" if self.rule == "magicpig" else "fraction",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""`lagkv`: tokens that stand out against the tokens after them; no attention, no question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.policies.base import Candidates, Needs, Policy
+
+
+@dataclass(frozen=True)
+class LagKV(Policy):
+    """Keys and values measured by the next partition's range (arXiv 2504.04704).
+
+    The paper chooses in every head and keeps the last partition, which has no next one, as its
+    sliding window; here a token is kept for all layers and heads or for none, so its scores are
+    summed over them. The window lies behind the candidates, so their last partition (with a
+    remainder too short to be one) takes part, measured by the one before it, or by itself if it
+    is the only one.
+
+    Every partition gets its share of the budget and keeps its best. What does not divide evenly
+    goes to those whose next best token scores highest.
+
+    Attributes:
+        lag: tokens of a partition (the authors' default).
+        sinks: first tokens of the sequence, kept whatever their score (the authors' default); the
+            anchors are usually more than these.
+    """
+
+    name: ClassVar[str] = "lagkv"
+    needs: ClassVar[Needs] = Needs(keys=True, values=True)
+
+    lag: int = 128
+    sinks: int = 16
+
+    def __post_init__(self) -> None:
+        if self.lag < 2:
+            raise UserError(f"lag is {self.lag}; give partitions of at least 2 tokens, such as 128")
+        if self.sinks < 0:
+            raise UserError(f"sinks is {self.sinks}; give a number of tokens, 0 for none")
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        assert candidates.keys is not None
+        assert candidates.values is not None
+        first = int(np.searchsorted(candidates.tokens, self.sinks))
+        scores = np.zeros(candidates.count)
+        place = np.full(candidates.count, -1.0)  # within the partition, 0 for its best to 1
+        parts = self._partitions(first, candidates.count)
+        for index, part in enumerate(parts):
+            other = (parts[index + 1 :] or parts[-2:])[0]
+            score = sum(
+                _standing_out(layer[part], layer[other])
+                for seen in (candidates.keys, candidates.values)
+                for layer in seen
+            )
+            size = part.stop - part.start
+            scores[part] = score * size
+            place[part.start + np.argsort(-score, kind="stable")] = np.arange(size) / size
+        return np.lexsort((-scores, place))[:budget]
+
+    def _partitions(self, first: int, end: int) -> list[slice]:
+        starts = list(range(first, end - self.lag + 1, self.lag)) or [first]
+        return [slice(*edges) for edges in pairwise([*starts, end])] if first < end else []
+
+
+def _standing_out(states: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
+    """The paper's score of (tokens, kv_heads, head_dim), summed over heads: (tokens,).
+
+    A channel whose range is empty is not divided by it; what is no number scores NaN.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        others = np.where(np.isfinite(others), others, np.nan).astype(np.float64)
+        low, high = np.fmin.reduce(others), np.fmax.reduce(others)
+        scaled = (states - low) / np.where(high > low, high - low, 1)
+        spread = scaled.std(axis=2, ddof=1)
+        spread[~np.isfinite(spread)] = np.nan
+        weights = np.exp(spread - np.fmax.reduce(spread))
+        share: NDArray[np.float64] = (weights / np.nansum(weights, axis=0)).sum(axis=1)
+    return share

@@ -1,0 +1,55 @@
+"""`snapkv`: what the prompt's last tokens look at, with the neighbours of it; chosen once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.budget import Budget
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.policies.base import Candidates, Needs, Policy
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Observation-window attention, pooled, one choice after reading (arXiv 2404.14469).
+
+    Each head's attention is summed over the asking tokens, averaged over neighbours, and the best
+    are kept (the paper's listing 1). In llama.cpp a token is kept for all layers and heads or for
+    none, so heads do not choose each for itself: their scores are summed, and the sum chooses.
+
+    Where the question is known its last tokens are the observation window, else the last tokens
+    read are. Nothing is evicted before the end, so the cache must hold the whole sequence first.
+
+    Attributes:
+        window: last tokens read that always stay (32, the paper's observation window).
+        pool: scores are averaged over this many neighbours (7, the paper's on LongBench); 1: none.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=32)
+
+    window: int = 32
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UserError(
+                f"--policy-option window={self.window}: give at least 1 token, such as 32"
+            )
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise UserError(f"--pool is {self.pool}; give an odd number of neighbours, 1 for none")
+
+    def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
+        return Budget(tokens, block_size, ratio, divisor, shape="one-shot", recent=self.window)
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        from laserkv_gguf import kernels
+
+        assert candidates.queries is not None
+        assert candidates.keys is not None
+        scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+        return kernels.top_k(kernels.pool(scores, self.pool), budget)
