@@ -12,7 +12,7 @@ Nothing here knows llama.cpp or Numba.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -179,8 +179,11 @@ class Budget:
             drafts: lookahead tokens drafted after it while a block is whole.
             reply: tokens that follow the document: the question and its answer, or a conversation.
         """
-        probing = 0 if self.keeps_all else prompt + drafts
-        reading = max((b.kept_before + b.tokens + probing for b in self.blocks), default=0)
+        probing = prompt + drafts
+        reading = max(
+            (b.kept_before + b.tokens + (probing if b.evicts else 0) for b in self.blocks),
+            default=0,
+        )
         return max(reading, self.kept + reply, 1)
 
 
@@ -212,17 +215,23 @@ def largest_ratio(
     prompt: int,
     drafts: int,
     reply: int,
+    make: Callable[[int, int, float, int], Budget] | None = None,
 ) -> float:
-    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does."""
-    low, high = 0, 1000
-    while low < high:  # cells grow with the ratio
-        middle = (low + high + 1) // 2
-        budget = Budget(tokens, block_size, middle / 1000, divisor)
+    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does.
+
+    Args:
+        tokens, block_size, divisor: as in Budget.
+        cells: what there is.
+        prompt, drafts, reply: as in `Budget.cells`.
+        make: a policy's `budget`; None for equation (1).
+    """
+    make = make or Budget
+    # rounding makes cells grow not quite steadily with the ratio: try each
+    for thousandths in range(1000, 0, -1):
+        budget = make(tokens, block_size, thousandths / 1000, divisor)
         if budget.cells(prompt, drafts, reply) <= cells:
-            low = middle
-        else:
-            high = middle - 1
-    return low / 1000
+            return thousandths / 1000
+    return 0.0
 
 
 @dataclass

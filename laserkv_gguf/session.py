@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,10 @@ class LaserKV:
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._reader: Reader | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        # The answer that holds the lock; weakly, so that one nobody reads on ends by itself.
+        self._active: weakref.ref[Answer] | None = None
+        self._owner: Conversation | None = None  # whose cells are in the context
         self._warming: threading.Thread | None = None
         self._cancelled = threading.Event()
 
@@ -168,7 +173,7 @@ class LaserKV:
             self._warming.join()
         if self._context:
             self._context.close()
-            self._context = self._reader = None
+            self._context = self._reader = self._owner = None
         if self._owns_model:
             self.model.close()
 
@@ -183,6 +188,29 @@ class LaserKV:
         self._cancelled.set()
         if self._context:
             self._context.cancel()
+
+    def _enter(self, answer: Answer | None) -> None:
+        """Takes the engine; waits for other threads, and drops what this one left half-way."""
+        left = self._active() if self._active else None
+        if left is not None and left is not answer and left.thread == threading.get_ident():
+            left.close()
+        self._lock.acquire()
+        self._active = weakref.ref(answer) if answer else None
+        self._cancelled.clear()
+        if self._context:
+            self._context.resume()
+
+    def _leave(self) -> None:
+        self._active = None
+        self._lock.release()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._enter(None)
+        try:
+            yield
+        finally:
+            self._leave()
 
     # answers
 
@@ -218,9 +246,10 @@ class LaserKV:
             sampling=sampling,
             on_progress=on_progress,
         )
-        for piece in stream:
-            if on_text:
-                on_text(piece)
+        with stream:
+            for piece in stream:
+                if on_text:
+                    on_text(piece)
         return stream.reply
 
     def stream(
@@ -282,6 +311,8 @@ class LaserKV:
         drafts = settings.lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
+        if compact:
+            self._check_can_compact()
         if compact and cells > self.model.trained_context:
             most = largest_ratio(
                 tokens,
@@ -291,6 +322,7 @@ class LaserKV:
                 prompt=probing,
                 drafts=drafts,
                 reply=reply,
+                make=self.policy.budget,
             )
             remedy = f"use --ratio {most:g} or less" if most else "use a smaller --block-size"
             raise UserError(
@@ -308,6 +340,16 @@ class LaserKV:
             self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
             self._warming.start()
         return _Run(budget, cells, reader, compact)
+
+    def _check_can_compact(self) -> None:
+        """llama.cpp's re-rotation of cached keys dies for some of their types."""
+        kind = self.options.type_k
+        rotated = self.model.head_dim % 64 == 0  # else llama.cpp lacks the matrix that it uses
+        if kind == "bf16" or (kind not in ("f32", "f16") and not rotated):
+            raise UserError(
+                f"llama.cpp cannot move cached keys of type {kind} (head size "
+                f"{self.model.head_dim}); use -ctk f16, or --positions original"
+            )
 
     def _warm_up(self) -> None:
         """Compiles the policy's kernels while the first block is decoded."""
@@ -334,13 +376,15 @@ class LaserKV:
         if self._context is None or self._context.cells < cells:
             if self._context:
                 self._context.close()
-                self._context = None
+                self._context = self._owner = None
             self._context = Context(self.model, cells, self.options)
             self._reader = None
             from laserkv_gguf import kernels
 
             kernels.set_threads(self._context.threads)
         self._context.resume()
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled")
         if self._reader is None or self._reader.compact != compact:
             probe = ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
             self._reader = Reader(self._context, self.policy, probe, compact=compact)
@@ -360,19 +404,42 @@ class _Run:
 
 
 class Answer:
-    """Pieces of an answer as they come; `reply` is complete when the iterator ends."""
+    """Pieces of an answer as they come; `reply` is complete when the iterator ends.
+
+    An answer that is not read to its end is dropped with its question when it is closed, when the
+    same thread asks the next one, or at the end of a `with` block. Until then other threads wait.
+    """
 
     def __init__(self, conversation: Conversation, start: Callable[[Reply], Iterator[str]]) -> None:
         self.reply = Reply()
-        self._pieces = self._locked(conversation.engine, start)
+        self.thread = 0
+        self._pieces = self._run(conversation.engine, start)
 
-    def _locked(self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]) -> Iterator[str]:
-        with engine._lock:
-            engine._cancelled.clear()
+    def _run(
+        self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]
+    ) -> Generator[str, None, None]:
+        engine._enter(self)
+        try:
             yield from start(self.reply)
+        finally:
+            engine._leave()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
+
+    def __next__(self) -> str:
+        self.thread = threading.get_ident()
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Drops the rest, and with it the turn."""
+        self._pieces.close()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Conversation:
@@ -430,8 +497,7 @@ class Conversation:
             UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
         """
         self._unread = False
-        with self.engine._lock:
-            self.engine._cancelled.clear()
+        with self.engine._alone():
             return self._read_unasked(on_progress)
 
     def _read_unasked(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
@@ -466,10 +532,11 @@ class Conversation:
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
+        engine._owner = None
         prompt = 0 if question is None else len(question)
         run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
         reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
-        self._run, self.reading = run, reading
+        self._run, self.reading, engine._owner = run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
         return reading
 
@@ -497,6 +564,11 @@ class Conversation:
         started = time.perf_counter()
         if self.reading is None:
             self._read_unasked()
+        if not self._owns_cells:
+            raise UserError(
+                "this conversation's cache is gone, because the engine was asked something else; "
+                "read() starts it again"
+            )
         if self.turns == 0:
             prompt = self._opening(question).after
         else:
@@ -525,8 +597,9 @@ class Conversation:
         except BaseException:
             # the turn is dropped, the document and earlier turns stay
             self._position, self._used, self._pending = before
-            context.resume()
-            Sequence(context, MAIN).remove(self._position, -1)
+            if self._owns_cells:
+                context.resume()
+                Sequence(context, MAIN).remove(self._position, -1)
             raise
         self.turns += 1
         self._fill(reply, len(prompt), started, first)
@@ -598,16 +671,23 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets the turns; the document stays as it was read."""
-        if self._run is None or self.reading is None:
-            return
-        self._position, self._used = self.reading.next_position, len(self.reading.kept)
-        self._pending, self.turns = [], 0
-        Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
+        with self.engine._alone():
+            self._pending, self.turns = [], 0
+            if self._run is None or self.reading is None or not self._owns_cells:
+                self.reading = None
+                return
+            self._position, self._used = self.reading.next_position, len(self.reading.kept)
+            Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
 
     def without_document(self) -> None:
         """Goes on without the document until `read` is called; nothing of it is in the cache."""
         self.reading, self.turns, self._pending = None, 0, []
         self._unread = True
+
+    @property
+    def _owns_cells(self) -> bool:
+        """Whether the context still holds what this conversation read and said."""
+        return self.engine._owner is self
 
     @property
     def cells_used(self) -> int:

@@ -191,9 +191,6 @@ def test_nothing_is_left_armed_by_an_interrupt(loaded: dict[str, Loaded]) -> Non
     assert np.isnan(keys).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Probe.armed: a refused array leaves the records made before it in place"
-)
 def test_nothing_is_left_armed_by_a_refused_array(loaded: dict[str, Loaded]) -> None:
     one = loaded["grouped"]
     with one.context() as context:
@@ -302,8 +299,8 @@ def test_measured_angles(spec: TinySpec, tmp_path: Path) -> None:
         Context(model, 256, OPTIONS) as context,
     ):
         rotation = rope.measure(context)
-        # the angle of 1,000 positions is what matters: 1e-3 of a radian of it
-        assert np.abs(rotation.angles - expected).max() < 1e-6
+        # 1e-7 of a radian is 1e-2 over 100,000 positions
+        assert np.abs(rotation.angles - expected).max() < 1e-7
         assert rotation.halves == (spec.arch == "qwen2")
         for number in range(8):
             assert Sequence(context, number).last == -1  # nothing of it stays

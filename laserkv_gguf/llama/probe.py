@@ -265,11 +265,11 @@ class Probe:
             ValueError: an array of another shape, type or layout.
             CaptureError: the graph did not show all rows (only when the block ended well).
         """
-        for kind, target in wanted.items():
-            self._want(kind, target)
-        self._seen[:] = 0
-        self._control[_ARMED] = 1
         try:
+            for kind, target in wanted.items():
+                self._want(kind, target)
+            self._seen[:] = 0
+            self._control[_ARMED] = 1
             yield
         finally:
             # nothing may be left that points into arrays which may go
