@@ -22,7 +22,7 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama import trial
+from laserkv_gguf.llama import rope, trial
 from laserkv_gguf.llama.chat import ChatTemplate, Opening, Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
@@ -84,7 +84,7 @@ class Settings:
             "pool": self.pool,
             "hash_bits": self.hash_bits,
             "hash_tables": self.hash_tables,
-            "seed": seed,
+            "seed": seed & 0xFFFFFFFF,
         }
         return policies.make(
             self.policy, **{key: value for key, value in given.items() if value is not None}
@@ -312,7 +312,7 @@ class LaserKV:
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
         if compact:
-            self._check_can_compact()
+            rope.check(self.model, self.options)
         if compact and cells > self.model.trained_context:
             most = largest_ratio(
                 tokens,
@@ -340,16 +340,6 @@ class LaserKV:
             self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
             self._warming.start()
         return _Run(budget, cells, reader, compact)
-
-    def _check_can_compact(self) -> None:
-        """llama.cpp's re-rotation of cached keys dies for some of their types."""
-        kind = self.options.type_k
-        rotated = self.model.head_dim % 64 == 0  # else llama.cpp lacks the matrix that it uses
-        if kind == "bf16" or (kind not in ("f32", "f16") and not rotated):
-            raise UserError(
-                f"llama.cpp cannot move cached keys of type {kind} (head size "
-                f"{self.model.head_dim}); use -ctk f16, or --positions original"
-            )
 
     def _warm_up(self) -> None:
         """Compiles the policy's kernels while the first block is decoded."""

@@ -301,9 +301,6 @@ def test_the_ratio_that_is_named_works(
     assert err == ""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="largest_ratio computes with equation (1) whatever the policy's own budget"
-)
 def test_the_ratio_named_for_another_budget_works(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,11 +400,8 @@ def test_a_closed_pipe_is_no_error(files: Files, extra: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.xfail(
-    strict=True,
-    reason="SIGSEGV: a stopped answer is collected after its context was freed (session._answer)",
-)
 def test_a_full_disk_is_an_error(files: Files) -> None:
+    """It stops an answer half-way, whose cells must not be touched once they are freed."""
     with Path("/dev/full").open("w") as full:
         result = process(*fill("{ask}", files), stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 1
@@ -415,12 +409,24 @@ def test_a_full_disk_is_an_error(files: Files) -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="an answer that stdout cannot encode ends the run, then SIGSEGV"
+    strict=True, reason="an answer that stdout cannot encode ends the run with exit code 1"
 )
 def test_a_terminal_without_unicode(files: Files) -> None:
     result = process(*fill("{ask}", files), "-n", "40", env=environment(PYTHONIOENCODING="ascii"))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout
+
+
+@pytest.mark.xfail(strict=True, reason="pypdf's own warnings reach stderr beside the error")
+def test_a_damaged_pdf_is_refused_in_one_line(files: Files, tmp_path: Path) -> None:
+    """In a process: pytest would keep what pypdf logs from stderr."""
+    pytest.importorskip("pypdf")
+    (tmp_path / "cut.pdf").write_bytes(
+        b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\ntrailer\n"
+    )
+    result = process(*fill("{ask}", files), "-d", tmp_path / "cut.pdf")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*cut\.pdf is a PDF that cannot be read.*\n", result.stderr)
 
 
 # ---- ask ---------------------------------------------------------------------------------------

@@ -929,11 +929,6 @@ def test_rounded_caches(
     assert error(logits, truth) < tolerance
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="llama.cpp's K-shift dies: of bf16 keys always, of quantised ones whose head_dim is no "
-    "multiple of 64 (it dereferences the Hadamard matrix it has only then)",
-)
 @pytest.mark.parametrize("kind", ["bf16", "q8_0"])
 def test_types_that_cannot_be_compacted_are_refused(kind: str, tmp_path: Path) -> None:
     """In a process of its own, for today it takes that process along."""

@@ -386,12 +386,6 @@ def test_a_dropped_turn_has_never_been(
     assert answers[0] == answers[1]
 
 
-SUSPENDED = (
-    "a suspended Answer rolls back only when it is closed or collected: until then its half turn "
-    "stays in the cache, and afterwards it rolls back what came after it"
-)
-
-
 def test_a_turn_left_suspended_has_never_been(loaded: Loaded) -> None:
     """A `for` loop left by an exception keeps its iterator while the traceback lives."""
     answers: list[list[int]] = []
