@@ -74,18 +74,19 @@ class Policy(ABC):
 
         The first use after an installation takes seconds; they pass while a block is decoded.
         """
-        vectors = np.ones((1, 4, 1, 8), np.float32)
+        count = 16  # enough for every part of a budget to get some
+        vectors = np.ones((1, count, 1, 8), np.float32)
         needs = self.needs
         self.select(
             Candidates(
                 0,
-                4,
+                count,
                 0,
                 vectors if needs.queries else None,
                 vectors if needs.keys else None,
                 vectors if needs.values else None,
             ),
-            2,
+            count // 2,
         )
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
