@@ -218,8 +218,11 @@ class Budget:
             drafts: lookahead tokens drafted after it while a block is whole.
             reply: tokens that follow the document: the question and its answer, or a conversation.
         """
-        probing = 0 if self.keeps_all else prompt + drafts
-        reading = max((b.kept_before + b.tokens + probing for b in self.blocks), default=0)
+        probing = prompt + drafts
+        reading = max(
+            (b.kept_before + b.tokens + (probing if b.evicts else 0) for b in self.blocks),
+            default=0,
+        )
         return max(reading, self.kept + reply, 1)
 
 
@@ -262,15 +265,12 @@ def largest_ratio(
         make: a policy's `budget`; None for equation (1).
     """
     make = make or Budget
-    low, high = 0, 1000
-    while low < high:  # cells grow with the ratio
-        middle = (low + high + 1) // 2
-        budget = make(tokens, block_size, middle / 1000, divisor)
+    # rounding makes cells grow not quite steadily with the ratio: try each
+    for thousandths in range(1000, 0, -1):
+        budget = make(tokens, block_size, thousandths / 1000, divisor)
         if budget.cells(prompt, drafts, reply) <= cells:
-            low = middle
-        else:
-            high = middle - 1
-    return low / 1000
+            return thousandths / 1000
+    return 0.0
 
 
 @dataclass

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama import trial
+from laserkv_gguf.llama import rope, trial
 from laserkv_gguf.llama.chat import ChatTemplate, Opening, Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
@@ -84,7 +86,7 @@ class Settings:
             "pool": self.pool,
             "hash_bits": self.hash_bits,
             "hash_tables": self.hash_tables,
-            "seed": seed,
+            "seed": seed & 0xFFFFFFFF,
         }
         given = {key: value for key, value in given.items() if value is not None}
         return policies.make(self.policy, **{**given, **self.policy_options})
@@ -159,7 +161,10 @@ class LaserKV:
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._reader: Reader | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        # The answer that holds the lock; weakly, so that one nobody reads on ends by itself.
+        self._active: weakref.ref[Answer] | None = None
+        self._owner: Conversation | None = None  # whose cells are in the context
         self._warming: threading.Thread | None = None
         self._cancelled = threading.Event()
 
@@ -169,7 +174,7 @@ class LaserKV:
             self._warming.join()
         if self._context:
             self._context.close()
-            self._context = self._reader = None
+            self._context = self._reader = self._owner = None
         if self._owns_model:
             self.model.close()
 
@@ -184,6 +189,29 @@ class LaserKV:
         self._cancelled.set()
         if self._context:
             self._context.cancel()
+
+    def _enter(self, answer: Answer | None) -> None:
+        """Takes the engine; waits for other threads, and drops what this one left half-way."""
+        left = self._active() if self._active else None
+        if left is not None and left is not answer and left.thread == threading.get_ident():
+            left.close()
+        self._lock.acquire()
+        self._active = weakref.ref(answer) if answer else None
+        self._cancelled.clear()
+        if self._context:
+            self._context.resume()
+
+    def _leave(self) -> None:
+        self._active = None
+        self._lock.release()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._enter(None)
+        try:
+            yield
+        finally:
+            self._leave()
 
     # answers
 
@@ -219,9 +247,10 @@ class LaserKV:
             sampling=sampling,
             on_progress=on_progress,
         )
-        for piece in stream:
-            if on_text:
-                on_text(piece)
+        with stream:
+            for piece in stream:
+                if on_text:
+                    on_text(piece)
         return stream.reply
 
     def stream(
@@ -283,6 +312,8 @@ class LaserKV:
         drafts = self._lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
+        if compact:
+            rope.check(self.model, self.options)
         if compact and cells > self.model.trained_context:
             most = largest_ratio(
                 tokens,
@@ -341,13 +372,15 @@ class LaserKV:
         if self._context is None or self._context.cells < cells:
             if self._context:
                 self._context.close()
-                self._context = None
+                self._context = self._owner = None
             self._context = Context(self.model, cells, self.options)
             self._reader = None
             from laserkv_gguf import kernels
 
             kernels.set_threads(self._context.threads)
         self._context.resume()
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled")
         if self._reader is None or self._reader.compact != compact:
             probe = ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
             self._reader = Reader(self._context, self.policy, probe, compact=compact)
@@ -367,19 +400,42 @@ class _Run:
 
 
 class Answer:
-    """Pieces of an answer as they come; `reply` is complete when the iterator ends."""
+    """Pieces of an answer as they come; `reply` is complete when the iterator ends.
+
+    An answer that is not read to its end is dropped with its question when it is closed, when the
+    same thread asks the next one, or at the end of a `with` block. Until then other threads wait.
+    """
 
     def __init__(self, conversation: Conversation, start: Callable[[Reply], Iterator[str]]) -> None:
         self.reply = Reply()
-        self._pieces = self._locked(conversation.engine, start)
+        self.thread = 0
+        self._pieces = self._run(conversation.engine, start)
 
-    def _locked(self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]) -> Iterator[str]:
-        with engine._lock:
-            engine._cancelled.clear()
+    def _run(
+        self, engine: LaserKV, start: Callable[[Reply], Iterator[str]]
+    ) -> Generator[str, None, None]:
+        engine._enter(self)
+        try:
             yield from start(self.reply)
+        finally:
+            engine._leave()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
+
+    def __next__(self) -> str:
+        self.thread = threading.get_ident()
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Drops the rest, and with it the turn."""
+        self._pieces.close()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Conversation:
@@ -444,8 +500,7 @@ class Conversation:
             UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
         """
         self._unread = False
-        with self.engine._lock:
-            self.engine._cancelled.clear()
+        with self.engine._alone():
             if question is None:
                 return self._read_unasked(on_progress)
             return self._read_asked(question, on_progress)
@@ -489,10 +544,11 @@ class Conversation:
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
+        engine._owner = None
         prompt = 0 if question is None else len(question)
         run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
         reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
-        self._run, self.reading = run, reading
+        self._run, self.reading, engine._owner = run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
         return reading
 
@@ -518,7 +574,16 @@ class Conversation:
         started = time.perf_counter()
         if self.reading is None:
             self._read_unasked()
+        self._check_owner()
         yield from self._answer(self._prompt(question), reply, started)
+
+    def _check_owner(self) -> None:
+        """Refuses to go on in cells that hold something else by now."""
+        if not self._owns_cells:
+            raise UserError(
+                "this conversation's cache is gone, because the engine was asked something else; "
+                "read() starts it again"
+            )
 
     def _prompt(self, question: str) -> Prompt:
         """What the next turn decodes before its answer starts."""
@@ -534,9 +599,10 @@ class Conversation:
         Raises:
             UserError: an empty answer, or one with its question that the context cannot hold.
         """
-        with self.engine._lock:
+        with self.engine._alone():
             if self.reading is None:
                 self._read_unasked()
+            self._check_owner()
             assert self._run is not None
             context = self._run.reader.context
             prompt = np.concatenate((self._pending, self._prompt(question).tokens))
@@ -583,8 +649,9 @@ class Conversation:
         except BaseException:
             # the turn is dropped, the document and earlier turns stay
             self._position, self._used, self._pending = before
-            context.resume()
-            Sequence(context, MAIN).remove(self._position, -1)
+            if self._owns_cells:
+                context.resume()
+                Sequence(context, MAIN).remove(self._position, -1)
             raise
         self.turns += 1
         self._fill(reply, len(prompt), started, first)
@@ -656,16 +723,23 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets the turns; the document stays as it was read."""
-        if self._run is None or self.reading is None:
-            return
-        self._position, self._used = self.reading.next_position, len(self.reading.kept)
-        self._pending, self.turns = [], 0
-        Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
+        with self.engine._alone():
+            self._pending, self.turns = [], 0
+            if self._run is None or self.reading is None or not self._owns_cells:
+                self.reading = None
+                return
+            self._position, self._used = self.reading.next_position, len(self.reading.kept)
+            Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
 
     def without_document(self) -> None:
         """Goes on without the document until `read` is called; nothing of it is in the cache."""
         self.reading, self.turns, self._pending = None, 0, []
         self._unread = True
+
+    @property
+    def _owns_cells(self) -> bool:
+        """Whether the context still holds what this conversation read and said."""
+        return self.engine._owner is self
 
     @property
     def cells_used(self) -> int:

@@ -191,9 +191,6 @@ def test_nothing_is_left_armed_by_an_interrupt(loaded: dict[str, Loaded]) -> Non
     assert np.isnan(keys).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Probe.armed: a refused array leaves the records made before it in place"
-)
 def test_nothing_is_left_armed_by_a_refused_array(loaded: dict[str, Loaded]) -> None:
     one = loaded["grouped"]
     with one.context() as context:

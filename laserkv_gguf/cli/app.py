@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -10,12 +13,11 @@ import typer
 from laserkv_gguf.cli import ask, bench, chat
 from laserkv_gguf.errors import LaserKVError
 
-INTERRUPTED = 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="laserkv_gguf",
     help="Long documents for GGUF models on small memory: LASER-KV on llama.cpp.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -47,29 +49,38 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code (0, 1, 2 or 130)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    for stream in (sys.stdout, sys.stderr):
+        # an answer may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        result = app(args=given, prog_name="laserkv_gguf", standalone_mode=False)
+        result = app(args=given or ["--help"], prog_name="laserkv_gguf", standalone_mode=False)
+        if not given:
+            return USAGE
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except LaserKVError as error:
-        if debug:
-            raise
-        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # whoever read our output has gone: nothing is left to say, and Python must not try either
-        sys.stdout = open("/dev/null", "w") if sys.platform != "win32" else sys.stdout  # noqa
-        return 1
+        # whoever read our output has gone; what Python still holds back must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:
-        # Typer's own errors about arguments know how to say themselves; its class has moved
-        # between releases
-        describe = getattr(error, "format_message", None)
-        if describe is None:
-            if debug:
-                raise
-            return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
-        message = describe().replace("\n", " ").strip()
-        return _fail(message or "see --help", getattr(error, "exit_code", 2))
+        if debug:
+            traceback.print_exc()
+        return _fail(*_said(error))
+
+
+def _said(error: Exception) -> tuple[str, int]:
+    """One line about an error, and its exit code."""
+    if isinstance(error, LaserKVError):
+        return str(error), error.exit_code
+    # Typer's own errors about arguments know how to say themselves; their class has moved
+    # between releases
+    describe = getattr(error, "format_message", None)
+    if describe is not None:
+        message = " ".join(describe().split())
+        return message or "see --help", getattr(error, "exit_code", USAGE)
+    return f"{type(error).__name__}: {error} (--debug shows where)", FAILED
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Optional
 
 from typer import Option
@@ -82,7 +82,8 @@ class Talk:
     engine: LaserKV
     conversation: Conversation
     line: Callable[[], str]
-    last: Reply | None = field(default=None)
+    last: Reply | None = None
+    running: bool = False
 
     def open(self, question: str | None) -> None:
         """Reads the documents, and answers the first question if there is one."""
@@ -95,6 +96,7 @@ class Talk:
 
     def run(self) -> None:
         """Until /quit or the end of the input. Ctrl-C drops what is typed."""
+        self.running = True
         while True:
             try:
                 line = self.line().strip()
@@ -159,6 +161,9 @@ class Talk:
         except KeyboardInterrupt:
             self._not_read(bar)
             return
+        except UserError as error:
+            self._refused(error)
+            return
         reading = self.conversation.reading
         assert reading is not None
         terminal.dim(
@@ -181,8 +186,17 @@ class Talk:
         except KeyboardInterrupt:
             self._not_read(bar)
             return
+        except UserError as error:
+            self._refused(error)
+            return
         print(first, end="", flush=True)
         self.answer(lambda: stream)
+
+    def _refused(self, error: UserError) -> None:
+        """At the start nothing could follow; later the conversation goes on."""
+        if not self.running:
+            raise error
+        terminal.note(f"error: {error}")
 
     def _not_read(self, bar: terminal.ReadingBar) -> None:
         self.conversation.without_document()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +41,12 @@ def _bytes(name: str) -> bytes:
         if sys.stdin.isatty():
             print("reading the document from standard input; end with Ctrl-D", file=sys.stderr)
         return sys.stdin.buffer.read()
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f"{name} is a folder; name the file to read")
     try:
-        return path.read_bytes()
+        return Path(name).read_bytes()
     except FileNotFoundError:
         raise UserError(f"no document at {name}") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; name the file to read") from None
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
 
@@ -71,6 +71,7 @@ def _pdf(said: str, data: bytes) -> str:
         raise UserError(
             f"{said} is a PDF; install the reader with pip install 'laserkv-gguf[pdf]'"
         ) from None
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings are not for users
     try:
         pages = PdfReader(io.BytesIO(data)).pages
         text = "\n\n".join(page.extract_text() for page in pages)

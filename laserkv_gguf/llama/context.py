@@ -225,6 +225,8 @@ class Context:
         if outputs > self.options.outputs:
             raise ValueError(f"{outputs} outputs asked for, the context has {self.options.outputs}")
         count = len(tokens)
+        if outputs > min(count, self.batch_size):
+            raise ValueError(f"{outputs} outputs asked for of {count} tokens")
         size = min(self.batch_size, max(self.options.ubatch_size, outputs))
         begin = 0
         while begin < count:
@@ -297,7 +299,11 @@ class Context:
         self.abort.clear()
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """A copy of the logits (vocab,) of output `index` of the last batch (-1: the last)."""
+        """A copy of the logits (vocab,) of the last batch.
+
+        Args:
+            index: negative: counted from the last output; else the token's place in the batch.
+        """
         pointer = L.llama_get_logits_ith(self.handle, index)
         if not pointer:
             raise ValueError(f"the last batch has no logits for {index}")

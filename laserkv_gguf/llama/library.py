@@ -21,10 +21,10 @@ log = logging.getLogger("llama.cpp")
 
 # enum ggml_log_level; 5 continues the line before
 _LEVELS = {
-    1: logging.INFO,
-    2: logging.WARNING,
-    3: logging.ERROR,
-    4: logging.DEBUG,
+    1: logging.DEBUG,
+    2: logging.INFO,
+    3: logging.WARNING,
+    4: logging.ERROR,
 }
 _recent: deque[tuple[int, str]] = deque(maxlen=200)
 _pending: list[str] = []

@@ -291,16 +291,16 @@ def check_file(path: Path) -> None:
     Raises:
         UserError: missing, a folder, unreadable, or without GGUF's magic number.
     """
-    if not path.exists():
-        raise UserError(
-            f"no model at {path}; give the path of a GGUF file, "
-            "or leave --model out for the embedded SmolLM2"
-        )
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the GGUF file in it")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
+    except FileNotFoundError:
+        raise UserError(
+            f"no model at {path}; give the path of a GGUF file, "
+            "or leave --model out for the embedded SmolLM2"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the GGUF file in it") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if magic != b"GGUF":

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama.context import SEQUENCES, Context
+from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
+from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import Sequence
 
 # Each distance resolves the turns that the one before it left open.
@@ -58,21 +59,38 @@ class Rotation:
         x[...] = turned
 
 
+def check(model: Model, options: ContextOptions) -> None:
+    """Refuses models and cache types whose keys llama.cpp cannot re-rotate.
+
+    Raises:
+        UserError: with the remedy in one line.
+    """
+    if model.rope_type not in (L.LLAMA_ROPE_TYPE_NORM, L.LLAMA_ROPE_TYPE_NEOX):
+        raise UserError(
+            f"{model.architecture} uses a position encoding that cannot be compacted; "
+            "use --positions original"
+        )
+    # llama.cpp aborts on bf16, and for quantised keys uses a Hadamard matrix that it makes only
+    # for head sizes in steps of 64
+    quantised = options.type_k not in ("f32", "f16")
+    if options.type_k == "bf16" or (quantised and model.head_dim % 64):
+        raise UserError(
+            f"llama.cpp cannot move cached keys of type {options.type_k} (head size "
+            f"{model.head_dim}); use -ctk f16, or --positions original"
+        )
+
+
 def measure(context: Context) -> Rotation:
     """Reads the model's RoPE off an empty context (one tiny batch).
 
     Also the check that the graph shows its keys at all.
 
     Raises:
-        UserError: a kind of RoPE whose keys cannot be re-rotated.
+        UserError: see `check`.
         CaptureError: the graph does not name its keys as expected.
     """
     model = context.model
-    if model.rope_type not in (L.LLAMA_ROPE_TYPE_NORM, L.LLAMA_ROPE_TYPE_NEOX):
-        raise UserError(
-            f"{model.architecture} uses a position encoding that cannot be compacted; "
-            "use --positions original"
-        )
+    check(model, context.options)
     spare = [SEQUENCES - 1 - i for i in range(len(_DISTANCES))]
     keys = context.probe.new("keys", len(_DISTANCES))
     token = model.vocab_size // 2
