@@ -363,7 +363,7 @@ class Reader:
                 array[:, : len(rows)] = array[:, rows]
             if kind == "keys" and self._rotation is not None and state.shifts is not None:
                 shifts = state.shifts[np.searchsorted(state.kept, held)]
-                self._rotation.turn(array[:, : len(rows)], shifts[:, None, None])
+                self._rotation.turn(array[:, : len(rows)], shifts[:, None])
         state.held, state.shifts = held, None
 
     # where tokens stand

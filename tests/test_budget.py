@@ -238,7 +238,7 @@ def peak(budget: Budget, prompt: int, drafts: int, reply: int) -> int:
             for _ in range(prompt + drafts):
                 asked += 1
                 most = max(most, asked)
-            used -= block.candidates[1] - block.candidates[0] - block.pool
+            used -= block.count - block.pool
     for _ in range(reply):
         used += 1
         most = max(most, used)

@@ -145,13 +145,13 @@ class Recorder(Policy):
         }
         self.seen.append(replace(candidates, **arrays))
         chosen = self.inner.select(candidates, budget)
-        self.chosen[candidates.block] = np.sort(chosen) + candidates.first
+        self.chosen[candidates.index] = candidates.tokens[np.sort(chosen)]
         return chosen
 
     def kept(self, budget: Budget, blocks: int | None = None) -> list[int]:
         """What must be held after so many blocks: anchors, what was chosen, and the window."""
         last = budget.blocks[len(budget.blocks) - 1 if blocks is None else blocks - 1]
-        if budget.keeps_all:
+        if budget.keeps_all or not (budget.accumulates or last.evicts):
             return list(range(last.end))
         held = set(range(min(budget.anchors, last.end)))
         held |= set(range(max(last.end - budget.window, 0), last.end))
@@ -444,7 +444,7 @@ class Everything(policies.make("random").__class__):  # type: ignore[misc]
     """`random`, but it wants to see all there is."""
 
     name = "everything"
-    needs = Needs(queries=True, keys=True, values=True)
+    needs = Needs(queries=True, keys=True, values=True, precise=True)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -466,9 +466,10 @@ def test_candidates_keys_and_values(
     for block, seen in zip(budget.blocks, recorder.seen, strict=True):
         start = len(cache.positions) if compact else block.start
         cache.decode(one.tokens[block.start : block.end], start, block.start)
-        assert (seen.first, seen.first + seen.count, seen.block) == (*block.candidates, block.index)
+        assert seen.tokens.tolist() == list(range(*block.candidates))
+        assert (seen.index, seen.block) == (block.index, (block.start, block.end))
         if block.index:
-            assert seen.first < block.start  # it does look back
+            assert seen.tokens[0] < block.start  # it does look back
         tokens = range(*block.candidates)
         assert np.abs(seen.keys - cache.keys(tokens)).max() < 1e-3
         rows = np.flatnonzero(np.isin(cache.tokens, tokens))
@@ -598,7 +599,8 @@ class Replay(Policy):
         self.recorder = recorder
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        return self.recorder.chosen[candidates.block] - candidates.first
+        chosen = self.recorder.chosen[candidates.index]
+        return np.searchsorted(candidates.tokens, chosen)
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
@@ -670,13 +672,13 @@ class Faulty(Policy):
     """Does something wrong in block 1 while `fault` is set, else what `laser` does."""
 
     name = "faulty"
-    needs = Needs(queries=True, keys=True)
+    needs = Needs(queries=True, keys=True, precise=True)
 
     def __init__(self, fault: Callable[[Candidates, int], Any] | None) -> None:
         self.fault, self.inner = fault, policies.make("laser")
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        if self.fault and candidates.block == 1:
+        if self.fault and candidates.index == 1:
             return self.fault(candidates, budget)
         return self.inner.select(candidates, budget)
 

@@ -170,7 +170,7 @@ def test_evicted_tokens_are_hidden_from_the_answer(loaded: Loaded) -> None:
     evicted: dict[int, int] = {}
     for block in budget.blocks:
         first, end = block.candidates
-        seen = policies.Candidates(first, end - first, block.index)
+        seen = policies.Candidates(np.arange(first, end), (block.start, block.end), block.index)
         chosen = {first + int(index) for index in policy.select(seen, block.pool)}
         evicted |= dict.fromkeys({*range(first, end)} - chosen, block.end)
     tokens = before + after

@@ -47,7 +47,6 @@ class ChunkKV(Policy):
         assert candidates.keys is not None
         scores = kernels.attention_consensus(candidates.queries, candidates.keys)
         sums = np.add.reduceat(scores.astype(np.float64), range(0, candidates.count, self.chunk))
-        # Best first, equals by position, NaN last.
-        order = np.argsort(-np.where(np.isnan(sums), -np.inf, sums), kind="stable")
+        order = np.argsort(-sums, kind="stable")  # best first, equals by position, NaN last
         ranks = np.argsort(order)[np.arange(candidates.count) // self.chunk]
         return np.argsort(ranks, kind="stable")[:budget]
