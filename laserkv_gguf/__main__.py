@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from laserkv_gguf.cli.app import run
-
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    sys.exit(run())
+    try:
+        from laserkv_gguf.cli.app import run
+
+        sys.exit(run())
+    except KeyboardInterrupt:  # while importing
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ class Budget:
 
     @cached_property
     def block(self) -> int:
-        """B, tokens a block (0 of them where everything is kept has no meaning: it is still B)."""
+        """B, tokens a block; of the other shapes the whole summary."""
+        if not self.accumulates:
+            return self.total
         return block_budget(self.tokens, self.block_size, self.ratio)
 
     @property

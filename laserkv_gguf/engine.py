@@ -42,7 +42,7 @@ class ProbeSettings:
 
     tokens: int | None = None
     lookahead: int | None = None
-    observation: int = 32
+    observation: int | None = None
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Reader:
     ) -> None:
         self.context, self.policy = context, policy
         probe, needs = probe or ProbeSettings(), policy.needs
-        self.observation = probe.observation
+        self.observation = needs.observation if probe.observation is None else probe.observation
         self.asking = needs.probe_tokens if probe.tokens is None else probe.tokens
         self.lookahead = needs.lookahead if probe.lookahead is None else probe.lookahead
         self.compact = compact

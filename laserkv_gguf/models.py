@@ -68,6 +68,8 @@ def find(model: str | None) -> Path:
     Raises:
         UserError: there is none; the message says how to get it.
     """
+    if model == "":
+        raise UserError("--model is empty; give a GGUF file, or leave it out for the embedded one")
     # os.path.exists says no to names that no file can have; Path.exists raises
     if model is not None and (model.lower().endswith(".gguf") or os.path.exists(model)):  # noqa: PTH110
         return Path(model)

@@ -73,8 +73,10 @@ class Settings:
             UserError: with the remedy in one line.
         """
         check_settings(self.ratio, self.block_size, self.protection_divisor)
-        if self.lookahead is not None and self.lookahead < 0:
-            raise UserError(f"--lookahead is {self.lookahead}; give a number of tokens, or 0")
+        if self.lookahead is not None and not 0 <= self.lookahead <= self.block_size:
+            raise UserError(
+                f"--lookahead is {self.lookahead}; give 0 to a block's {self.block_size} tokens"
+            )
         if self.probe_tokens is not None and self.probe_tokens < 0:
             raise UserError(f"--probe-tokens is {self.probe_tokens}; give a number, or 0 for all")
         if self.positions not in POSITIONS:

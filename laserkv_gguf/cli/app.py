@@ -79,7 +79,7 @@ def _said(error: Exception) -> tuple[str, int]:
     describe = getattr(error, "format_message", None)
     if describe is not None:
         message = " ".join(describe().split())
-        return message or "see --help", getattr(error, "exit_code", USAGE)
+        return f"{message.rstrip('.')}; see --help", getattr(error, "exit_code", USAGE)
     return f"{type(error).__name__}: {error} (--debug shows where)", FAILED
 
 

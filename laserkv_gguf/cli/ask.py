@@ -54,7 +54,7 @@ def ask(
                 first = next(iter(stream), "")
             for piece in _chain(first, stream):
                 if not as_json:
-                    print(piece, end="", flush=True)
+                    print(terminal.printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             if bar.read < bar.total:
                 terminal.note(bar.stopped)

@@ -12,7 +12,7 @@ from typer import Option
 
 from laserkv_gguf.cli import documents, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
     from laserkv_gguf.session import Answer, Conversation, LaserKV, Reply
@@ -117,13 +117,13 @@ class Talk:
         try:
             stream = ask()
             for piece in stream:
-                print(piece, end="", flush=True)
+                print(terminal.printable(piece), end="", flush=True)
             print(flush=True)
         except KeyboardInterrupt:
             print(flush=True)
             terminal.note("(stopped; this turn is dropped)")
             return
-        except UserError as error:
+        except LaserKVError as error:
             terminal.note(f"error: {error}")
             return
         self.last = stream.reply
@@ -161,7 +161,7 @@ class Talk:
         except KeyboardInterrupt:
             self._not_read(bar)
             return
-        except UserError as error:
+        except LaserKVError as error:
             self._refused(error)
             return
         reading = self.conversation.reading
@@ -186,13 +186,13 @@ class Talk:
         except KeyboardInterrupt:
             self._not_read(bar)
             return
-        except UserError as error:
+        except LaserKVError as error:
             self._refused(error)
             return
-        print(first, end="", flush=True)
+        print(terminal.printable(first), end="", flush=True)
         self.answer(lambda: stream)
 
-    def _refused(self, error: UserError) -> None:
+    def _refused(self, error: LaserKVError) -> None:
         """At the start nothing could follow; later the conversation goes on."""
         if not self.running:
             raise error

@@ -44,7 +44,7 @@ def _bytes(name: str) -> bytes:
     try:
         return Path(name).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"no document at {name}") from None
+        raise UserError(f"no document at {name}; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{name} is a folder; name the file to read") from None
     except OSError as error:

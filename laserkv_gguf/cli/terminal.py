@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -67,6 +68,14 @@ def account_line(account: Account) -> str:
         f"first token {account.first_token_seconds:.2f} s · "
         f"{account.decode_tokens_per_second:.1f} tok/s"
     )
+
+
+_CONTROL = dict.fromkeys(c for c in (*range(32), *range(127, 160)) if c not in (9, 10))
+
+
+def printable(text: str) -> str:
+    """Text without control characters where it goes to a terminal, which would obey them."""
+    return text.translate(_CONTROL) if sys.stdout.isatty() else text
 
 
 def size(number: float) -> str:

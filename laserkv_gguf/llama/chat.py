@@ -107,16 +107,21 @@ class ChatTemplate:
         return [{"role": "system", "content": _SYSTEM}] if system else []
 
     def _render(self, messages: list[dict[str, str]]) -> str:
+        """Some templates know no system role: then the first turn says what it would."""
+        with_system = messages[0]["role"] == "system"
         try:
-            return str(self._format(messages=cast(Any, messages)).prompt)
-        except (TemplateError, ValueError) as error:
-            if messages[0]["role"] == "system":  # some templates know no system role: say it first
-                rest = [dict(message) for message in messages[1:]]
-                rest[0]["content"] = _SYSTEM + SEPARATOR + rest[0]["content"]
-                return self._render(rest)
-            raise UserError(
-                f"the chat template of {self.model.path.name} fails: {error}"
-            ) from error
+            rendered = str(self._format(messages=cast(Any, messages)).prompt)
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            if not with_system:
+                raise UserError(
+                    f"the chat template of {self.model.path.name} fails: {error}"
+                ) from error
+        else:
+            if not with_system or _SYSTEM in rendered:
+                return rendered
+        rest = [dict(message) for message in messages[1:]]
+        rest[0]["content"] = _SYSTEM + SEPARATOR + rest[0]["content"]
+        return self._render(rest)
 
     def _tokens(self, rendered: str, system: str | None) -> Tokens:
         """Tokenises the template's parts with control tokens, and the system prompt without."""

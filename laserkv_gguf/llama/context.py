@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SEQUENCES = 8  # main, probe, and spares
 PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
+MAX_THREADS = 512  # ggml's own limit
 _SHORT = 8  # batches up to this size end soon enough to wait for them where we are
 
 
@@ -65,8 +66,8 @@ class ContextOptions:
         for flag, number in (("-b", self.batch_size), ("-ub", self.ubatch_size)):
             if number < 1:
                 raise UserError(f"{flag} {number}: give at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"-t {self.threads}: give at least 1 thread")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise UserError(f"-t {self.threads}: give 1 to {MAX_THREADS} threads")
 
     @property
     def quantised_v(self) -> bool:

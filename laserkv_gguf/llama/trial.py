@@ -25,6 +25,8 @@ from laserkv_gguf.llama import library
 log = logging.getLogger(__name__)
 
 _TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+# SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV; on Windows illegal instruction and access violation
+_CRASHES = (-4, -6, -7, -10, -8, -11, 0xC000001D, 0xC0000005)
 _WIDTH, _VOCAB, _BATCH, _SECONDS = 256, 64, 40, 120
 
 
@@ -46,6 +48,9 @@ def extra_buffers_work(*, again: bool = False) -> bool:
     if code is None:
         return False
     works = code == 0
+    if not works and code not in _CRASHES:
+        log.warning("the trial of the fast CPU kernels was stopped (exit %s): going without", code)
+        return False
     if not works:
         log.warning(
             "this llama.cpp's fastest CPU kernels crash on this processor (tried in a child "

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.errors import LaserKVError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Needs:
         probe_tokens: the question's last so many tokens ask, with what the template puts after
             them; 0 for everything after the document.
         lookahead: tokens drafted after the question that ask along.
+        observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
+            2404.14469).
     """
 
     queries: bool = False
@@ -37,6 +40,7 @@ class Needs:
     precise: bool = False
     probe_tokens: int = 0
     lookahead: int = 0
+    observation: int = 32
 
 
 @dataclass(frozen=True)
@@ -132,5 +136,5 @@ def checked(
     return kept
 
 
-class PolicyError(RuntimeError):
+class PolicyError(LaserKVError):
     """A policy broke its contract; nothing was evicted."""

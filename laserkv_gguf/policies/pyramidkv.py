@@ -32,7 +32,7 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8)
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8, observation=8)
 
     window: int = 8
     beta: float = 20.0
