@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import UserError
@@ -53,6 +55,8 @@ def find(name: str) -> type[Policy]:
             return _policy_class(point.load(), name)
     if ":" in name:
         module, _, attribute = name.partition(":")
+        if str(Path.cwd()) not in sys.path:  # a scratch file lies where the user is
+            sys.path.append(str(Path.cwd()))
         try:
             return _policy_class(getattr(importlib.import_module(module), attribute), name)
         except (ImportError, AttributeError) as error:

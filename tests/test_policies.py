@@ -1,0 +1,162 @@
+"""How policies are found, configured and checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import make
+
+from laserkv_gguf import LaserKV, policies
+from laserkv_gguf.cli.app import run
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.context import ContextOptions
+from laserkv_gguf.policies import Candidates, Needs, Policy
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = "A story that is long enough for a few blocks, told by nobody to nobody. " * 6
+
+
+class Longest(Policy):
+    name = "longest"
+
+    def select(self, candidates: Candidates, budget: int) -> np.ndarray:
+        return np.arange(budget)
+
+
+def test_every_file_is_a_policy_that_says_where_it_comes_from() -> None:
+    files = {path.stem for path in (ROOT / "laserkv_gguf" / "policies").glob("[a-z]*.py")} - {
+        "base"
+    }
+    names = set(policies.available())
+    assert files <= names
+    assert names - files == {"exact", "magicpig"}  # the two ends of laser
+    for name, kind in policies.available().items():
+        assert kind.__doc__
+        assert name in ("full", "random") or re.search(r"2\d{3}\.\d{5}", kind.__doc__), name
+
+
+def test_the_readme_lists_every_policy() -> None:
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert set(policies.available()) <= set(table)
+
+
+def test_the_readme_s_own_policy_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a reader would: the file as it stands in README, in the folder one is in."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    source = next(block for block in blocks if "KeyNorm" in block)
+    assert len(source.splitlines()) < 25
+    (tmp_path / "keynorm.py").write_text(source, "utf-8")
+    (tmp_path / "book.txt").write_text(DOCUMENT, "utf-8")
+    model = make(tmp_path).path
+    monkeypatch.chdir(tmp_path)
+    arguments = ["ask", "-m", str(model), "-t", "1", "-q", "why?", "-n", "4", "-d", "book.txt"]
+    assert run([*arguments, "--block-size", "64", "--policy", "keynorm:KeyNorm", "--json"]) == 0
+    assert '"policy": "keynorm"' in capsys.readouterr().out
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = SimpleNamespace(name="longest", load=lambda: Longest)
+    monkeypatch.setattr(policies, "entry_points", lambda group: [point])
+    assert policies.find("longest") is Longest
+    with pytest.raises(UserError, match="longest"):
+        policies.find("longst")
+    wrong = SimpleNamespace(name="wrong", load=lambda: int)
+    monkeypatch.setattr(policies, "entry_points", lambda group: [wrong])
+    with pytest.raises(UserError, match="not a subclass"):
+        policies.find("wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("lasr", "laser"), ("snapvk", "snapkv"), ("no.such:Thing", "no"), ("json:Nothing", "Nothing")],
+)
+def test_unknown(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        policies.find(name)
+
+
+def test_options() -> None:
+    assert policies.parse("laser", ["alpha=0.5", "hash-tables=4"]) == {
+        "alpha": 0.5,
+        "hash_tables": 4,
+    }
+    for wrong, said in (("alpa=1", "alpha"), ("alpha", "key=value"), ("pool=x", "give a int")):
+        with pytest.raises(UserError, match=said):
+            policies.parse("laser", [wrong])
+    with pytest.raises(UserError, match="no option"):
+        policies.parse("exact", ["alpha=0.5"])  # its alpha is what it is
+
+
+def test_infllm_says_what_it_waits_for() -> None:
+    with pytest.raises(UserError, match="recall"):
+        policies.make("infllm")
+
+
+@pytest.mark.parametrize("name", sorted(set(policies.available()) - {"infllm"}))
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "unasked"])
+def test_every_policy_answers_at_its_budget(name: str, asked: bool, tmp_path: Path) -> None:
+    """Through the whole engine: kept is what the budget says, and the cache holds just that."""
+    options = ContextOptions(128, 64, threads=1)
+    with LaserKV(make(tmp_path).path, policy=name, block_size=64, ratio=0.4, context=options) as e:
+        talk = e.conversation(document=DOCUMENT, max_tokens=4)
+        reading = talk.read(question="why?" if asked else None)
+        if policies.find(name).flexible:
+            assert reading.budget.anchors + reading.budget.window <= len(reading.kept)
+            assert len(reading.kept) <= reading.budget.kept
+        else:
+            assert len(reading.kept) == reading.budget.kept
+        assert np.isfinite(talk.log_likelihood("why?", "not"))
+        stream = talk.ask("why?")
+        assert "".join(stream) == stream.reply.text
+        assert stream.reply.account.kept_tokens == len(reading.kept)
+
+
+def test_needs_decide_what_is_seen(tmp_path: Path) -> None:
+    """Float16 unless precise, and nothing that was not asked for."""
+    seen: list[Candidates] = []
+
+    class Looker(Longest):
+        needs = Needs(keys=True, values=True, block_queries=True)
+
+        def warm_up(self) -> None:
+            pass
+
+        def select(self, candidates: Candidates, budget: int) -> np.ndarray:
+            seen.append(candidates)
+            return super().select(candidates, budget)
+
+    options = ContextOptions(128, 64, threads=1)
+    with LaserKV(make(tmp_path).path, block_size=64, ratio=0.4, context=options) as engine:
+        engine.policy = Looker()
+        engine.ask("why?", document=DOCUMENT, max_tokens=1)
+    for candidates in seen:
+        assert candidates.queries is None
+        for array in (candidates.keys, candidates.values, candidates.block_queries):
+            assert array is not None
+            assert array.dtype == np.float16
+            assert not array.flags.writeable
+        start, end = candidates.block
+        assert candidates.block_queries.shape[1] == end - start
+        assert candidates.keys.shape[1] == candidates.count
+
+
+def test_log_likelihood_is_the_model_s_own(tmp_path: Path) -> None:
+    """Against the chance of greedy tokens: no other continuation of that length is likelier."""
+    options = ContextOptions(128, 64, threads=1)
+    with LaserKV(make(tmp_path).path, policy="full", block_size=64, context=options) as engine:
+        talk = engine.conversation(document="short", max_tokens=8)
+        talk.read()
+        used = talk.cells_used
+        likely = talk.log_likelihood("why?", "e")
+        assert talk.cells_used == used
+        letters = [talk.log_likelihood("why?", letter) for letter in "abcdefghij"]
+        assert likely == letters[4]
+        assert sum(np.exp(letters)) < 1
+        with pytest.raises(UserError, match="empty"):
+            talk.log_likelihood("why?", "")
