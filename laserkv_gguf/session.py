@@ -327,7 +327,12 @@ class LaserKV:
                 reply=reply,
                 make=self.policy.budget,
             )
-            remedy = f"use --ratio {most:g} or less" if most else "use a smaller --block-size"
+            if most:
+                remedy = f"use --ratio {most:g} or less"
+            elif budget.shape == "one-shot":
+                remedy = f"{self.settings.policy} reads all of it before it frees any: use laser"
+            else:
+                remedy = "use a smaller --block-size"
             raise UserError(
                 f"keeping {settings.ratio:g} of {tokens} tokens needs {cells} positions, more than "
                 f"the {self.model.trained_context} this model was trained for; {remedy}"
