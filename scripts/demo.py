@@ -58,8 +58,9 @@ def main() -> int:
         name = signal.Signals(-code).name
         if name in ("SIGINT", "SIGTERM"):
             return 130
-        doctor = shown([str(python), "-m", environment.PACKAGE, "doctor"])
-        raise environment.SetupError(f"the run was ended by {name}; find out why with: {doctor}")
+        raise environment.SetupError(
+            f"the run was ended by {name}; see llama.cpp's log with: {shown(command)} --debug"
+        )
     return code
 
 
