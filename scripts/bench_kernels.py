@@ -3,7 +3,9 @@
     python scripts/bench_kernels.py [--threads N] [--json] [--repeat N]
 
 Attention is compared with ``numpy @`` for the product q . k alone (no softmax, no sum), on the
-same values laid out as BLAS likes them; SimHash with its NumPy form on one layer, scaled up.
+same values laid out as BLAS likes them; SimHash with its NumPy form on one layer, scaled up, and,
+where faiss is installed (pip install faiss-cpu), with its IndexLSH: as many bits, keys encoded and
+the queries searched for as many as a block keeps.
 """
 
 from __future__ import annotations
@@ -82,6 +84,28 @@ def numpy_collisions(queries: Array, keys: Array) -> Array:
     return total
 
 
+def faiss_search(queries: Array, keys: Array, wanted: int) -> Callable[[], object] | None:
+    """One IndexLSH for every layer and kv head: keys encoded, queries encoded and searched."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    layers, tokens, heads, dim = queries.shape
+    kv_heads = keys.shape[2]
+    rows = queries.reshape(layers, tokens, kv_heads, heads // kv_heads, dim)
+    rows = np.ascontiguousarray(rows.transpose(0, 2, 1, 3, 4)).reshape(layers, kv_heads, -1, dim)
+    points = np.ascontiguousarray((keys - keys.mean(axis=1, keepdims=True)).transpose(0, 2, 1, 3))
+
+    def run() -> None:
+        for layer in range(layers):
+            for head in range(kv_heads):
+                index = faiss.IndexLSH(dim, BITS * TABLES, True, False)
+                index.add(points[layer, head])
+                index.search(rows[layer, head], wanted)
+
+    return run
+
+
 def measure(name: str, repeat: int) -> dict[str, Any]:
     """One row of the table: seconds and ratios (NumPy's time over ours) for one shape."""
     layers, tokens, heads, kv_heads, dim, candidates = SHAPES[name]
@@ -101,6 +125,9 @@ def measure(name: str, repeat: int) -> dict[str, Any]:
             best[key] = min(best[key], seconds(run, 1))
     hashed: dict[str, Any] = {"bits": BITS, "tables": TABLES, "seed": 0}
     one = (queries[:1], keys[:1])
+    searched = faiss_search(queries, keys, candidates // 5)
+    if searched is not None:
+        best["faiss_lsh"] = seconds(searched, repeat)
     best["numpy_simhash"] = seconds(lambda: numpy_collisions(*one), 1) * layers
     best["simhash_f32"] = seconds(lambda: collision_scores(queries, keys, **hashed), repeat)
     best["simhash_f16"] = seconds(lambda: collision_scores(queries, halves, **hashed), repeat)
@@ -116,6 +143,11 @@ def measure(name: str, repeat: int) -> dict[str, Any]:
             "simhash_f32": best["numpy_simhash"] / best["simhash_f32"],
             "simhash_f16": best["numpy_simhash"] / best["simhash_f16"],
             "analytic_f32": best["numpy_qk"] / best["analytic_f32"],
+            **(
+                {"simhash_f32_faiss": best["faiss_lsh"] / best["simhash_f32"]}
+                if "faiss_lsh" in best
+                else {}
+            ),
         },
     }
 
@@ -134,10 +166,12 @@ def main() -> None:
         return
     print(f"{threads} threads; ratio = NumPy's time / ours, higher is better")
     print("attention and analytic against `@` for q . k alone, simhash against its NumPy form")
+    print("and, in the rows named faiss, against IndexLSH of faiss")
     for row in rows:
         print(f"\n{row['shape']}: numpy q . k {row['numpy_qk_gflops']:.0f} GFLOP/s")
         for key, ratio in row["ratios"].items():
-            print(f"  {key:14} {row['seconds'][key] * 1e3:9.1f} ms   ratio {ratio:7.2f}")
+            own = row["seconds"][key.removesuffix("_faiss")]
+            print(f"  {key:18} {own * 1e3:9.1f} ms   ratio {ratio:7.2f}")
 
 
 if __name__ == "__main__":
