@@ -17,6 +17,8 @@ import environment
 
 DOCUMENT = environment.PROJECT / environment.PACKAGE / "data" / "sample.txt"
 QUESTION = "What is the number of the safe?"
+# Several blocks, so that something is left out; so small a model does best with few positions.
+OPTIONS = ("--block-size", "2048", "--positions", "compact")
 EXTRAS = ("model", "pdf")
 
 
@@ -29,7 +31,7 @@ def ask_arguments(arguments: list[str]) -> list[str]:
     """The user's options, with a document and a question where none is given."""
     if given("--help", arguments) or given("--document", arguments):
         return arguments
-    added = ["--document", str(DOCUMENT)]
+    added = ["--document", str(DOCUMENT), *OPTIONS]
     if not given("--question", arguments):
         added += ["--question", QUESTION]
     return [*added, *arguments]
