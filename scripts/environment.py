@@ -618,6 +618,16 @@ def read_stamp(folder: Path) -> dict[str, object]:
     return stamp if isinstance(stamp, dict) else {}
 
 
+def compile_kernels(folder: Path) -> None:
+    """Let Numba compile now, which takes some seconds, and not in the first answer.
+
+    Numba compiles at first use where this fails, so nothing is lost but the seconds.
+    """
+    say("compiling the scoring kernels ...")
+    command = [str(venv_python(folder)), "-m", f"{PACKAGE}.kernels"]
+    subprocess.run(command, cwd=PROJECT, check=False, stdout=subprocess.DEVNULL)
+
+
 def prepare(
     extras: Sequence[str] = (), folder: Path | None = None, extra_index_urls: Sequence[str] = ()
 ) -> Path:
@@ -668,6 +678,7 @@ def prepare(
         state = probe(folder)
         if state is None:
             raise SetupError(f"{folder} was set up but its Python does not run; delete it")
+        compile_kernels(folder)
         stamp = {
             "pyproject": fingerprint,
             "extras": wanted,

@@ -469,7 +469,8 @@ def must_keep(
             asked = np.concatenate((ids[: block.end], ids[:0] if question is None else question))
             seen = visibility(len(asked), evicted)
             passed = forward(tiny.weights, tiny.spec, asked, visible=seen)
-            count = min(32, block.tokens) if question is None else ASKING[name]
+            watching = policies.find(name).needs.observation
+            count = min(watching, block.tokens) if question is None else ASKING[name]
             tokens = np.array([t for t in held if block.candidates[0] <= t < block.candidates[1]])
             assert len(tokens) == block.count
             candidates = Candidates(
