@@ -18,7 +18,7 @@ import environment
 DOCUMENT = environment.PROJECT / environment.PACKAGE / "data" / "sample.txt"
 QUESTION = "What is the number of the safe?"
 # Several blocks, so that something is left out; so small a model does best with few positions.
-OPTIONS = ("--block-size", "2048", "--positions", "compact")
+OPTIONS = ("--block-size", "2048", "--positions", "compact", "--predict", "24")
 EXTRAS = ("model", "pdf")
 
 
