@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Optional
 
 from typer import Option
@@ -41,7 +41,6 @@ def ask(
     bar = terminal.ReadingBar()
     with options.engine() as engine:
         try:
-            stream = None
             with bar.shown() as on_progress:
                 stream = engine.stream(
                     question,
@@ -52,7 +51,7 @@ def ask(
                     on_progress=on_progress,
                 )
                 first = next(iter(stream), "")
-            for piece in _chain(first, stream):
+            for piece in chain([first], stream):
                 if not as_json:
                     print(terminal.printable(piece), end="", flush=True)
         except KeyboardInterrupt:
@@ -69,8 +68,3 @@ def ask(
     print(flush=True)
     if sys.stderr.isatty():
         terminal.dim(terminal.account_line(reply.account))
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
