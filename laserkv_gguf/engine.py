@@ -23,7 +23,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
-from laserkv_gguf.policies import Candidates, Policy, checked
+from laserkv_gguf.policies import Candidates, Needs, Policy, checked
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,14 @@ class ProbeSettings:
     tokens: int | None = None
     lookahead: int | None = None
     observation: int | None = None
+
+    def completed(self, needs: Needs) -> tuple[int, int, int]:
+        """(tokens, lookahead, observation), with the policy's own where none are given."""
+        return (
+            needs.probe_tokens if self.tokens is None else self.tokens,
+            needs.lookahead if self.lookahead is None else self.lookahead,
+            needs.observation if self.observation is None else self.observation,
+        )
 
 
 @dataclass
@@ -150,10 +158,8 @@ class Reader:
         compact: bool = False,
     ) -> None:
         self.context, self.policy = context, policy
-        probe, needs = probe or ProbeSettings(), policy.needs
-        self.observation = needs.observation if probe.observation is None else probe.observation
-        self.asking = needs.probe_tokens if probe.tokens is None else probe.tokens
-        self.lookahead = needs.lookahead if probe.lookahead is None else probe.lookahead
+        settings = probe or ProbeSettings()
+        self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
         self._rotation: rope.Rotation | None = None

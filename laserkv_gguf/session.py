@@ -311,7 +311,8 @@ class LaserKV:
                 "shorten it, put the long part into a --document, or use a larger --block-size"
             )
         probing = prompt if asked and self.policy.needs.queries else 0
-        drafts = self._lookahead if probing else 0
+        _, lookahead, _ = self._probe.completed(self.policy.needs)
+        drafts = lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
         if compact:
@@ -350,9 +351,8 @@ class LaserKV:
         return _Run(budget, cells, reader, compact)
 
     @property
-    def _lookahead(self) -> int:
-        given = self.settings.lookahead
-        return self.policy.needs.lookahead if given is None else given
+    def _probe(self) -> ProbeSettings:
+        return ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
 
     def _warm_up(self) -> None:
         """Compiles the policy's kernels while the first block is decoded."""
@@ -389,8 +389,7 @@ class LaserKV:
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
         if self._reader is None or self._reader.compact != compact:
-            probe = ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
-            self._reader = Reader(self._context, self.policy, probe, compact=compact)
+            self._reader = Reader(self._context, self.policy, self._probe, compact=compact)
         return self._reader
 
     @property

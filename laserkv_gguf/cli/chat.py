@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 from typer import Option
 
@@ -15,7 +15,11 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
+    from laserkv_gguf.engine import Progress
     from laserkv_gguf.session import Answer, Conversation, LaserKV, Reply
+
+
+T = TypeVar("T")
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -154,18 +158,9 @@ class Talk:
         if rest:
             self.read_for(rest)
             return
-        bar = terminal.ReadingBar()
-        try:
-            with bar.shown() as on_progress:
-                self.conversation.read(on_progress)
-        except KeyboardInterrupt:
-            self._not_read(bar)
+        reading = self._under_a_bar(self.conversation.read)
+        if reading is None:
             return
-        except LaserKVError as error:
-            self._refused(error)
-            return
-        reading = self.conversation.reading
-        assert reading is not None
         terminal.dim(
             f"read {len(reading.tokens):,} tokens in {reading.timings.total:.1f} s, "
             f"kept {len(reading.kept):,}"
@@ -175,22 +170,31 @@ class Talk:
         """Reads the documents with a question in mind and answers it."""
         from laserkv_gguf.session import Answer
 
+        def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
+            stream = Answer(
+                self.conversation,
+                lambda reply: self.conversation.first_turn(question, reply, on_progress),
+            )
+            return stream, next(iter(stream), "")
+
+        begun = self._under_a_bar(begin)
+        if begun is None:
+            return
+        stream, first = begun
+        print(terminal.printable(first), end="", flush=True)
+        self.answer(lambda: stream)
+
+    def _under_a_bar(self, read: Callable[[Callable[[Progress], None]], T]) -> T | None:
+        """Runs something that reads; None where it was stopped or refused, which is then told."""
         bar = terminal.ReadingBar()
         try:
             with bar.shown() as on_progress:
-                stream = Answer(
-                    self.conversation,
-                    lambda reply: self.conversation.first_turn(question, reply, on_progress),
-                )
-                first = next(iter(stream), "")
+                return read(on_progress)
         except KeyboardInterrupt:
             self._not_read(bar)
-            return
         except LaserKVError as error:
             self._refused(error)
-            return
-        print(terminal.printable(first), end="", flush=True)
-        self.answer(lambda: stream)
+        return None
 
     def _refused(self, error: LaserKVError) -> None:
         """At the start nothing could follow; later the conversation goes on."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.errors import LaserKVError, UserError
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,16 @@ def checked(
     if len(kept) and (kept[0] < 0 or kept[-1] >= candidates.count):
         raise PolicyError(f"policy {policy.name!r} chose a token that is no candidate")
     return kept
+
+
+def check_pool(pool: int) -> None:
+    """Refuses a number of neighbours that has no middle.
+
+    Raises:
+        UserError: with the remedy in one line.
+    """
+    if pool < 1 or pool % 2 == 0:
+        raise UserError(f"--pool is {pool}; give an odd number of neighbours, 1 for none")
 
 
 class PolicyError(LaserKVError):

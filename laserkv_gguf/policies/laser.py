@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.policies.base import Candidates, Needs, Policy
+from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
 RULES = ("fraction", "magicpig", "analytic")
 RESIDUALS = ("lsh", "keydiff", "leverage")
@@ -52,8 +52,7 @@ class Laser(Policy):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha:g}; give a fraction from 0 to 1, such as 0.75")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise UserError(f"--pool is {self.pool}; give an odd number of neighbours, 1 for none")
+        check_pool(self.pool)
         if not 1 <= self.hash_bits <= 16:
             raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
         if self.hash_tables < 1:

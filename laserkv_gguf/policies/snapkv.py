@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.policies.base import Candidates, Needs, Policy
+from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class SnapKV(Policy):
             raise UserError(
                 f"--policy-option window={self.window}: give at least 1 token, such as 32"
             )
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise UserError(f"--pool is {self.pool}; give an odd number of neighbours, 1 for none")
+        check_pool(self.pool)
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
         return Budget(tokens, block_size, ratio, divisor, shape="one-shot", recent=self.window)
