@@ -198,7 +198,8 @@ class Budget:
             ceiling = math.ceil(self.nominal(end)) + index + 1 - self.anchors - self.window
             pool = max(0, min(min(granted, ceiling) - spent, last - first))
             spent += pool
-            after = self.anchors + self.window + spent
+            # in a block shorter than both together, anchors and window overlap
+            after = min(end, self.anchors + self.window) + spent
             yield Block(index, start, end, (first, last), last - first, pool, kept, after)
             kept = after
 

@@ -1,0 +1,7 @@
+"""Property tests try the same examples in every run; `--hypothesis-profile search` tries new ones."""
+
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=3000, deadline=None)
+settings.load_profile("same")
