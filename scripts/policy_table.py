@@ -23,9 +23,37 @@ import needles
 
 from laserkv_gguf import LaserKV, models, policies
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.trial import extra_buffers_work
 
+# What each step beyond the paper, and each setting, is worth: one change at a time from `laser`.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no lookahead": {"lookahead": 0},
+    "lookahead 8": {"lookahead": 8},
+    "lookahead 32": {"lookahead": 32},
+    "whole question": {"probe_tokens": 0},
+    "whole question, no lookahead": {"probe_tokens": 0, "lookahead": 0},
+    "no pooling": {"pool": 1},
+    "pool 5": {"pool": 5},
+    "pool 11": {"pool": 11},
+    "alpha 0.5": {"alpha": 0.5},
+    "alpha 0.9": {"alpha": 0.9},
+    "alpha 1": {"alpha": 1.0},
+    "alpha 1, no pooling": {"alpha": 1.0, "pool": 1},
+    "alpha 1, no lookahead": {"alpha": 1.0, "lookahead": 0},
+    "n 3": {"protection_divisor": 3},
+    "n 8": {"protection_divisor": 8},
+    "n 16": {"protection_divisor": 16},
+    "n 16, alpha 1": {"protection_divisor": 16, "alpha": 1.0},
+    "4 bits, 32 tables": {"hash_bits": 4},
+    "10 bits, 150 tables": {"hash_bits": 10, "hash_tables": 150},
+    "magicpig's rule": {"policy_options": {"rule": "magicpig"}},
+    "analytic": {"policy_options": {"rule": "analytic"}},
+    "residual keydiff": {"policy_options": {"residual": "keydiff"}},
+    "residual leverage": {"policy_options": {"residual": "leverage"}},
+    "paper": {"lookahead": 0, "pool": 1, "probe_tokens": 0},
+}
 LABELS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 ASK = "Answer with one word, the name of the place."
 
@@ -100,29 +128,39 @@ def run(options: argparse.Namespace) -> None:
             *needle_samples(model, book, options.tokens, options.samples, options.seed),
             *babi_samples(model, book, options.babi, options.tokens, options.samples, options.seed),
         ]
-        for name in options.policies or policies.available():
-            for ratio in options.ratios if name != "full" else [1.0]:
-                todo = [t for t in tasks if (name, ratio, t.task, t.number) not in done]
-                for row in answers(model, name, ratio, todo, options):
+        tasks = [task for task in tasks if task.task in options.tasks]
+        if options.ablations:
+            chosen = {f"laser, {label}": ("laser", given) for label, given in ABLATIONS.items()}
+        else:
+            chosen = {name: (name, {}) for name in policies.available()}
+        for label, (policy, given) in chosen.items():
+            if options.only and label not in options.only:
+                continue
+            for ratio in options.ratios if policy != "full" else [1.0]:
+                todo = [t for t in tasks if (label, ratio, t.task, t.number) not in done]
+                settings = {"policy": policy, "ratio": ratio, **given}
+                for row in answers(model, label, settings, todo, options):
                     with options.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
 
 
 def answers(
-    model: Model, name: str, ratio: float, tasks: list[Sample], options: argparse.Namespace
+    model: Model,
+    label: str,
+    settings: dict[str, Any],
+    tasks: list[Sample],
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """One row a sample; a policy that refuses gives none."""
     try:
         engine = LaserKV(
             model,
-            policy=name,
-            ratio=ratio,
             block_size=options.block_size,
-            lookahead=options.lookahead,
-            policy_options=policies.parse(name, options.policy_option or []),
+            context=ContextOptions(threads=options.threads),
+            **settings,
         )
     except UserError as error:
-        print(f"{name}: {error}")
+        print(f"{label}: {error}")
         return
     with engine:
         for task in tasks:
@@ -134,8 +172,8 @@ def answers(
                 pass
             account = stream.reply.account
             yield {
-                "policy": name + options.label,
-                "ratio": ratio,
+                "policy": label,
+                "ratio": settings["ratio"],
                 **{k: v for k, v in asdict(task).items() if k != "document"},
                 "answer": stream.reply.text,
                 "right": task.is_right(stream.reply.text),
@@ -188,14 +226,14 @@ def main() -> None:
     parser.add_argument("--babi", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model")
-    parser.add_argument("--policies", nargs="*")
+    parser.add_argument("--ablations", action="store_true", help="laser with one thing changed")
+    parser.add_argument("--only", nargs="*", help="these policies or ablations (laser, …)")
+    parser.add_argument("--tasks", nargs="*", default=["needle", "babi-qa1"])
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.25, 0.1])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--block-size", type=int, default=512)
-    parser.add_argument("--lookahead", type=int)
-    parser.add_argument("--policy-option", action="append")
-    parser.add_argument("--label", default="", help="appended to the policy's name in the table")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     run(options)

@@ -1,4 +1,4 @@
-"""Property tests try the same examples in every run; `--hypothesis-profile search` tries new ones."""
+"""Property tests try the same examples every time; `--hypothesis-profile search` tries others."""
 
 from hypothesis import settings
 
