@@ -334,7 +334,9 @@ class Reader:
         """The policy's choice, checked: indices of the tokens to keep, ascending."""
         if block.pool == 0:
             return np.empty(0, np.int64)
-        with state.timings.spent("score"):
+        from laserkv_gguf import kernels
+
+        with state.timings.spent("score"), kernels.threads(self.context.threads):
             chosen = self.policy.select(candidates, block.pool)
         return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
 

@@ -382,9 +382,6 @@ class LaserKV:
                 self._context = self._owner = None
             self._context = Context(self.model, cells, self.options)
             self._reader = None
-            from laserkv_gguf import kernels
-
-            kernels.set_threads(self._context.threads)
         self._context.resume()
         if self._cancelled.is_set():
             raise Cancelled("cancelled")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, LaserKVError
+from laserkv_gguf.kernels._jit import set_threads, threads_in_use
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -702,6 +704,27 @@ FAULTS: dict[str, tuple[Callable[[Candidates, int], Any], type[Exception], str]]
     "before": (lambda c, b: np.arange(b) - 1, PolicyError, "no candidate"),
     "writes": (write_keys, ValueError, "read-only"),
 }
+
+
+def test_policies_choose_with_the_threads_of_the_context(loaded: dict[str, Loaded]) -> None:
+    """In whatever thread of Python reads, also where Numba was told otherwise."""
+    one, seen = loaded["llama"], []
+
+    def look(candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        seen.append(threads_in_use())
+        return np.arange(budget)
+
+    def run() -> None:
+        reader.read(one.tokens, Budget(TOKENS, SIZE, RATIO), one.question)
+        seen.append(threads_in_use())
+
+    with (
+        one.context(threads=1) as context,
+        ThreadPoolExecutor(1, initializer=set_threads, initargs=(2,)) as pool,
+    ):
+        reader = Reader(context, Faulty(look), SHORT)
+        pool.submit(run).result()
+    assert seen == [1, set_threads(2)]
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from laserkv_gguf.kernels import _vector as vector
 from laserkv_gguf.kernels import (
@@ -20,6 +21,7 @@ from laserkv_gguf.kernels import (
     pool,
     set_threads,
     signatures,
+    threads,
     top_k,
 )
 from laserkv_gguf.kernels._jit import jit, threads_in_use
@@ -193,6 +195,21 @@ def test_one_answer_for_any_number_of_threads() -> None:
             np.testing.assert_array_equal(alone, together)
     finally:
         set_threads(before)
+
+
+def test_threads_inside_and_after() -> None:
+    """Of the calling thread's kernels, and of BLAS; both as before afterwards."""
+
+    def blas() -> list[int]:
+        info = ThreadpoolController().info()
+        return [pool["num_threads"] for pool in info if pool["user_api"] == "blas"]
+
+    before, outside = threads_in_use(), blas()
+    assert outside
+    with threads(1):
+        assert threads_in_use() == 1
+        assert set(blas()) == {1}
+    assert (threads_in_use(), blas()) == (before, outside)
 
 
 def test_float16_is_widened_exactly() -> None:

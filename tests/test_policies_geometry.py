@@ -130,9 +130,12 @@ def leverage_reference(candidates: Candidates, sketch: int, seed: int) -> Array:
 def compactor_attention_reference(candidates: Candidates, chunk: int) -> Array:
     assert candidates.queries is not None
     assert candidates.keys is not None
+    assert candidates.values is not None
     layers, count, kv_heads, _ = candidates.keys.shape
+    group = candidates.queries.shape[2] // kv_heads
+    values = [value for value in each(candidates.values) for _ in range(group)]
     found = []
-    for _, keys, queries in pairs(candidates):
+    for (_, keys, queries), value in zip(pairs(candidates), values, strict=True):
         score = np.zeros(count)
         for start in range(0, count, chunk):
             part = np.arange(start, min(start + chunk, count))
@@ -140,7 +143,9 @@ def compactor_attention_reference(candidates: Candidates, chunk: int) -> Array:
             if len(rows) == 0:
                 rows = np.arange(len(part))
             score[part] = softmax(queries[rows] @ keys[part].T).sum(0) * len(part) / len(rows)
-        found.append(score)
+        score *= np.sqrt((value**2).sum(axis=1))
+        near = [range(max(i - 1, 0), min(i + 2, count)) for i in range(count)]
+        found.append(np.array([score[list(i)].mean() for i in near]))
     by_layer = np.reshape(found, (layers, kv_heads, -1, count)).mean(axis=2)
     return sum((standard(layer).sum(axis=0) for layer in by_layer), np.zeros(count))
 

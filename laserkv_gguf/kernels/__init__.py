@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laserkv_gguf.kernels._jit import set_threads
+from laserkv_gguf.kernels._jit import set_threads, threads
 from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus
 from laserkv_gguf.kernels.select import pool, top_k
 from laserkv_gguf.kernels.simhash import (
@@ -21,5 +21,6 @@ __all__ = [
     "pool",
     "set_threads",
     "signatures",
+    "threads",
     "top_k",
 ]

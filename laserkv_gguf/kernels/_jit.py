@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from threadpoolctl import ThreadpoolController
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,6 +67,26 @@ def set_threads(n: int) -> int:
     threads = max(1, min(int(n), most))
     numba.set_num_threads(threads)
     return threads
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Inside, the calling thread's kernels and NumPy's matrix products use at most ``n`` threads.
+
+    Numba's setting belongs to the thread, that of the BLAS library to the process.
+    """
+    before = threads_in_use()
+    set_threads(n)
+    try:
+        with _libraries().limit(limits=n, user_api="blas"):
+            yield
+    finally:
+        set_threads(before)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def threads_in_use() -> int:

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy
 
+NEIGHBOURS = 3
+
 
 @dataclass(frozen=True)
 class Compactor(Policy):
     """Outlying keys, and keys that their neighbours attend to (arXiv 2507.08143).
 
+    Attention is weighed by the norm of the value it brings and averaged over three neighbours.
     A token is kept for all layers and heads or for none, so its z-scores, taken over the heads and
     candidates of a layer, are summed; the paper chooses among all heads of a layer. Leverage is
     of keys as they are cached, after RoPE (the paper's are before it), and candidates before the
@@ -29,7 +32,7 @@ class Compactor(Policy):
     """
 
     name: ClassVar[str] = "compactor"
-    needs: ClassVar[Needs] = Needs(block_queries=True, keys=True)
+    needs: ClassVar[Needs] = Needs(block_queries=True, keys=True, values=True)
 
     blending: float = 0.35
     sketch: int = 48
@@ -52,13 +55,14 @@ class Compactor(Policy):
         return top_k(self.blending * leverage + self._attention(candidates), budget)
 
     def _attention(self, candidates: Candidates) -> NDArray[np.float64]:
-        """z-scores of what each candidate gets from the queries of its chunk, unscaled as theirs.
+        """z-scores of what each candidate gives the queries of its chunk, unscaled as theirs.
 
         Chunks with fewer queries than keys count as if they had as many.
         """
-        from laserkv_gguf.kernels import geometry
+        from laserkv_gguf.kernels import geometry, pool
 
         assert candidates.keys is not None
+        assert candidates.values is not None
         assert candidates.block_queries is not None
         layers, count, kv_heads, dim = candidates.keys.shape
         own = candidates.tokens - candidates.block[0]
@@ -77,5 +81,8 @@ class Compactor(Policy):
                     asked = queries[rows, head].astype(np.float32).reshape(-1, dim)
                     weights = geometry.attention(asked, keys[part], 1.0)
                     found[head, part] = weights.mean(axis=0) * (part.stop - start)
+                norms = np.linalg.norm(candidates.values[layer, :, head].astype(np.float32), axis=1)
+                norms[~np.isfinite(norms)] = 0
+                found[head] = pool(found[head] * norms, NEIGHBOURS)
             total += geometry.z_scores(found).sum(axis=0)
         return total
