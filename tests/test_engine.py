@@ -518,6 +518,28 @@ def test_lookahead_probe_sees_question_and_drafts(
         cache.keep(recorder.kept(budget, block.index + 1), compact=compact)
 
 
+@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
+def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str, Loaded]) -> None:
+    """Of a text that says the same again, some stay and some change; `Cache` drafts all anew."""
+    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    tokens = np.tile(one.tokens[:12], TOKENS // 12)
+    budget, settings = Budget(TOKENS, SIZE, RATIO), ProbeSettings(tokens=8, lookahead=16)
+    with one.context() as context:
+        Reader(context, recorder, settings, compact=compact).read(tokens, budget, one.question)
+        probes = [count for sequence, _, count in context.decodes if sequence == PROBE]
+        assert_only_main(context)
+    cache = Cache(one)
+    for block, seen in zip(budget.blocks, recorder.seen, strict=True):
+        start = len(cache.positions) if compact else block.start
+        cache.decode(tokens[block.start : block.end], start, block.start)
+        truth, _ = cache.asked(one.question, settings)
+        assert np.abs(seen.queries - truth).max() < 1e-3
+        cache.keep(recorder.kept(budget, block.index + 1), compact=compact)
+    asked = len(one.question)
+    assert [count for count in probes if count > 1] == [asked] + [asked + 16] * 3
+    assert 16 < probes.count(1) < 4 * 16
+
+
 def assert_only_main(context: Context) -> None:
     for number in range(1, SEQUENCES):
         assert Sequence(context, number).last == -1
