@@ -8,6 +8,7 @@ and positions that are compacted where a document is longer than the model was t
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,15 @@ class Reading:
         return pools
 
 
+def _following(before: list[int], drafts: list[int]) -> list[int]:
+    """What came in earlier drafts after the last two tokens of these, or after the last one."""
+    for width in (2, 1) if drafts else ():
+        for end in range(width, len(before)):
+            if before[end - width : end] == drafts[-width:]:
+                return before[end:]
+    return [] if drafts else before
+
+
 @dataclass
 class _State:
     """Where a read stands."""
@@ -126,6 +136,7 @@ class _State:
     memory: dict[str, Any] = field(default_factory=dict)
     # what the model would have answered, had the document ended with the block before
     drafts: list[int] = field(default_factory=list)
+    trust: int = sys.maxsize  # of them, the most that are guessed at a time
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -295,39 +306,42 @@ class Reader:
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number.
 
-        The drafts of the block before are decoded with the question, for most blocks change
-        nothing about the answer: as many as the model would draft again stay, and cost one batch
+        What was drafted a block ago is decoded along as a guess, for most blocks change little
+        about the answer: the tokens that the model would draft again stay, and cost one batch
         instead of one decode each.
         """
-        context, position = self.context, self._position(state)
-        guess = state.drafts[: min(self.lookahead, context.options.outputs - 1)]
-        tokens = np.concatenate((question.tokens, guess)).astype(np.int32)
-        with context.probe.armed(
-            queries=(queries[:, : asking + len(guess)], len(question) - asking)
-        ):
-            outputs = len(guess) + 1 if self.lookahead else 0
-            context.decode(tokens, position, PROBE, outputs=outputs)
-        position += len(question)
+        context, start = self.context, self._position(state)
         drafts: list[int] = []
-        while len(drafts) < self.lookahead:
-            known = len(drafts) < len(guess)
-            token = int(context.logits(len(drafts) - len(guess) - 1 if known else -1).argmax())
-            if context.model.ends_generation(token):
-                break
+        fed, first = question.tokens.tolist(), len(question) - asking
+        while True:
+            left = min(self.lookahead - len(drafts), context.options.outputs - 1)
+            guess = _following(state.drafts, drafts)[: min(left, state.trust)]
+            row = asking + len(drafts) - 1 if drafts else 0
+            rows = queries[:, row : row + len(fed) - first + len(guess)]
+            position = start + (len(question) + len(drafts) - 1 if drafts else 0)
+            outputs = len(guess) + 1 if left else 0
+            with context.probe.armed(queries=(rows, first)):
+                tokens = np.array([*fed, *guess], np.int32)
+                context.decode(tokens, position, PROBE, outputs=outputs)
+            agreed = 0
+            for index in range(outputs):
+                token = int(context.logits(index - outputs).argmax())
+                if context.model.ends_generation(token):
+                    left = 0
+                    break
+                if index == len(guess) or token != guess[index]:
+                    break
+                drafts.append(token)
+                agreed += 1
+            if guess:
+                state.trust = 2 + 2 * agreed
+            if not left or len(drafts) == self.lookahead:
+                state.drafts = drafts
+                return len(drafts)
+            if agreed < len(guess):
+                self.scratch.remove(position + len(fed) + agreed, -1)
             drafts.append(token)
-            if known and token == guess[len(drafts) - 1]:
-                continue
-            if known:  # from here on the model says something else than it did a block ago
-                guess = guess[: len(drafts) - 1]
-                self.scratch.remove(position + len(guess), -1)
-            row = asking + len(drafts) - 1
-            with context.probe.armed(queries=(queries[:, row : row + 1], 0)):
-                more = 1 if len(drafts) < self.lookahead else 0
-                context.decode(
-                    np.array([token], np.int32), position + len(drafts) - 1, PROBE, outputs=more
-                )
-        state.drafts = drafts
-        return len(drafts)
+            fed, first = [token], 0
 
     # 3
 
