@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.evaluation.samples import Source, Tokens
 
-PAD = " ."
+PAD, ENDINGS = " .", ("", ".", "\n")  # where a pad has two tokens, an ending makes up for one
 MOST_PADS = 40
+MARGIN = 1.25  # of filler, because neighbours merge
 
 
 def fit(
@@ -34,6 +35,7 @@ def fit(
         cost: tokens a unit has, about.
 
     Raises:
+        UserError: all units together have too few tokens.
         LaserKVError: there is none, which takes a very odd tokenizer.
     """
     tokenize = source.tokenizer.tokenize
@@ -53,15 +55,18 @@ def fit(
         else:
             units += round(missing / cost) or (1 if missing > 0 else -1)
             units = max(1, min(units, most))
+    if low[0] == most and tokens - low[1] > MOST_PADS:
+        raise too_short(source, tokens, low[1])
     for units in range(low[0], max(low[0] - MOST_PADS, -1), -1):
-        text = compose(units)
-        for _ in range(MOST_PADS):
-            found = tokenize(text)
-            if len(found) == tokens:
-                return text, found
-            if len(found) > tokens:
-                break
-            text += PAD
+        for ending in ENDINGS:
+            text = compose(units) + ending
+            for _ in range(MOST_PADS):
+                found = tokenize(text)
+                if len(found) == tokens:
+                    return text, found
+                if len(found) > tokens:
+                    break
+                text += PAD
     raise LaserKVError(f"this model's tokenizer makes no text of exactly {tokens} tokens of it")
 
 
@@ -134,7 +139,7 @@ def stretch(
     """Consecutive sentences of the background from a random one on, with their token counts.
 
     Args:
-        tokens: that they have at least.
+        tokens: that they have at least, a quarter more where there is so much.
         least: sentences with fewer tokens are left out.
 
     Raises:
@@ -145,8 +150,10 @@ def stretch(
     ends = np.cumsum(counts[usable])
     if not len(ends) or ends[-1] < tokens:
         raise too_short(source, tokens, int(ends[-1]) if len(ends) else 0)
+    # neighbours may merge into fewer tokens: some more than that
+    ample = round(tokens * MARGIN)
     # the last sentence after which enough is left
-    last = int(np.searchsorted(ends, int(ends[-1]) - tokens, side="right"))
+    last = int(np.searchsorted(ends, max(int(ends[-1]) - ample, 0), side="right"))
     usable = usable[random.randrange(last + 1) :]
-    usable = usable[: int(np.searchsorted(np.cumsum(counts[usable]), tokens)) + 1]
+    usable = usable[: int(np.searchsorted(np.cumsum(counts[usable]), ample)) + 1]
     return [source.background.sentences[index] for index in usable], counts[usable]

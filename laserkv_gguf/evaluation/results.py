@@ -90,7 +90,7 @@ class Results:
             LaserKVError: it cannot be written; the rows before it stay whole.
         """
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        size = os.fstat(self._file.fileno()).st_size
+        size = self.path.stat().st_size
         try:
             if self._file.write(line) != len(line):
                 raise OSError(28, "No space left on device")

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import UserError
@@ -111,11 +112,12 @@ def _rows(kind: str, size: str) -> list[dict[str, Any]]:
             "the published BABILong needs pip install 'laserkv-gguf[hub]'; "
             "or generate samples with --babi DIR --background DIR"
         ) from None
-    from pathlib import Path
-
     name = f"data/{kind}/{size}.json"
     try:
-        path = hf_hub_download(REPOSITORY, name, repo_type="dataset")
+        try:
+            path = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_files_only=True)
+        except LocalEntryNotFoundError:
+            path = hf_hub_download(REPOSITORY, name, repo_type="dataset")
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"cannot fetch {name} of {REPOSITORY}, and it is not cached; "

@@ -2,8 +2,8 @@
 
 A stretch of the background is read as it is, without a chat template and without a question. Then
 the text goes on: its next token is given, and of the 64 after it the model's predictions are
-compared with what the full cache predicts. At last a fixed question is asked, the full cache
-answers it greedily, and that answer's log-likelihood is measured under the compressed cache.
+compared with what the full cache predicts. At last a fixed question is asked, which the full cache
+answers greedily, and that answer's log-likelihood is measured under the compressed cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from laserkv_gguf.evaluation.lengths import stretch, too_short
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks.base import Task
 
-QUESTION = "\n\nQuestion: What is the text above about?\nAnswer:"
+QUESTION = "\n\nSummary: The text is about"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from random import Random
 
 from laserkv_gguf.evaluation import words
-from laserkv_gguf.evaluation.lengths import interspersed, stretch
+from laserkv_gguf.evaluation.lengths import MARGIN, interspersed, stretch
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks.base import Task, all_named, listed
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def noise(source: Source, tokens: int) -> list[str]:
+    """The passage as often as so many tokens need."""
+    return [NOISE] * (round(MARGIN * tokens) // max(source.count("\n" + NOISE), 1) + 2)
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,9 @@ class Needles(Task):
     def _others(self, source: Source, random: Random, tokens: int) -> list[str]:
         """The haystack's sentences: enough for so many tokens."""
         if self.haystack == "noise":
-            return [NOISE] * (tokens // max(source.count("\n" + NOISE), 1) + 2)
+            return noise(source, tokens)
         made, size = [], 0
-        while size <= tokens:
+        while size <= MARGIN * tokens:
             needle = self._needle(self._new(random, self.key), self._new(random, self.value))
             made.append(needle)
             size += len(source.tokenizer.tokenize("\n" + needle))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from laserkv_gguf.evaluation.lengths import interspersed
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks.base import Task
-from laserkv_gguf.evaluation.tasks.niah import NOISE
+from laserkv_gguf.evaluation.tasks.niah import noise
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Passkey(Task):
     def sample(self, source: Source, tokens: int, number: int) -> Sample:
         random = source.random(self.name, tokens, number)
         key = "".join(random.choice("0123456789") for _ in range(self.digits))
-        count = tokens // max(source.count("\n" + NOISE), 1) + 2
         hidden = [f"The pass key is {key}. Remember it."]
-        text, ids = interspersed(source, [NOISE] * count, hidden, random, tokens, join="\n")
+        text, ids = interspersed(source, noise(source, tokens), hidden, random, tokens, join="\n")
         return Sample(
             self.name,
             number,

@@ -9,7 +9,7 @@ from random import Random
 from laserkv_gguf.evaluation.lengths import interspersed
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks.base import Task, all_named
-from laserkv_gguf.evaluation.tasks.niah import NOISE
+from laserkv_gguf.evaluation.tasks.niah import NOISE, noise
 
 TELL = "The following text assigns values to variables, some by way of others. Keep track of them."
 
@@ -29,8 +29,7 @@ class VariableTracking(Task):
     def sample(self, source: Source, tokens: int, number: int) -> Sample:
         random = source.random(self.name, tokens, number)
         lines, names, value = self._chain(random, 5)
-        count = tokens // max(source.count("\n" + NOISE), 1) + 2
-        text, ids = interspersed(source, [NOISE] * count, lines, random, tokens, join="\n")
+        text, ids = interspersed(source, noise(source, tokens), lines, random, tokens, join="\n")
         question, prefix = self._asked(value)
         return Sample(
             self.name,
