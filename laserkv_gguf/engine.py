@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from laserkv_gguf.llama import rope
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
-from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
+from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, checked
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ class Reader:
         self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
+        self.spare = Sequence(context, SPARE)
+        self._whole: tuple[_State, NDArray[np.float32] | None] | None = None
         self._rotation: rope.Rotation | None = None
         self._arrays: dict[str, NDArray[Any]] = {}
 
@@ -185,6 +187,7 @@ class Reader:
         question: Prompt | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        whole: bool = False,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -194,6 +197,8 @@ class Reader:
             question: the question with the template up to where the answer starts; None where it
                 is not known yet.
             on_progress: called after every micro-batch.
+            whole: of a one-shot run, keep all cells in the spare sequence for `choose_again`;
+                the context must hold `len(tokens)` cells beside whatever follows.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
@@ -211,6 +216,8 @@ class Reader:
                 self._decode(state, block)  # 1
                 if block.evicts:
                     queries = self._probe(state, block)  # 2
+                    if whole and budget.shape == "one-shot" and not self.compact:
+                        self._keep_whole(state, queries)
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
@@ -219,10 +226,13 @@ class Reader:
         except BaseException:
             self.forget()
             raise
+        return self._reading(state)
+
+    def _reading(self, state: _State) -> Reading:
         state.timings.total = time.perf_counter() - state.started
         return Reading(
-            tokens,
-            budget,
+            state.tokens,
+            state.budget,
             state.kept,
             self._position(state),
             state.timings,
@@ -231,7 +241,51 @@ class Reader:
 
     def forget(self) -> None:
         """Empties the context."""
+        self._whole = None
         self.context.clear()
+
+    # several ratios from one reading
+
+    def _keep_whole(self, state: _State, queries: NDArray[np.float32] | None) -> None:
+        """Notes the moment before a one-shot choice; the spare sequence shares all cells."""
+        self.main.share_with(self.spare)
+        before = replace(
+            state, memory=dict(state.memory), kept_per_block=list(state.kept_per_block)
+        )
+        self._whole = (before, None if queries is None else queries.copy())
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether `choose_again` can be used."""
+        return self._whole is not None
+
+    def choose_again(self, budget: Budget) -> Reading:
+        """Chooses anew from all that `read(whole=True)` read, without decoding it again.
+
+        Nothing a one-shot run does before its one choice depends on the ratio, so the result is
+        that of reading with `budget`.
+
+        Args:
+            budget: one-shot, for the same tokens and block size.
+        """
+        assert self._whole is not None
+        before, queries = self._whole
+        state = replace(
+            before,
+            budget=budget,
+            memory=dict(before.memory),
+            kept_per_block=list(before.kept_per_block),
+            timings=Timings(),
+            started=time.perf_counter(),
+        )
+        self.main.remove()
+        self.spare.share_with(self.main)
+        block = budget.blocks[-1]
+        if block.evicts:
+            candidates = self._candidates(state, block, queries)
+            self._evict(state, block, self._select(state, candidates, block))
+        state.kept_per_block.append(len(state.kept))
+        return self._reading(state)
 
     # 1
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
@@ -138,21 +139,13 @@ class LaserKV:
         seed: int = 0,
         **settings: Any,
     ) -> None:
-        self.settings = Settings(**settings)
-        self.settings.check()
-        self.policy = self.settings.make_policy(seed)
+        self.ctx_size, self.seed = ctx_size, seed
         self.options = context or ContextOptions()
         self.options.check()
-        block_size = self.settings.block_size
-        if context is None and block_size > self.options.batch_size:
-            self.options = replace(self.options, batch_size=block_size)
-        if block_size > self.options.batch_size:
-            raise UserError(
-                f"a block of {block_size} tokens is larger than the batch of "
-                f"{self.options.batch_size} it is decoded in; "
-                f"use -b {block_size}, or --block-size {self.options.batch_size}"
-            )
-        self.ctx_size, self.seed = ctx_size, seed
+        wanted = Settings(**settings)
+        if context is None and wanted.block_size > self.options.batch_size:
+            self.options = replace(self.options, batch_size=wanted.block_size)
+        self._use(wanted)
         self.ignore_end = False  # llama.cpp's --ignore-eos: generate on past the answer's end
         self._owns_model = not isinstance(model, Model)
         self.model = (
@@ -169,6 +162,32 @@ class LaserKV:
         self._owner: Conversation | None = None  # whose cells are in the context
         self._warming: threading.Thread | None = None
         self._cancelled = threading.Event()
+
+    def _use(self, settings: Settings) -> None:
+        settings.check()
+        if settings.block_size > self.options.batch_size:
+            raise UserError(
+                f"a block of {settings.block_size} tokens is larger than the batch of "
+                f"{self.options.batch_size} it is decoded in; "
+                f"use -b {settings.block_size}, or --block-size {self.options.batch_size}"
+            )
+        self.policy = settings.make_policy(self.seed)
+        self.settings = settings
+
+    def configure(self, **changes: Any) -> None:
+        """Changes settings; what was read stays readable only in the answers already given.
+
+        The context stays, so that several policies can be compared without making it anew.
+
+        Raises:
+            UserError: unusable settings; the old ones stay.
+        """
+        with self._alone():
+            self._use(replace(self.settings, **changes))
+            self._reader = self._owner = None
+            if self._warming:
+                self._warming.join()
+                self._warming = None
 
     def close(self) -> None:
         """Frees the context, and the model if it was loaded here."""
@@ -288,14 +307,36 @@ class LaserKV:
 
     # what a run needs
 
-    def prepare(self, tokens: int, prompt: int, reply: int, *, asked: bool = True) -> _Run:
-        """Plans a run and makes its reader.
+    def prepare(
+        self, tokens: int, prompt: int, reply: int, *, asked: bool = True, whole: bool = False
+    ) -> _Run:
+        """Plans a run and makes its reader; arguments and errors as in `plan`.
+
+        Args:
+            whole: with cells for all tokens beside the reply, if --ctx-size has them.
+        """
+        budget, cells, compact = self.plan(tokens, prompt, reply, asked=asked)
+        if whole and tokens + reply <= (self.ctx_size or tokens + reply):
+            cells = max(cells, tokens + reply)
+        reader = self._reader_for(self.ctx_size or cells, compact)
+        if not budget.keeps_all and self._warming is None:
+            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
+            self._warming.start()
+        return _Run(budget, cells, reader, compact)
+
+    def plan(
+        self, tokens: int, prompt: int, reply: int, *, asked: bool = True
+    ) -> tuple[Budget, int, bool]:
+        """What a run will need, without making anything.
 
         Args:
             tokens: to be read before the question.
             prompt: the question's, with the template around it.
             reply: cells for what follows the document: question, answer, later turns.
             asked: whether the question is known while reading.
+
+        Returns:
+            The budget, the cells, and whether positions are compacted.
 
         Raises:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
@@ -344,11 +385,7 @@ class LaserKV:
                 f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
                 "or a smaller --block-size"
             )
-        reader = self._reader_for(self.ctx_size or cells, compact)
-        if not budget.keeps_all and self._warming is None:
-            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
-            self._warming.start()
-        return _Run(budget, cells, reader, compact)
+        return budget, cells, compact
 
     @property
     def _probe(self) -> ProbeSettings:
@@ -446,24 +483,29 @@ class Conversation:
 
     Args:
         engine: the engine; a new conversation or `ask` takes its context over.
-        document: text to talk about; None for none.
+        document: text to talk about, or its tokens (int32); None for none.
         system: system prompt.
         max_tokens: of one answer.
+        answer_prefix: how the answer to the first question begins; the model goes on from there.
+        plain: read and ask without the chat template.
     """
 
     def __init__(
         self,
         engine: LaserKV,
         *,
-        document: str | None = None,
+        document: str | Tokens | None = None,
         system: str | None = None,
         sampling: Sampling | None = None,
         max_tokens: int = 1024,
+        answer_prefix: str = "",
+        plain: bool = False,
     ) -> None:
         if max_tokens < 1:
             raise UserError(f"-n {max_tokens}: give at least 1 token for the answer")
         self.engine, self.system, self.max_tokens = engine, system, max_tokens
         self.document = document
+        self.answer_prefix, self.plain = answer_prefix, plain
         self.sampling = sampling or Sampling(seed=engine.seed)
         self.turns = 0
         self.reading: Reading | None = None
@@ -471,21 +513,32 @@ class Conversation:
         self._position = 0
         self._pending: list[int] = []  # generated, but not decoded yet
         self._used = 0  # cells
-        self._document_tokens: Tokens | None = None
+        self._document_tokens = None if isinstance(document, str | None) else document
         self._unread = False  # the document is left out, because reading it was stopped
 
     # reading
 
     def _opening(self, question: str) -> Opening:
-        return self.engine.template.opening(
-            question, system=self.system, document=bool(self.document) and not self._unread
-        )
+        template = self.engine.template
+        if self.plain:
+            opening = template.plain(question)
+        else:
+            has_document = self.document is not None and len(self.document) > 0
+            opening = template.opening(
+                question, system=self.system, document=has_document and not self._unread
+            )
+        if not self.answer_prefix:
+            return opening
+        begun = self.engine.model.tokenize(self.answer_prefix)
+        tokens = np.concatenate((opening.after.tokens, begun)).astype(np.int32)
+        return replace(opening, after=Prompt(tokens, opening.after.ending + len(begun)))
 
     def _sequence(self, before: Tokens) -> Tokens:
         """Everything in front of the question."""
         if self._unread:
             return before
         if self._document_tokens is None:
+            assert isinstance(self.document, str | None)
             self._document_tokens = self.engine.model.tokenize(self.document or "")
         return np.concatenate((before, self._document_tokens)).astype(np.int32)
 
@@ -494,30 +547,58 @@ class Conversation:
         on_progress: Callable[[Progress], None] | None = None,
         *,
         question: str | None = None,
+        whole: bool = False,
     ) -> Reading:
         """Reads the document, with a question in mind if one is given.
 
-        Without one each block asks for itself. The next `ask` starts the conversation anew.
+        Without one each block asks for itself. The next `ask` starts the conversation anew. With
+        `whole` a one-shot policy can `choose_again`.
 
         Raises:
             UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
         """
         self._unread = False
         with self.engine._alone():
-            if question is None:
-                return self._read_unasked(on_progress)
-            return self._read_asked(question, on_progress)
+            return self._read(*self._wanted(question), on_progress, whole=whole)
 
-    def _read_asked(
-        self, question: str, on_progress: Callable[[Progress], None] | None = None
-    ) -> Reading:
-        opening = self._opening(question)
+    def check(self, question: str | None = None) -> Budget:
+        """Refuses what `read` would refuse, without reading; returns what it would keep to."""
+        tokens, asked, reply = self._wanted(question)
+        prompt = 0 if asked is None else len(asked)
+        return self.engine.plan(len(tokens), prompt, reply, asked=asked is not None)[0]
+
+    def choose_again(self, ratio: float) -> bool:
+        """Goes on as if the document had just been read at another ratio.
+
+        Returns:
+            Whether that could be done: only with a one-shot policy, after `read(whole=True)`.
+        """
+        with self.engine._alone():
+            if not self._owns_cells or self._run is None or not self._run.reader.holds_whole:
+                return False
+            assert self.reading is not None
+            settings = replace(self.engine.settings, ratio=ratio)
+            settings.check()
+            self.engine.settings = settings
+            budget = self.engine.policy.budget(
+                len(self.reading.tokens), settings.block_size, ratio, settings.protection_divisor
+            )
+            self.reading = self._run.reader.choose_again(budget)
+            self._run = replace(self._run, budget=budget)
+            self.turns, self._pending = 0, []
+            self._position, self._used = self.reading.next_position, len(self.reading.kept)
+            return True
+
+    def _wanted(self, question: str | None) -> tuple[Tokens, Prompt | None, int]:
+        """What is read, what asks, and cells for what follows."""
+        opening = self._opening(question or "")
         tokens = self._sequence(opening.before)
-        return self._read(tokens, opening.after, len(opening.after) + self.max_tokens, on_progress)
+        if question is None:
+            return tokens, None, self._room(len(tokens))
+        return tokens, opening.after, len(opening.after) + self.max_tokens
 
-    def _read_unasked(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
-        tokens = self._sequence(self._opening("").before)
-        return self._read(tokens, None, self._room(len(tokens)), on_progress)
+    def _read_unasked(self) -> Reading:
+        return self._read(*self._wanted(None), None)
 
     def _room(self, tokens: int) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
@@ -544,13 +625,18 @@ class Conversation:
         question: Prompt | None,
         reply: int,
         on_progress: Callable[[Progress], None] | None,
+        *,
+        whole: bool = False,
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
         engine._owner = None
         prompt = 0 if question is None else len(question)
-        run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
-        reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
+        run = engine.prepare(len(tokens), prompt, reply, asked=question is not None, whole=whole)
+        whole = whole and run.reader.context.cells >= len(tokens) + reply
+        reading = run.reader.read(
+            tokens, run.budget, question, on_progress=on_progress, whole=whole
+        )
         self._run, self.reading, engine._owner = run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
         return reading
@@ -566,7 +652,7 @@ class Conversation:
         """Reads with the question in mind and answers it."""
         started = time.perf_counter()
         self._unread = False
-        self._read_asked(question, on_progress)
+        self._read(*self._wanted(question), on_progress)
         yield from self._answer(self._opening(question).after, reply, started)
 
     def ask(self, question: str) -> Answer:
@@ -606,29 +692,67 @@ class Conversation:
             if self.reading is None:
                 self._read_unasked()
             self._check_owner()
-            assert self._run is not None
-            context = self._run.reader.context
             prompt = np.concatenate((self._pending, self._prompt(question).tokens))
             wanted = self.engine.model.tokenize(answer)
             if not len(wanted):
                 raise UserError("an empty answer has no likelihood")
-            room = min(context.cells - self._used - len(prompt), context.options.outputs)
-            if len(wanted) > room:
-                raise UserError(
-                    f"an answer of {len(wanted)} tokens does not fit: there is room for {room}; "
-                    "use a larger --ctx-size or a shorter answer"
-                )
-            tokens = np.concatenate((prompt, wanted[:-1])).astype(np.int32)
-            try:
-                context.decode(tokens, self._position, MAIN, outputs=len(wanted))
-                total = 0.0
-                for index, token in enumerate(wanted):
-                    logits = context.logits(index - len(wanted)).astype(np.float64)
-                    highest = logits.max()
-                    total += logits[token] - highest - np.log(np.exp(logits - highest).sum())
-            finally:
-                Sequence(context, MAIN).remove(self._position, -1)
-            return float(total / len(wanted))
+            rows = self._log_probabilities(prompt, wanted)
+            return float(rows[np.arange(len(wanted)), wanted].mean(dtype=np.float64))
+
+    def log_probabilities(self, prompt: Tokens, following: Tokens) -> NDArray[np.float32]:
+        """What the model thinks of tokens that might follow.
+
+        Leaves the conversation as it is. The document must have been read, or is read now.
+
+        Args:
+            prompt: at least one token, decoded right after what was read and said.
+            following: tokens that follow it.
+
+        Returns:
+            (len(following), vocab): log-probabilities (nats) of what stands at each token's place.
+
+        Raises:
+            UserError: the context cannot hold them.
+        """
+        with self.engine._alone():
+            if self.reading is None:
+                self._read_unasked()
+            self._check_owner()
+            return self._log_probabilities(np.concatenate((self._pending, prompt)), following)
+
+    def _log_probabilities(self, prompt: NDArray[Any], following: Tokens) -> NDArray[np.float32]:
+        assert self._run is not None
+        context = self._run.reader.context
+        room = self._cells_left(context) - len(prompt) + 1
+        if len(following) > room:
+            raise UserError(
+                f"an answer of {len(following)} tokens does not fit: there is room for {room}; "
+                "use a larger --ctx-size or a shorter answer"
+            )
+        tokens = np.concatenate((prompt, following[:-1])).astype(np.int32)
+        rows = np.empty((len(following), self.engine.model.vocab_size), np.float32)
+        most = min(context.options.outputs, context.batch_size)
+        start, done = 0, 0  # of the tokens, of the rows
+        try:
+            while done < len(rows):
+                count = min(most, len(rows) - done)
+                end = len(prompt) - 1 + done + count
+                context.decode(tokens[start:end], self._position + start, MAIN, outputs=count)
+                for index in range(-count, 0):
+                    logits = context.logits(index).astype(np.float64)
+                    logits -= logits.max()
+                    rows[done + count + index] = logits - np.log(np.exp(logits).sum())
+                start, done = end, done + count
+        finally:
+            Sequence(context, MAIN).remove(self._position, -1)
+        return rows
+
+    def _cells_left(self, context: Context) -> int:
+        """Cells for what follows; a whole sequence kept for `choose_again` takes its own."""
+        assert self._run is not None
+        assert self.reading is not None
+        held = len(self.reading.tokens) - len(self.reading.kept)
+        return context.cells - self._used - (held if self._run.reader.holds_whole else 0)
 
     def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
         assert self._run is not None
@@ -636,7 +760,7 @@ class Conversation:
         context = self._run.reader.context
         before = (self._position, self._used, list(self._pending))
         prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
-        room = context.cells - self._used - len(prompt)
+        room = self._cells_left(context) - len(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has filled the context of {context.cells} cells; "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from laserkv_gguf.cli import ask, bench, chat
+from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.errors import LaserKVError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(bench.bench)
+app.command("eval")(evaluation.evaluate)
 
 
 def _version(wanted: bool) -> None:

@@ -86,6 +86,11 @@ class ChatTemplate:
             head = np.concatenate(([np.int32(bos)], head))
         return Opening(head, self._prompt(after, SEPARATOR + question if document else question))
 
+    def plain(self, question: str) -> Opening:
+        """Document and question as they are, without the template; BOS where the model wants it."""
+        bos = [self.model.bos] if self.model.adds_bos and self.model.bos >= 0 else []
+        return Opening(np.array(bos, np.int32), Prompt(self.model.tokenize(question)))
+
     def next_turn(self, question: str, *, system: str | None = None) -> Prompt:
         """What follows an answer up to the next one, from the token that ends the answer."""
         rendered = self._render(

@@ -1,0 +1,1 @@
+"""Measuring what compression costs: tasks, a runner, a report."""

@@ -1,0 +1,148 @@
+"""Results on disk: a line a sample and policy, with the configuration beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from laserkv_gguf.errors import LaserKVError, UserError
+
+Row = dict[str, Any]
+Key = tuple[str, int, int, str, float]
+
+
+def key_of(row: Row) -> Key:
+    """What a row is the result of: task, length, sample, policy, ratio."""
+    return row["task"], row["length"], row["sample"], row["policy"], row["ratio"]
+
+
+class Results:
+    """`results.jsonl` and `config.json` of a folder.
+
+    The configuration is written first. A row is one write of one line; a line that was torn by a
+    crash is dropped when the folder is opened again.
+
+    Args:
+        folder: made where it is missing.
+        config: what decides the results, as JSON.
+
+    Raises:
+        UserError: the folder holds results of another configuration, or a broken line.
+        LaserKVError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder, self.path = folder, folder / "results.jsonl"
+        config = json.loads(json.dumps(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check(folder / "config.json", config)
+            self.rows = self._healed()
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise LaserKVError(f"cannot write {folder}: {error.strerror}") from error
+        self.done = {key_of(row) for row in self.rows}
+
+    def _check(self, path: Path, config: dict[str, Any]) -> None:
+        if path.exists():
+            try:
+                there = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is no configuration of ours; use another --out") from error
+            differences = difference(there, config)
+            if differences:
+                raise UserError(
+                    f"{self.folder} holds results of another configuration "
+                    f"({'; '.join(differences)}); use another --out, or the settings of then"
+                )
+        elif self.path.exists():
+            raise UserError(f"{self.path} has no config.json beside it; use another --out")
+        else:
+            write(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+    def _healed(self) -> list[Row]:
+        """The rows that are whole; what follows the last line end is cut off."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        rows = []
+        for number, line in enumerate(data[:whole].decode("utf-8", "replace").splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+                key_of(rows[-1])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number} is broken; delete that line, "
+                    "and the sample runs again"
+                ) from error
+        return rows
+
+    def add(self, row: Row) -> None:
+        """Appends a row.
+
+        Raises:
+            LaserKVError: it cannot be written; the rows before it stay whole.
+        """
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        size = self.path.stat().st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            # what cannot be cut off now is when the folder is opened again
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise LaserKVError(
+                f"cannot write {self.path}: {error.strerror}; what is there stays valid, "
+                "and the same command goes on from it"
+            ) from error
+        self.rows.append(row)
+        self.done.add(key_of(row))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def difference(there: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two configurations, in words."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*there, *now}):
+            inner = f"{name}.{key}" if name else key
+            found += difference(there.get(key), now.get(key), inner)
+        return found
+    if there == now:
+        return []
+    return [f"{name}: {_short(there)} there, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        LaserKVError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise LaserKVError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,298 @@
+"""Runs samples under policies and ratios; results come as they are made."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from laserkv_gguf.budget import Budget
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.evaluation import measure
+from laserkv_gguf.evaluation.results import Results, Row
+from laserkv_gguf.evaluation.samples import Sample, Source
+from laserkv_gguf.evaluation.tasks import Task
+from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
+from laserkv_gguf.session import Conversation, LaserKV
+
+BLOCK, BLOCKS = 4096, 4  # where no block size is given: S, and the least number of blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        settings: by policy, what the engine is configured with; may hold a block size of its own.
+        block_size: of the others; 0 for 4096, or a quarter of the length where that is shorter.
+        predict: most tokens of an answer; None for what each task has.
+    """
+
+    tasks: Sequence[Task]
+    lengths: Sequence[int]
+    ratios: Sequence[float]
+    samples: int
+    settings: Mapping[str, Mapping[str, Any]]
+    block_size: int = 0
+    predict: int | None = None
+
+    def block(self, policy: str, length: int) -> int:
+        own = self.settings.get(policy, {}).get("block_size", 0) or self.block_size
+        return int(own) or min(BLOCK, max(1, length // BLOCKS))
+
+    @property
+    def largest_block(self) -> int:
+        return max(self.block(policy, n) for policy in self.settings for n in self.lengths)
+
+
+@dataclass
+class Runner:
+    """Samples one after the other, each under all policies and ratios.
+
+    Args:
+        engine: its context serves all policies.
+        results: rows that are there already are not run again.
+    """
+
+    engine: LaserKV
+    source: Source
+    plan: Plan
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+
+    # before anything runs
+
+    def check(self, *, skip: bool = False) -> list[str]:
+        """Refuses what cannot run, before anything does.
+
+        Args:
+            skip: leave policies out that cannot run instead.
+
+        Returns:
+            Which were left out and why, a line each.
+
+        Raises:
+            UserError: no data, background too short, a policy that refuses, too few cells.
+        """
+        samples = [
+            (task, length, self._sample(task, length, number))
+            for task in self.plan.tasks
+            for length in self.plan.lengths
+            for number in sorted({self.plan.samples - 1, 0}, reverse=True)
+        ]
+        notes = []
+        for policy in self.plan.settings:
+            try:
+                self.ratios[policy] = self._distinct(policy)
+                for task, length, sample in samples:
+                    self._check(policy, task, length, sample)
+            except UserError as error:
+                if not skip:
+                    raise
+                self.ratios.pop(policy, None)
+                notes.append(f"{policy} is left out: {error}")
+        if not self.ratios:
+            raise UserError("no policy is left to run")
+        return notes
+
+    def _sample(self, task: Task, length: int, number: int) -> Sample:
+        return task.sample(self.source, length, number)
+
+    def _distinct(self, policy: str) -> list[float]:
+        """The ratios, or the one that all come to where a policy does not ask for it."""
+        budgets: dict[Budget, float] = {}
+        for ratio in self.plan.ratios:
+            self._configure(policy, ratio, max(self.plan.lengths))
+            settings = self.engine.settings
+            budget = self.engine.policy.budget(
+                10**6, settings.block_size, ratio, settings.protection_divisor
+            )
+            budgets.setdefault(budget, budget.ratio if budget.keeps_all else ratio)
+        return list(budgets.values())
+
+    def _check(self, policy: str, task: Task, length: int, sample: Sample) -> None:
+        for ratio in self.ratios[policy]:
+            self._configure(policy, ratio, length)
+            talk = measure.conversation(self.engine, task, sample, self._predict(task))
+            try:
+                budget = talk.check(measure.question(task, sample))
+            except UserError as error:
+                raise UserError(f"{policy} at {length} tokens: {error}") from error
+            if budget.keeps_all and budget.ratio < 1:
+                raise UserError(
+                    f"{task.name} of {length} tokens is one block of {budget.block_size}, of which "
+                    f"nothing is evicted; use --block-size {max(1, length // BLOCKS)}"
+                )
+
+    # what is run
+
+    def config(self) -> dict[str, Any]:
+        """All that decides the results; a stopped run only goes on with the same."""
+        plan, source, model = self.plan, self.source, self.engine.model
+        babi = None if source.babi is None else _digest(sorted(source.babi.glob("qa*.txt")))
+        options = asdict(self.engine.options)
+        for name in ("threads", "batch_size", "outputs"):  # change nothing but the speed
+            del options[name]
+        return {
+            "model": {
+                "name": model.name,
+                "file": model.path.name,
+                "bytes": model.path.stat().st_size,
+            },
+            "tasks": [task.name for task in plan.tasks],
+            "lengths": list(plan.lengths),
+            "samples": plan.samples,
+            "seed": [source.seed, self.engine.seed],
+            "policies": {
+                name: {**plan.settings[name], "ratios": r} for name, r in self.ratios.items()
+            },
+            "block_size": plan.block_size,
+            "predict": plan.predict,
+            "background": source.background.digest,
+            "babi": babi,
+            "prompts": dict(source.prompts),
+            "context": {**options, "cells": self.engine.ctx_size},
+        }
+
+    def notes(self) -> list[str]:
+        """What was run, for the head of a summary."""
+        model, plan = self.engine.model, self.plan
+        blocks = {f"{self.plan.block('', n):,} at {n:,} tokens" for n in plan.lengths}
+        return [
+            f"date: {date.today().isoformat()}",
+            f"model: {model.name} ({model.description}), {model.path.name}",
+            f"samples: {plan.samples} a task and length, seed {self.source.seed}; "
+            f"background: {self.source.background.name}",
+            f"block size: {', '.join(sorted(blocks))}",
+        ]
+
+    # running
+
+    @property
+    def total(self) -> int:
+        """Rows there will be."""
+        variants = sum(len(ratios) for ratios in self.ratios.values())
+        return variants * len(self.plan.tasks) * len(self.plan.lengths) * self.plan.samples
+
+    def run(self, results: Results, on_row: Callable[[Row], None] | None = None) -> None:
+        """Runs what `results` does not hold yet.
+
+        Raises:
+            Cancelled, KeyboardInterrupt: rows so far are written.
+            LaserKVError: a row cannot be written. What goes wrong with a sample is its row instead.
+        """
+        with _said_once():
+            for task in self.plan.tasks:
+                for length in self.plan.lengths:
+                    for number in range(self.plan.samples):
+                        for row in self._rows(task, length, number, results):
+                            results.add(row)
+                            if on_row:
+                                on_row(row)
+
+    def _rows(self, task: Task, length: int, number: int, results: Results) -> Iterator[Row]:
+        """The rows of one sample that are missing."""
+        begun = {"task": task.name, "length": length, "sample": number}
+        wanted = {
+            policy: [r for r in ratios if (*begun.values(), policy, r) not in results.done]
+            for policy, ratios in self.ratios.items()
+        }
+        if not any(wanted.values()):
+            return
+        sample = full = None
+        failed: LaserKVError | None = None
+        try:
+            sample = self._sample(task, length, number)
+            if isinstance(task, Fidelity):
+                reads = self._read(task, length, sample, "full", 1.0)
+                full = measure.reference(sample, reads, self._predict(task))
+        except Cancelled:
+            raise
+        except LaserKVError as error:
+            failed = error
+        for policy, ratios in wanted.items():
+            talk: Conversation | None = None
+            for ratio in ratios:
+                started = time.perf_counter()
+                try:
+                    if sample is None or failed:
+                        raise failed or LaserKVError("no sample")
+                    if not (talk and talk.choose_again(ratio)):
+                        talk = self._read(task, length, sample, policy, ratio, len(ratios) > 1)
+                    found = (
+                        measure.compared(sample, talk, full)
+                        if full
+                        else measure.answered(task, sample, talk, self._predict(task))
+                    )
+                except Cancelled:
+                    raise
+                except LaserKVError as error:
+                    found, talk = _failure(sample, error), None
+                seconds = round(time.perf_counter() - started, 3)
+                yield {**begun, "policy": policy, "ratio": ratio, **found, "seconds": seconds}
+
+    def _read(
+        self,
+        task: Task,
+        length: int,
+        sample: Sample,
+        policy: str,
+        ratio: float,
+        again: bool = False,
+    ) -> Conversation:
+        """Reads the document; `again`: for other ratios too, where the policy can."""
+        self._configure(policy, ratio, length)
+        talk = measure.conversation(self.engine, task, sample, self._predict(task))
+        talk.read(question=measure.question(task, sample), whole=again)
+        return talk
+
+    def _configure(self, policy: str, ratio: float, length: int) -> None:
+        settings = dict(self.plan.settings.get(policy, {}))
+        settings.update(policy=policy, ratio=ratio, block_size=self.plan.block(policy, length))
+        self.engine.configure(**settings)
+
+    def _predict(self, task: Task) -> int:
+        return self.plan.predict or task.max_tokens
+
+
+def _failure(sample: Sample | None, error: LaserKVError) -> Row:
+    """The row of a sample that could not be run."""
+    return {
+        "document_tokens": len(sample.tokens) if sample else None,
+        "kept_tokens": None,
+        "gold": list(sample.golds) if sample else None,
+        "prediction": None,
+        "score": None,
+        "gold_logprob": None,
+        "error": str(error),
+    }
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Says each warning of the session once, not with every sample."""
+    log, said = logging.getLogger("laserkv_gguf.session"), set[str]()
+
+    def first(record: logging.LogRecord) -> bool:
+        new = record.msg not in said
+        said.add(record.msg)
+        return new
+
+    log.addFilter(first)
+    try:
+        yield
+    finally:
+        log.removeFilter(first)
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """Of the contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
