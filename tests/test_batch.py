@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from laserkv_gguf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # f32: what an answer is decided by is not the order in which rounded numbers are added up
-FLAGS = "-t 1 -n 6 --block-size 256 --policy keydiff -ctk f32 -ctv f32".split()
+FLAGS = shlex.split("-t 1 -n 6 --block-size 256 --policy keydiff -ctk f32 -ctv f32")
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +236,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, room: int, then: BaseException) -> 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("how", ["killed", "full"])
-def test_stopped_at_every_byte(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_at_every_byte(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that is ever written to both files."""
     whole = tmp_path / "whole.jsonl"
     fill(whole)
@@ -247,7 +244,7 @@ def test_stopped_at_every_byte(
     assert [json.loads(line) for line in expected.splitlines()] == LINES
     record = whole.with_name("whole.jsonl.run").read_bytes()
     assert record.count(b"\n") == 1
-    path, room = tmp_path / "out.jsonl", -1
+    path, room, told = tmp_path / "out.jsonl", -1, set()
     while True:
         room += 1
         then = Killed() if how == "killed" else OSError(28, "No space left on device")
@@ -259,7 +256,7 @@ def test_stopped_at_every_byte(
             except Killed:
                 assert how == "killed"
             except OutputError as error:
-                assert re.search("out.jsonl.*No space left.*make room", str(error))
+                told.add(re.sub(r"\d+ answers", "answers", str(error).replace(".run", "")))
                 assert expected.startswith(path.read_bytes())
                 assert path.read_bytes()[-1:] in (b"", b"\n")
         written = path.read_bytes() if path.exists() else b""
@@ -269,6 +266,11 @@ def test_stopped_at_every_byte(
         assert path.with_name("out.jsonl.run").read_bytes() == record
         path.unlink()
     assert room > len(expected)
+    if how == "full":
+        (said,) = told
+        assert re.search(
+            r"out\.jsonl: No space left on device; the answers so far .*make room", said
+        )
 
 
 @pytest.mark.usefixtures("quick")
@@ -277,9 +279,12 @@ def test_no_line_waits_longer_than_it_must(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with Output(path, RUN, IDS) as output:
         there = []
-        for index in ORDER:
+        for count, index in enumerate(ORDER, 1):
             output.add(index, LINES[index])
             there.append(len(path.read_bytes().splitlines()))
+            again = Output(path, RUN, IDS)
+            again.load()  # as the next start finds it
+            assert again.done == set(ORDER[:count])
         assert there == [0, 0, 2, 2, 5]
         with pytest.raises(ValueError, match="already"):
             output.add(3, LINES[3])
@@ -492,9 +497,7 @@ def test_what_counts_as_right(answer: str, expected: tuple[str, ...], right: boo
     assert batch.contains(answer, expected) == right
 
 
-def test_a_document_for_all_and_a_system_prompt(
-    model: Path, folder: Path, capsys: Capture
-) -> None:
+def test_a_document_for_all_and_a_system_prompt(model: Path, folder: Path, capsys: Capture) -> None:
     given = questions(3)
     del given[2]["max_tokens"]
     given[1]["system"] = "Shout."
@@ -588,12 +591,15 @@ def test_questions_from_a_pipe(model: Path, folder: Path) -> None:
 
 # ---- stopped -----------------------------------------------------------------------------------
 
-# Everything is imported once; each run is a process of its own.
+# Everything is imported once, before llama.cpp starts; each run is a process of its own.
 DRIVER = """
 import os, random, signal, sys, time
 import llama_cpp, numba
-import laserkv_gguf.batch, laserkv_gguf.kernels, laserkv_gguf.cli.app
+import laserkv_gguf.batch, laserkv_gguf.cli.app, laserkv_gguf.kernels, laserkv_gguf.policies
 from pathlib import Path
+
+laserkv_gguf.policies.available()
+laserkv_gguf.llama.probe.Probe(1, 1, 1, 32).callback  # what Numba compiles is loaded once, too
 
 out, kills, *arguments = sys.argv[1:]
 files = [Path(out), Path(out + ".run")]
@@ -628,7 +634,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 def test_killed_twenty_times_and_finished(model: Path, folder: Path) -> None:
     """Byte for byte what an uninterrupted run writes."""
     write(folder / "in.jsonl", *questions(90))
-    given = arguments(model, folder, "--quiet", "--parallel", "3")
+    given = arguments(model, folder, "--quiet", "--parallel", "3", "--policy", "streamingllm")
     assert run(given) == 0
     expected = timeless(folder / "out.jsonl")
     assert expected.count(b"\n") == 90
@@ -641,3 +647,119 @@ def test_killed_twenty_times_and_finished(model: Path, folder: Path) -> None:
     assert len(grown) == 20
     assert sum(size > 0 for size in grown) >= 5  # it came further, and was killed all the same
     assert timeless(folder / "out.jsonl") == expected
+
+
+@pytest.fixture
+def long_run(model: Path, folder: Path) -> tuple[list[str], bytes]:
+    """A run of a second or two, and what it writes where nothing stops it."""
+    given = [{**question, "max_tokens": 250} for question in questions(12)]
+    write(folder / "in.jsonl", *given)
+    command = arguments(model, folder, "--parallel", "2")
+    assert run([*command, "--quiet"]) == 0
+    expected = timeless(folder / "out.jsonl")
+    (folder / "out.jsonl").unlink()
+    return command, expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_stopped_by_a_signal(
+    sent: signal.Signals, code: int, folder: Path, long_run: tuple[list[str], bytes]
+) -> None:
+    """Whole lines only, the exit code of the signal, and the same command goes on."""
+    command, expected = long_run
+    output = folder / "out.jsonl"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "laserkv_gguf", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        text=True,
+    )
+    while not (output.exists() and output.stat().st_size) and child.poll() is None:
+        time.sleep(0.001)
+    child.send_signal(sent)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (code, "")
+    stopped = re.fullmatch(r"stopped: (\d+) of 12 are answered; the same command goes on\n", err)
+    assert stopped, err
+    record = output.with_name("out.jsonl.run").read_bytes()
+    assert output.read_bytes().endswith(b"\n")
+    assert record.endswith(b"\n")
+    done = output.read_bytes().count(b"\n") + record.count(b"\n") - 1
+    assert 1 <= done == int(stopped[1]) < 12
+    assert run([*command, "--quiet"]) == 0
+    assert timeless(output) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_disk_that_fills(folder: Path, long_run: tuple[list[str], bytes]) -> None:
+    """As a limit on the size of files has it: part of a line is written, then no more."""
+    command, expected = long_run
+    size = len(expected) // 2
+    result = process(
+        *command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(
+        r"error: cannot write .*out\.jsonl(\.run)?: File too large; the \d+ answers so far are "
+        r"kept: make room, and the same command goes on after them\n",
+        result.stderr,
+    )
+    written = timeless(folder / "out.jsonl")
+    assert 0 < len(written) < len(expected)
+    assert written.endswith(b"\n")
+    assert expected.startswith(written)
+    assert run([*command, "--quiet"]) == 0
+    assert timeless(folder / "out.jsonl") == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
+def test_the_bar_on_a_terminal(model: Path, folder: Path) -> None:
+    """How many of how many, and the time left; nothing of it stays."""
+    pytest.importorskip("pexpect")
+    from test_terminal import Terminal
+
+    given = [{**question, "max_tokens": 600} for question in questions(12)]
+    write(folder / "in.jsonl", *given)
+    terminal = Terminal(*arguments(model, folder))
+    terminal.wait_for(r"batch ━+.* \d+/12 .*tok/s +\d+:\d\d")
+    terminal.wait(lambda: not terminal.pump(), "end")
+    assert re.fullmatch(r"[\d,]+ tokens generated in .* s", terminal.text)
+    assert terminal.child.wait() == 0
+
+
+# ---- README ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_the_readme_s_example(tmp_path: Path) -> None:
+    """As a reader would, in an empty folder; with the embedded model."""
+    try:
+        models.find(None)
+    except UserError:
+        pytest.skip("the embedded model is not installed")
+    text = (ROOT / "README.md").read_text("utf-8")
+    section = text[text.index("## Batches") :]
+    example = re.search(r"\n\n((?:    .*\n|\n)+)", section)
+    assert example is not None
+    script = re.sub("^    ", "", example[1], flags=re.MULTILINE)
+    assert "laserkv_gguf batch" in script
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    result = subprocess.run(
+        ["sh", "-e", "-c", script],
+        cwd=tmp_path,
+        env=environment(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answers = lines_of(tmp_path / "answers.jsonl")
+    asked = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in answers] == [line["id"] for line in asked]
+    assert all(line["answer"].strip() for line in answers)
+    assert f"of {sum('expected' in line for line in asked)} " in result.stderr

@@ -122,6 +122,7 @@ def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
         job.run()
     except (KeyboardInterrupt, SystemExit):
         if not quiet:
+            job.output.load()  # a line may have been written a moment ago
             done, total = len(job.output.done), len(job.output.ids)
             terminal.note(f"stopped: {done} of {total} are answered; the same command goes on")
         raise
