@@ -307,33 +307,17 @@ class LaserKV:
 
     # what a run needs
 
-    def prepare(
-        self, tokens: int, prompt: int, reply: int, *, asked: bool = True, whole: bool = False
-    ) -> _Run:
-        """Plans a run and makes its reader; arguments and errors as in `plan`.
-
-        Args:
-            whole: with cells for all tokens beside the reply, if --ctx-size has them.
-        """
-        budget, cells, compact = self.plan(tokens, prompt, reply, asked=asked)
-        if whole and tokens + reply <= (self.ctx_size or tokens + reply):
-            cells = max(cells, tokens + reply)
-        reader = self._reader_for(self.ctx_size or cells, compact)
-        if not budget.keeps_all and self._warming is None:
-            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
-            self._warming.start()
-        return _Run(budget, cells, reader, compact)
-
     def plan(
-        self, tokens: int, prompt: int, reply: int, *, asked: bool = True
-    ) -> tuple[Budget, int, bool]:
-        """What a run will need, without making anything.
+        self, tokens: int, prompt: int, reply: int, *, asked: bool = True, beside: int = 0
+    ) -> _Plan:
+        """What a run needs; nothing is made.
 
         Args:
             tokens: to be read before the question.
             prompt: the question's, with the template around it.
             reply: cells for what follows the document: question, answer, later turns.
             asked: whether the question is known while reading.
+            beside: cells for answers to other questions, generated at the same time.
 
         Returns:
             The budget, the cells, and whether positions are compacted.
@@ -379,13 +363,45 @@ class LaserKV:
                 f"keeping {settings.ratio:g} of {tokens} tokens needs {cells} positions, more than "
                 f"the {self.model.trained_context} this model was trained for; {remedy}"
             )
+        cells = max(cells, budget.kept + reply + beside)
         if self.ctx_size is not None and cells > self.ctx_size:
             raise UserError(
                 f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
                 f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
                 "or a smaller --block-size"
             )
-        return budget, cells, compact
+        return _Plan(budget, cells, compact)
+
+    def prepare(
+        self,
+        tokens: int,
+        prompt: int,
+        reply: int,
+        *,
+        asked: bool = True,
+        beside: int = 0,
+        whole: bool = False,
+    ) -> _Run:
+        """Plans a run and makes its reader; arguments and errors as of `plan`.
+
+        Args:
+            whole: with cells for all tokens beside the reply, if --ctx-size has them.
+        """
+        plan = self.plan(tokens, prompt, reply, asked=asked, beside=beside)
+        budget, cells, compact = plan.budget, plan.cells, plan.compact
+        if whole and tokens + reply <= (self.ctx_size or tokens + reply):
+            cells = max(cells, tokens + reply)
+        if not compact and tokens + reply > self.model.trained_context > 0:
+            log.warning(
+                "%d positions are more than the %d this model was trained for: expect nonsense",
+                tokens + reply,
+                self.model.trained_context,
+            )
+        reader = self._reader_for(self.ctx_size or cells, compact)
+        if not budget.keeps_all and self._warming is None:
+            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
+            self._warming.start()
+        return _Run(budget, cells, reader, compact)
 
     @property
     def _probe(self) -> ProbeSettings:
@@ -401,15 +417,7 @@ class LaserKV:
     def _compacts(self, budget: Budget, positions: int) -> bool:
         wanted = self.settings.positions
         beyond = positions > self.model.trained_context > 0
-        if budget.keeps_all or (wanted == "original" or (wanted == "auto" and not beyond)):
-            if beyond:
-                log.warning(
-                    "%d positions are more than the %d this model was trained for: expect nonsense",
-                    positions,
-                    self.model.trained_context,
-                )
-            return False
-        return True
+        return not budget.keeps_all and (wanted == "compact" or (wanted == "auto" and beyond))
 
     def _reader_for(self, cells: int, compact: bool) -> Reader:
         """The reader, over a context that is made anew only when it must grow."""
@@ -429,6 +437,13 @@ class LaserKV:
     @property
     def cell_bytes(self) -> int:
         return self.model.cell_bytes(self.options.type_k, self.options.type_v)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    budget: Budget
+    cells: int
+    compact: bool
 
 
 @dataclass(frozen=True)
@@ -565,7 +580,7 @@ class Conversation:
         """Refuses what `read` would refuse, without reading; returns what it would keep to."""
         tokens, asked, reply = self._wanted(question)
         prompt = 0 if asked is None else len(asked)
-        return self.engine.plan(len(tokens), prompt, reply, asked=asked is not None)[0]
+        return self.engine.plan(len(tokens), prompt, reply, asked=asked is not None).budget
 
     def choose_again(self, ratio: float) -> bool:
         """Goes on as if the document had just been read at another ratio.
@@ -626,13 +641,16 @@ class Conversation:
         reply: int,
         on_progress: Callable[[Progress], None] | None,
         *,
+        beside: int = 0,
         whole: bool = False,
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
         engine._owner = None
         prompt = 0 if question is None else len(question)
-        run = engine.prepare(len(tokens), prompt, reply, asked=question is not None, whole=whole)
+        run = engine.prepare(
+            len(tokens), prompt, reply, asked=question is not None, beside=beside, whole=whole
+        )
         whole = whole and run.reader.context.cells >= len(tokens) + reply
         reading = run.reader.read(
             tokens, run.budget, question, on_progress=on_progress, whole=whole
@@ -781,7 +799,8 @@ class Conversation:
                 Sequence(context, MAIN).remove(self._position, -1)
             raise
         self.turns += 1
-        self._fill(reply, len(prompt), started, first)
+        assert self.reading is not None
+        self._fill(reply, len(prompt), started, first, self._used - len(self.reading.kept))
 
     def _generate(self, context: Context, reply: Reply, limit: int) -> Iterator[str]:
         model, decoder = self.engine.model, PieceDecoder(self.engine.model)
@@ -810,14 +829,14 @@ class Conversation:
         if rest:
             yield rest
 
-    def _fill(self, reply: Reply, prompt: int, started: float, first: float) -> None:
-        """Completes the account of an answer."""
+    def _fill(self, reply: Reply, prompt: int, started: float, first: float, followed: int) -> None:
+        """Completes the account of an answer; `followed`: tokens decoded after the document."""
         assert self._run is not None
         assert self.reading is not None
         engine, run, reading = self.engine, self._run, self.reading
         budget, timings = reading.budget, reading.timings
         seconds = time.perf_counter() - first
-        whole = len(reading.tokens) + self._used - len(reading.kept)
+        whole = len(reading.tokens) + followed
         reply.account = Account(
             policy=engine.policy.name or engine.settings.policy,
             document_tokens=len(reading.tokens),

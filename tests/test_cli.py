@@ -571,9 +571,11 @@ ENGINE = """
 --hash-tables --positions --debug --document --question -n --predict
 """
 SAMPLING = "--temp --top-k --top-p --min-p"
+BATCH = "--input --output --parallel --read-once --fail-fast --quiet"
 FLAGS = {
     "ask": f"{ENGINE} {SAMPLING} --json",
     "chat": f"{ENGINE} {SAMPLING}",
+    "batch": f"{ENGINE.replace('--question', '')} {SAMPLING} {BATCH} --json",
     "bench": f"{ENGINE} --json",
 }
 

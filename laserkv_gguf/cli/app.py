@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from laserkv_gguf.cli import ask, bench, chat
+from laserkv_gguf.cli import ask, batch, bench, chat
 from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.errors import LaserKVError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(chat.chat)
 app.command()(ask.ask)
+app.command()(batch.batch)
 app.command()(bench.bench)
 app.command("eval")(evaluation.evaluate)
 

@@ -24,6 +24,7 @@ from laserkv_gguf.llama.probe import AbortFlag, Probe
 log = logging.getLogger(__name__)
 
 SEQUENCES = 8  # main, probe, and spares
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 MAX_THREADS = 512  # ggml's own limit
 _SHORT = 8  # batches up to this size end soon enough to wait for them where we are
@@ -40,6 +41,7 @@ class ContextOptions:
         flash_attn: "on", "off" or "auto" (-fa): on a CPU auto means off, unless V is quantised.
         threads: for decoding and scoring (-t); None for the number of physical cores.
         outputs: most tokens of one batch whose logits can be asked for.
+        sequences: how many there can be, numbered from 0, in one pool of cells.
     """
 
     batch_size: int = 2048
@@ -49,6 +51,7 @@ class ContextOptions:
     flash_attn: str = "auto"
     threads: int | None = None
     outputs: int = 64
+    sequences: int = SEQUENCES
 
     def check(self) -> None:
         """Refuses unusable values.
@@ -68,6 +71,8 @@ class ContextOptions:
                 raise UserError(f"{flag} {number}: give at least 1")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise UserError(f"-t {self.threads}: give 1 to {MAX_THREADS} threads")
+        if not SEQUENCES <= self.sequences <= MAX_SEQUENCES:
+            raise ValueError(f"{self.sequences} sequences; {SEQUENCES} to {MAX_SEQUENCES} can be")
 
     @property
     def quantised_v(self) -> bool:
@@ -150,9 +155,9 @@ class Context:
         params.n_ctx = self.cells
         params.n_batch = options.batch_size
         params.n_ubatch = min(options.ubatch_size, options.batch_size)
-        params.n_seq_max = SEQUENCES
+        params.n_seq_max = options.sequences
         params.kv_unified = True
-        params.n_outputs_max = max(SEQUENCES, min(options.outputs, self.cells))
+        params.n_outputs_max = max(options.sequences, min(options.outputs, self.cells))
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = CACHE_TYPES[options.type_k]
         params.type_v = CACHE_TYPES[options.type_v]
@@ -246,7 +251,15 @@ class Context:
     def decode_parallel(
         self, tokens: list[int], positions: list[int], sequences: list[int]
     ) -> None:
-        """Decodes one token for each of several sequences, with logits for all."""
+        """Decodes one token for each of several sequences, with logits for all.
+
+        Args:
+            tokens, positions, sequences: of one length, at most the batch size. The logits of
+                ``tokens[i]`` are those of index i.
+
+        Raises:
+            Cancelled, KeyboardInterrupt, LaserKVError: as `decode`.
+        """
         batch = self._batch.fill(np.asarray(tokens, np.int32), 0, 0)
         self._batch.positions[: len(tokens)] = positions
         self._batch.set_sequences(sequences)

@@ -1,0 +1,283 @@
+"""`batch`: questions in JSONL in, answers in JSONL out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Optional
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer import Option
+
+from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
+from laserkv_gguf.errors import UserError
+
+if TYPE_CHECKING:
+    from laserkv_gguf.batch import Batch, Summary
+    from laserkv_gguf.engine import Progress as Read
+    from laserkv_gguf.parallel import Spent
+
+TERMINATED = 143
+
+
+@with_options(EngineOptions, SamplingOptions)
+def batch(
+    options: EngineOptions,
+    sampling: SamplingOptions,
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("-i", "--input", help="Questions, one JSON object a line; - is standard input."),
+    ] = None,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("-o", "--output", help="Answers, one JSON object a line; goes on where it stopped."),
+    ] = None,
+    document: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("-d", "--document", help="For questions that bring none of their own."),
+    ] = None,
+    system: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("-sys", "--system", help="System prompt, for questions without their own."),
+    ] = None,
+    parallel: Annotated[
+        int,
+        Option("-np", "--parallel", help="Most answers generated together, on one document."),
+    ] = 4,
+    read_once: Annotated[
+        bool,
+        Option(
+            "--read-once",
+            help="Read a document once for all its questions, with none of them in mind.",
+        ),
+    ] = False,
+    fail_fast: Annotated[
+        bool, Option("--fail-fast", help="Stop at the first line or question that fails.")
+    ] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", help="Nothing on stderr unless something is wrong.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the summary as one object.")] = False,
+) -> int:
+    """Answer a file of questions, by document; killed and started again, it goes on."""
+    if not source or not target:
+        raise UserError("batch needs --input FILE with questions and --output FILE for answers")
+    if sampling.predict < 1:
+        raise UserError(f"-n {sampling.predict}: give at least 1 token for the answer")
+    named = document or []
+    if [source, *named].count(documents.STANDARD_INPUT) > 1:
+        raise UserError("--input and --document are both standard input, which can be read once")
+    with _Termination() as termination, _opened(source) as file:
+        from laserkv_gguf.batch import Batch, Output, check_apart, read, summary
+
+        files = [Path(name) for name in (source, *named) if name != documents.STANDARD_INPUT]
+        check_apart(Path(target), files)
+        questions = read(file, source, Path(source).parent, strict=fail_fast)
+        text = documents.load(named)
+        run = _identity(options, sampling, questions.digest, text, system, read_once)
+        output = Output(Path(target), run, [item.id for item in questions.items])
+        output.load()
+        job: Batch | None = None
+        bar = _Bar(termination, quiet)
+        if not output.complete:
+            from laserkv_gguf.parallel import check
+
+            with options.engine() as engine, bar.shown(len(questions.items)):
+                _warn_once()
+                check(parallel, engine)
+                with output:
+                    job = Batch(
+                        engine,
+                        questions,
+                        output,
+                        documents.read,
+                        sampling.sampling(options.seed),
+                        sampling.predict,
+                        document=text,
+                        system=system,
+                        parallel=parallel,
+                        read_once=read_once,
+                        fail_fast=fail_fast,
+                    )
+                    _run(job, bar, quiet)
+        counts = summary(questions.items, output)
+    _report(counts, job, target, quiet, as_json)
+    return 1 if counts.failed else 0
+
+
+def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
+    """Says where a run stands that was stopped from outside."""
+    job.on_progress, job.on_line = bar.reading, lambda _: bar.advance(job)
+    bar.advance(job)
+    try:
+        job.run()
+    except (KeyboardInterrupt, SystemExit):
+        if not quiet:
+            job.output.load()  # a line may have been written a moment ago
+            done, total = len(job.output.done), len(job.output.ids)
+            terminal.note(f"stopped: {done} of {total} are answered; the same command goes on")
+        raise
+
+
+def _identity(
+    options: EngineOptions,
+    sampling: SamplingOptions,
+    questions: str,
+    document: str | None,
+    system: str | None,
+    read_once: bool,
+) -> dict[str, Any]:
+    """What an answer depends on. Threads, batches, cells and the like are no part of it."""
+    from laserkv_gguf import models
+    from laserkv_gguf.batch import digest_of, fingerprint
+    from laserkv_gguf.llama.model import check_file
+
+    model = models.find(options.model)
+    check_file(model)
+    names = ("cache_type_k", "cache_type_v", "flash_attn", "seed")
+    return {
+        "input": questions,
+        "document": document and digest_of(document),
+        "model": fingerprint(model),
+        **options.settings(),
+        **{name: getattr(options, name) for name in names},
+        **asdict(sampling),
+        "system": system,
+        "read_once": read_once,
+    }
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[IO[bytes]]:
+    """The questions as a file that can be read again, which a pipe is copied to."""
+    with ExitStack() as stack:
+        if source == documents.STANDARD_INPUT:
+            if sys.stdin.isatty():
+                terminal.note("reading questions from standard input; end with Ctrl-D")
+            file: IO[bytes] = sys.stdin.buffer
+        else:
+            try:
+                file = stack.enter_context(Path(source).open("rb"))
+            except FileNotFoundError:
+                raise UserError(f"no questions at {source}; check the path") from None
+            except IsADirectoryError:
+                raise UserError(f"{source} is a folder; name the file with questions") from None
+            except OSError as error:
+                raise UserError(f"cannot read {source}: {error.strerror}") from error
+        if not file.seekable() or source == documents.STANDARD_INPUT:
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            file = copy
+        yield file
+
+
+class _Termination:
+    """SIGTERM ends the run with its exit code, after the line that is being written."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Termination:
+        self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _stop(self, *_: object) -> None:
+        self.asked = True
+        self.check()
+
+    def check(self) -> None:
+        """Again: where llama.cpp had called Python back, what was raised is lost."""
+        if self.asked:
+            raise SystemExit(TERMINATED)
+
+
+class _Bar:
+    """How far the batch is; on a terminal."""
+
+    def __init__(self, termination: _Termination, quiet: bool) -> None:
+        self._termination = termination
+        self._bar = Progress(
+            TextColumn("batch"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=terminal.console,
+            transient=True,
+            disable=quiet or not terminal.console.is_terminal,
+        )
+
+    @contextmanager
+    def shown(self, total: int) -> Iterator[None]:
+        with self._bar:
+            self._task = self._bar.add_task("", total=total, note="")
+            yield
+
+    def reading(self, state: Read) -> None:
+        self._termination.check()
+        self._bar.update(self._task, note=f"reading {state.read:,}/{state.total:,} tokens")
+
+    def advance(self, job: Batch) -> None:
+        """After a line."""
+        self._termination.check()
+        speed = job.spent.tokens_per_second
+        note = f"{speed:.1f} tok/s" if speed else ""
+        self._bar.update(self._task, completed=len(job.output.done), note=note)
+
+
+def _warn_once() -> None:
+    """Of hundreds of questions each may have the same thing wrong."""
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message in said or said.add(message))  # type: ignore[func-returns-value]
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(new)
+
+
+def _report(counts: Summary, job: Batch | None, target: str, quiet: bool, as_json: bool) -> None:
+    """What came of it, on stderr; as JSON on stdout."""
+    if counts.failed:
+        terminal.note(f'{counts.failed} of {counts.questions} failed: see "error" in {target}')
+    if as_json:
+        print(json.dumps({**asdict(counts), **(_figures(job.spent) if job else {})}))
+    if quiet:
+        return
+    if job and job.spent.tokens:
+        spent = job.spent
+        again = " (--read-once: once each)" if spent.readings > job.documents else ""
+        terminal.note(
+            f"{spent.tokens:,} tokens generated in {spent.answering:.1f} s, "
+            f"{spent.tokens_per_second:.1f} tok/s · documents read {spent.readings} times{again} "
+            f"in {spent.reading:.1f} s"
+        )
+    if counts.expected:
+        terminal.note(
+            f"score: {counts.found} of {counts.expected} ({counts.found / counts.expected:.1%}) "
+            "answers contain what was expected, whatever its case and spaces"
+        )
+
+
+def _figures(spent: Spent) -> dict[str, float]:
+    return {
+        "readings": spent.readings,
+        "reading_seconds": spent.reading,
+        "generated_tokens": spent.tokens,
+        "answering_seconds": spent.answering,
+        "tokens_per_second": spent.tokens_per_second,
+    }

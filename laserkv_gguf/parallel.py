@@ -1,0 +1,404 @@
+"""Questions about one document, answered together: one llama.cpp batch over shared cells.
+
+The document is read into the main sequence. Every question gets a sequence of its own to which all
+cells of the document belong too (`llama_memory_seq_cp`, nothing is copied), and from then on each
+batch holds one token of every answer under way. An answer that ends leaves its place to the next
+question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from laserkv_gguf.engine import Progress
+from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.llama import sequence
+from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.context import MAX_SEQUENCES, Context, padded
+from laserkv_gguf.llama.model import PieceDecoder, Tokens
+from laserkv_gguf.llama.sampler import Sampler, Sampling
+from laserkv_gguf.session import Conversation, LaserKV, Reply
+
+FIRST = sequence.SPARE + 1
+"""The first of the sequences that answers are generated in."""
+MOST = MAX_SEQUENCES - FIRST
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and how its answer ends.
+
+    Attributes:
+        text: what to ask.
+        system: system prompt; None for none.
+        max_tokens: of the answer, at least 1.
+        stop: the answer ends in front of the first of these strings that it would contain.
+    """
+
+    text: str
+    system: str | None = None
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Spent:
+    """What answering took.
+
+    Attributes:
+        reading: seconds spent reading documents, `readings` times.
+        answering: seconds spent on questions and answers: decoding and sampling.
+        tokens: generated.
+    """
+
+    reading: float = 0.0
+    readings: int = 0
+    answering: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all answers under way together."""
+        return self.tokens / self.answering if self.answering else 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.answering += time.perf_counter() - start
+
+
+def answer(
+    engine: LaserKV,
+    questions: Sequence[Question],
+    on_reply: Callable[[int, Reply | Exception], None],
+    *,
+    document: str | None = None,
+    sampling: Sampling | None = None,
+    parallel: int = 4,
+    read_once: bool = False,
+    answered: Container[int] = (),
+    on_progress: Callable[[Progress], None] | None = None,
+    spent: Spent | None = None,
+) -> Spent:
+    """Answers questions about one document, several at a time.
+
+    The document is tokenised once, and read once where reading does not depend on the question:
+    where the policy looks at no queries of a probe, or evicts nothing. Else it is read for each
+    question, with that question in mind, and one question is answered at a time.
+
+    Greedy answers are those of `LaserKV.ask`, but for ties so close that the rounding of
+    llama.cpp's kernels decides them: these differ for one token and for several.
+
+    Accounts are as of `ask`, and but for the seconds depend on the questions and on `parallel`
+    alone: `kv_bytes` is what the planned `ctx_cells` take. Questions that share a reading all carry
+    its seconds in `prefill_seconds`, and `first_token_seconds` leaves it out;
+    `decode_tokens_per_second` is what one answer got of the batch.
+
+    Args:
+        questions: all of them, also those already answered: cells are planned for all.
+        on_reply: called with a question's number and its reply, as soon as that is complete; with
+            the error of a question that cannot be answered. The engine is busy until it returns.
+        document: text of any length; None for none.
+        sampling: every answer has a sampler of its own with this seed.
+        parallel: most answers under way at a time; fewer where --ctx-size holds no more.
+        read_once: read once also where the policy would ask the question: the last tokens of each
+            block ask instead (SnapKV's observation window, arXiv 2404.14469). Faster with many
+            questions, and what only one of them would have kept is more easily lost.
+        answered: numbers of the questions to leave out.
+        on_progress: called while reading.
+        spent: added to while answers are generated, and returned.
+
+    Raises:
+        UserError: `parallel` cannot be.
+        Cancelled: `cancel` was called; answers under way are dropped.
+    """
+    check(parallel, engine)
+    with engine._alone():
+        together = _Together(engine, document, sampling, parallel, on_reply, on_progress)
+        together.spent = together.spent if spent is None else spent
+        try:
+            together.run(questions, read_once, answered)
+        finally:
+            engine._owner = None
+        return together.spent
+
+
+def check(parallel: int, engine: LaserKV) -> None:
+    """Refuses a number of answers that llama.cpp cannot generate at a time.
+
+    Raises:
+        UserError: with the remedy in one line.
+    """
+    most = min(MOST, engine.options.batch_size)
+    if not 1 <= parallel <= most:
+        raise UserError(f"--parallel {parallel}: give 1 to {most} answers at a time")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A question that fits."""
+
+    index: int
+    question: Question
+    before: Tokens
+    prompt: Prompt
+    asked: bool
+    compact: bool
+    kept: int
+
+    @property
+    def cells(self) -> int:
+        """For its prompt and its answer."""
+        return len(self.prompt) + self.question.max_tokens
+
+
+@dataclass
+class _Live:
+    """An answer under way, in its own sequence."""
+
+    planned: _Planned
+    cells: sequence.Sequence
+    position: int
+    sampler: Sampler
+    decoder: PieceDecoder
+    started: float
+    first: float = 0.0
+    decoded: int = 0
+    reply: Reply = field(default_factory=Reply)
+    error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.error or self.reply.finish_reason)
+
+    def take(self, token: int, *, ends: bool) -> None:
+        """Adds a token to the answer, or ends it."""
+        reply, question = self.reply, self.planned.question
+        if ends:
+            reply.finish_reason = "stop"
+        else:
+            reply.tokens.append(token)
+            reply.text += self.decoder.feed(token)
+            if len(reply.tokens) >= question.max_tokens:
+                reply.finish_reason = "length"
+        if reply.finish_reason:
+            reply.text += self.decoder.finish()
+        found = [at for at in map(reply.text.find, question.stop) if at >= 0]
+        if found:
+            reply.text, reply.finish_reason = reply.text[: min(found)], "stop"
+
+    def leave(self) -> None:
+        """Frees its cells; the document's stay."""
+        self.sampler.close()
+        self.cells.remove()
+
+
+class _Together:
+    """One call of `answer`."""
+
+    def __init__(
+        self,
+        engine: LaserKV,
+        document: str | None,
+        sampling: Sampling | None,
+        parallel: int,
+        on_reply: Callable[[int, Reply | Exception], None],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.engine, self.document, self.parallel = engine, document, parallel
+        self.sampling = sampling or Sampling(seed=engine.seed)
+        self.on_reply, self.on_progress = on_reply, on_progress
+        self.spent = Spent()
+        self.tokens = engine.model.tokenize(document or "")
+
+    def run(self, questions: Sequence[Question], read_once: bool, answered: Container[int]) -> None:
+        """Sorts the questions by what is read before them, and answers those of one kind."""
+        kinds: dict[tuple[str | None, bool], list[_Planned]] = {}
+        for index, question in enumerate(questions):
+            try:
+                planned = self._plan(index, question, read_once)
+            except UserError as error:
+                if index not in answered:
+                    self.on_reply(index, error)
+                continue
+            kinds.setdefault((question.system, planned.compact), []).append(planned)
+        for (system, _), alike in kinds.items():
+            waiting = [planned for planned in alike if planned.index not in answered]
+            conversation = Conversation(self.engine, document=self.document, system=system)
+            if alike[0].asked:
+                for planned in waiting:
+                    self._answer(conversation, [planned], [planned])
+            elif waiting:
+                self._answer(conversation, alike, waiting)
+
+    def _plan(self, index: int, question: Question, read_once: bool) -> _Planned:
+        """Alone, as `ask` would."""
+        engine = self.engine
+        if question.max_tokens < 1:
+            raise UserError(f"-n {question.max_tokens}: give at least 1 token for the answer")
+        opening = engine.template.opening(
+            question.text, system=question.system, document=bool(self.document)
+        )
+        prompt, tokens = len(opening.after), len(opening.before) + len(self.tokens)
+        asked = engine.policy.needs.queries and not read_once
+        plan = engine.plan(tokens, prompt, prompt + question.max_tokens, asked=asked)
+        asked = asked and any(block.evicts for block in plan.budget.blocks)
+        return _Planned(
+            index, question, opening.before, opening.after, asked, plan.compact, plan.budget.kept
+        )
+
+    def _answer(
+        self, conversation: Conversation, alike: list[_Planned], waiting: list[_Planned]
+    ) -> None:
+        """Reads, then answers all that are waiting; cells are planned for all that are alike."""
+        cells, began = self._places(alike), time.perf_counter()
+        try:
+            self._make_ready(conversation, waiting[0], cells)
+        except Cancelled:
+            raise
+        except Exception as error:
+            for planned in waiting:
+                self.on_reply(planned.index, error)
+            return
+        self._generate(conversation, waiting, len(cells), began if waiting[0].asked else None)
+
+    def _places(self, alike: list[_Planned]) -> list[int]:
+        """For each answer under way the cells it may need: the largest there are, in that order.
+
+        Whichever questions meet, they need no more than this.
+        """
+        cells = sorted((planned.cells for planned in alike), reverse=True)[: self.parallel]
+        limit = self.engine.ctx_size
+        while limit is not None and len(cells) > 1 and alike[0].kept + sum(cells) > limit:
+            cells.pop()
+        return cells
+
+    def _make_ready(self, conversation: Conversation, planned: _Planned, cells: list[int]) -> None:
+        """Has what belongs to the document in the main sequence, for a question or for all."""
+        self._reserve()
+        reading = conversation._read(
+            np.concatenate((planned.before, self.tokens)).astype(np.int32),
+            planned.prompt if planned.asked else None,
+            cells[0],
+            self.on_progress,
+            beside=sum(cells[1:]),
+        )
+        self.spent.reading += reading.timings.total
+        self.spent.readings += 1
+
+    def _reserve(self) -> None:
+        """Enough sequences; a context that was made with fewer is made anew."""
+        engine, needed = self.engine, FIRST + self.parallel
+        if engine.options.sequences >= needed:
+            return
+        engine.options = replace(engine.options, sequences=needed)
+        if engine._context:
+            engine._context.close()
+            engine._context = engine._owner = None
+
+    # answering
+
+    def _generate(
+        self,
+        conversation: Conversation,
+        waiting: list[_Planned],
+        places: int,
+        began: float | None,
+    ) -> None:
+        """Answers as many at a time as there are places; `began`: when reading for one did."""
+        assert conversation._run is not None
+        context = conversation._run.reader.context
+        queue = deque(waiting)
+        free = list(range(FIRST, FIRST + places))
+        live: list[_Live] = []
+        try:
+            while queue or live:
+                while queue and free:
+                    one = self._begin(conversation, context, queue.popleft(), free.pop(0))
+                    one.started = began or one.started
+                    live.append(one)
+                    with self.spent.timed():
+                        self._ask(context, one)
+                with self.spent.timed():
+                    self._step(context, [one for one in live if not one.ended])
+                for one in [one for one in live if one.ended]:
+                    live.remove(one)
+                    one.leave()
+                    free.append(one.cells.number)
+                    self._deliver(conversation, one)
+        finally:
+            for one in live:
+                one.leave()
+
+    def _begin(
+        self, conversation: Conversation, context: Context, planned: _Planned, number: int
+    ) -> _Live:
+        return _Live(
+            planned,
+            sequence.Sequence(context, number),
+            conversation._position,
+            Sampler(self.sampling),
+            PieceDecoder(self.engine.model),
+            time.perf_counter(),
+        )
+
+    def _ask(self, context: Context, one: _Live) -> None:
+        """Decodes the question behind the document, and samples the answer's first token."""
+        tokens = one.planned.prompt.tokens
+        try:
+            sequence.Sequence(context, sequence.MAIN).share_with(one.cells)
+            context.decode(tokens, one.position, one.cells.number, outputs=1)
+            one.first = time.perf_counter()
+            one.decoded = len(tokens)
+            self._take(one, one.sampler.sample(context.handle))
+        except Cancelled:
+            raise
+        except Exception as error:
+            one.error = error
+
+    def _step(self, context: Context, live: list[_Live]) -> None:
+        """One more token for every answer, in one batch."""
+        if self.engine._cancelled.is_set():
+            raise Cancelled("cancelled")
+        if not live:
+            return
+        try:
+            context.decode_parallel(
+                [one.reply.tokens[-1] for one in live],
+                [one.position + one.decoded for one in live],
+                [one.cells.number for one in live],
+            )
+            for row, one in enumerate(live):
+                one.decoded += 1
+                self._take(one, one.sampler.sample(context.handle, row))
+        except Cancelled:
+            raise
+        except Exception as error:
+            for one in live:
+                if not one.ended:
+                    one.error = error
+
+    def _take(self, one: _Live, token: int) -> None:
+        ends = self.engine.model.ends_generation(token) and not self.engine.ignore_end
+        self.spent.tokens += not ends
+        one.take(token, ends=ends)
+
+    def _deliver(self, conversation: Conversation, one: _Live) -> None:
+        run, reply, planned = conversation._run, one.reply, one.planned
+        if one.error is not None:
+            self.on_reply(planned.index, one.error)
+            return
+        assert run is not None
+        conversation._fill(reply, len(planned.prompt), one.started, one.first, one.decoded)
+        # the context may be larger, for what was asked before; that is no cost of this answer
+        reply.account.kv_bytes = padded(run.cells) * self.engine.cell_bytes
+        self.on_reply(planned.index, reply)
