@@ -328,9 +328,7 @@ class _Planner:
 
     def largest_ratio(self, tokens: int) -> float:
         run = self.run
-        return largest_ratio_that(
-            self.fits, tokens, run.block_size, run.divisor, run.policy.budget
-        )
+        return largest_ratio_that(self.fits, tokens, run.block_size, run.divisor, run.policy.budget)
 
     def longest(self, ratio: float) -> int:
         """The longest document that fits: one of several blocks, else of one."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from laserkv_gguf.cli import ask, bench, chat
+from laserkv_gguf.cli import ask, bench, chat, doctor, plan, pull
 from laserkv_gguf.errors import LaserKVError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -26,6 +26,9 @@ app = typer.Typer(
 app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(bench.bench)
+app.command()(plan.plan)
+app.command()(doctor.doctor)
+app.command()(pull.pull)
 
 
 def _version(wanted: bool) -> None:
