@@ -76,11 +76,7 @@ def examine(model: str | None = None, *, debug: bool = False) -> Iterator[Findin
 
 
 def _versions() -> Iterator[Finding]:
-    python = platform.python_version()
-    if sys.version_info >= (3, 10):
-        yield Finding("Python", GOOD, python)
-    else:
-        yield Finding("Python", BAD, python, "install Python 3.10 or newer")
+    yield Finding("Python", GOOD, platform.python_version())
     from laserkv_gguf import __version__
 
     yield Finding("laserkv-gguf", GOOD, __version__)

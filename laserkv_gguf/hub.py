@@ -112,9 +112,10 @@ def _hub() -> Any:
         raise UserError(
             "pull needs huggingface_hub; install it with pip install huggingface_hub"
         ) from None
+    hub: Any = huggingface_hub
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    return huggingface_hub
+        hub.utils.disable_progress_bars()
+    return hub
 
 
 def _metadata(hub: Any, entry: Entry, endpoint: str | None) -> Any:

@@ -13,7 +13,8 @@ NEEDED: tuple[Any, ...] = (_attend, _count)  # what `laser` runs
 
 def state() -> tuple[str, bool, bool]:
     """(folder, writable, warm): where Numba keeps the kernels and whether it has them."""
-    files = [getattr(getattr(kernel, "_cache", None), "_cache_file", None) for kernel in NEEDED]
+    caches = [getattr(kernel, "_cache", None) for kernel in NEEDED]
+    files: list[Any] = [getattr(cache, "_cache_file", None) for cache in caches]
     if None in files:  # compiled per process: no place for a cache was found
         return "", False, False
     folder = str(NEEDED[0]._cache.cache_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import llama_cpp as L
 import numpy as np
@@ -63,4 +64,5 @@ def flash_attention(model: Model) -> float:
         with Context(model, 2 * _TOKENS, options) as context:
             context.decode(_tokens(model), 0, MAIN, outputs=1)
             found.append(context.logits())
-    return float(np.corrcoef(found)[0, 1])
+    correlations: Any = np.corrcoef(found)
+    return float(correlations[0, 1])
