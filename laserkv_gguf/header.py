@@ -36,6 +36,7 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _LONGEST = 4096  # arrays of more numbers (a vocabulary's scores) are counted, not kept
+_PLAIN = ("llama", "qwen2", "qwen3")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -72,9 +73,16 @@ class Header:
         self.metadata, self.tensors = _read(self.path)
         for part in self._further_parts():
             self.tensors += _read(part)[1]
-        if not self._numbers("block_count") or not any(self.kv_heads):
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what the engine would refuse; llama.cpp ignores a Llama's or Qwen's window."""
+        windowed = self._number("attention.sliding_window") and self.architecture not in _PLAIN
+        generates = self.metadata.get(f"{self.architecture}.attention.causal", True)
+        latent = self._number("attention.kv_lora_rank")
+        if not self.layers or not any(self.kv_heads) or windowed or latent or not generates:
             raise UserError(
-                f"{self.path.name} is a {self.architecture} model whose cache does not hold one "
+                f"{self.path.name} is a {self.architecture} model, whose cache does not hold one "
                 "key and value a token; use one with plain attention such as Llama 3 or SmolLM2"
             )
 

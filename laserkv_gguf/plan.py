@@ -19,6 +19,7 @@ OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
 QUESTION = 64  # tokens of a question with the template around it, where nobody says
 ENDING = 5  # tokens of the template after a question: Llama 3's
 RATIO = 0.25
+ENDLESS = 1 << 26  # tokens nobody has
 FLOAT = 4
 
 
@@ -165,8 +166,7 @@ def compute_bytes(
     the attention (without flash attention all heads' scores at once), the feed-forward network and
     the logits.
     """
-    cells = padded(cells)
-    tokens = min(ubatch, cells)
+    tokens, cells = min(ubatch, cells), padded(cells)
     rows = min(tokens, max(SEQUENCES, min(outputs, cells)))
     width, inner = header.width, header.heads * header.key_dim
     values = max(header.kv_heads) * header.value_dim
@@ -269,8 +269,8 @@ class _Planner:
         return padded(self.run.ctx_size or cells)
 
     def _compute(self, cells: int) -> int:
-        size = self._allocated(cells)
-        return compute_bytes(self.header, size, ubatch=self.run.ubatch, flash=self.run.flash)
+        cells = self.run.ctx_size or cells
+        return compute_bytes(self.header, cells, ubatch=self.run.ubatch, flash=self.run.flash)
 
     def _compacts(self, budget: Budget) -> bool:
         if budget.keeps_all or self.run.positions == "original":
@@ -336,19 +336,10 @@ class _Planner:
         def fits(tokens: int) -> bool:
             return self.fits(self.run.budget(tokens, ratio))
 
-        size, most = self.run.block_size, self._most_tokens(ratio)
-        if size < most and fits(size + 1):
-            return _last(fits, size + 1, most)
-        return _last(fits, 1, min(size, most)) if fits(1) else 0
-
-    def _most_tokens(self, ratio: float) -> int:
-        """More tokens than can fit."""
-        cell = sum(self.header.cell_bytes(self.run.type_k, self.run.type_v))
-        cells = max(self.memory.usable, 1) // max(cell, 1) + PADDING
-        if self.run.ctx_size:
-            cells = min(cells, self.run.ctx_size)
-        # at least two thirds of the nominal share stay, whatever the divisor
-        return int(1.5 * cells / ratio) + self.run.block_size
+        size = self.run.block_size
+        if fits(size + 1):
+            return _last(fits, size + 1)
+        return min(_last(fits, 1), size) if fits(1) else 0
 
     def _notes(self, budget: Budget, largest: float, given: bool) -> list[str]:
         run, notes = self.run, []
@@ -368,9 +359,12 @@ class _Planner:
         return notes
 
 
-def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number from `low`, which fits, up to `high` that does."""
-    high += 1
+def _last(fits: Callable[[int], bool], low: int) -> int:
+    """The largest number, from `low` which fits, before one that does not."""
+    step = low
+    while low + step < ENDLESS and fits(low + step):
+        low, step = low + step, 2 * step
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
