@@ -176,7 +176,7 @@ def _fetch(hub: Any, entry: Entry, metadata: Any, part: Path) -> None:
         # the token is for the hub, not for the store it sends us to
         headers.pop("authorization", None)
     try:
-        with part.open("ab") as file:
+        with part.open("ab", buffering=0) as file:  # what came is there, however we end
             http_get(
                 metadata.location,
                 file,
