@@ -21,6 +21,7 @@ from typing import Any
 from laserkv_gguf.errors import UserError
 
 MIN_DIVISOR = 3
+LOW_RATIO = 0.05  # below this answers suffer
 
 
 def as_fraction(ratio: float) -> Fraction:
@@ -158,9 +159,15 @@ class Budget:
 
     def nominal(self, read: int) -> Fraction:
         """``2B/n + (read/S)(B - 2B/n)`` without rounding: what equation (1) allows so far."""
+        share, rest = self._shares
+        return share + Fraction(read, self.block_size) * rest
+
+    @cached_property
+    def _shares(self) -> tuple[Fraction, Fraction]:
+        """Anchors and window together, and the pool, without rounding."""
         block = _harmonic(self.tokens, self.block_size, as_fraction(self.ratio))
         share = 2 * block / self.divisor
-        return share + Fraction(read, self.block_size) * (block - share)
+        return share, block - share
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -267,13 +274,47 @@ def largest_ratio(
         prompt, drafts, reply: as in `Budget.cells`.
         make: a policy's `budget`; None for equation (1).
     """
+    return largest_ratio_that(
+        lambda budget: budget.cells(prompt, drafts, reply) <= cells,
+        tokens,
+        block_size,
+        divisor,
+        make,
+    )
+
+
+def largest_ratio_that(
+    fits: Callable[[Budget], bool],
+    tokens: int,
+    block_size: int,
+    divisor: int,
+    make: Callable[[int, int, float, int], Budget] | None = None,
+) -> float:
+    """The largest ratio (in thousandths) whose budget passes `fits`; 0 if none does.
+
+    Args:
+        fits: says no to large budgets and yes to small ones.
+        tokens, block_size, divisor: as in Budget.
+        make: a policy's `budget`; None for equation (1).
+    """
     make = make or Budget
-    # rounding makes cells grow not quite steadily with the ratio: try each
-    for thousandths in range(1000, 0, -1):
-        budget = make(tokens, block_size, thousandths / 1000, divisor)
-        if budget.cells(prompt, drafts, reply) <= cells:
+
+    def passes(thousandths: int) -> bool:
+        return fits(make(tokens, block_size, thousandths / 1000, divisor))
+
+    if passes(1000):
+        return 1.0
+    low, high = 0, 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    # Rounding makes cells grow not quite steadily with the ratio: by up to 3 tokens a block, where
+    # a thousandth is at least L / 1500 tokens. Beyond that no larger ratio can pass.
+    reach = math.ceil(9000 / block_size + 9000 / max(tokens, 1)) + 1
+    for thousandths in range(min(low + reach, 999), low, -1):
+        if passes(thousandths):
             return thousandths / 1000
-    return 0.0
+    return low / 1000
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
+from laserkv_gguf.budget import LOW_RATIO, Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import rope, trial
@@ -44,7 +44,8 @@ class Settings:
 
     Attributes:
         policy: a name of `laserkv_gguf.policies`, or `module:Class`.
-        ratio: fraction of the tokens to keep, in (0, 1].
+        ratio: fraction of the tokens to keep, in (0, 1]. Where it is not given but `ctx_size` is,
+            `LaserKV` takes the largest that fits instead.
         block_size: tokens read at a time (S).
         protection_divisor: n; anchors and window get ``B // n`` tokens each.
         alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
@@ -121,7 +122,8 @@ class LaserKV:
         ctx_size: cells of the KV cache; None for what each run needs.
         context: types, batch sizes, threads and flash attention of the context.
         seed: of the sampler and of the policy's randomness.
-        **settings: fields of `Settings` (ratio=0.25, policy="laser", …).
+        **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
+            without a `ratio` each run keeps as much as fits into these cells.
 
     Calls from several threads queue.
 
@@ -140,6 +142,9 @@ class LaserKV:
         **settings: Any,
     ) -> None:
         self.ctx_size, self.seed = ctx_size, seed
+        if settings.get("ratio", 0.0) is None:
+            del settings["ratio"]
+        self.fills_cells = ctx_size is not None and "ratio" not in settings
         self.options = context or ContextOptions()
         self.options.check()
         wanted = Settings(**settings)
@@ -288,6 +293,7 @@ class LaserKV:
         conversation = Conversation(
             self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
         )
+        conversation.goes_on = False
         return Answer(
             conversation, lambda reply: conversation.first_turn(question, reply, on_progress)
         )
@@ -327,9 +333,6 @@ class LaserKV:
                 positions do not fit what the model was trained for.
         """
         settings = self.settings
-        budget = self.policy.budget(
-            tokens, settings.block_size, settings.ratio, settings.protection_divisor
-        )
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -338,6 +341,12 @@ class LaserKV:
         probing = prompt if asked and self.policy.needs.queries else 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         drafts = lookahead if probing else 0
+        budget = self.policy.budget(
+            tokens,
+            settings.block_size,
+            self._ratio(tokens, probing, drafts, reply) if self.fills_cells else settings.ratio,
+            settings.protection_divisor,
+        )
         cells = budget.cells(probing, drafts, reply)
         compact = self._compacts(budget, tokens + reply)
         if compact:
@@ -360,7 +369,7 @@ class LaserKV:
             else:
                 remedy = "use a smaller --block-size"
             raise UserError(
-                f"keeping {settings.ratio:g} of {tokens} tokens needs {cells} positions, more than "
+                f"keeping {budget.ratio:g} of {tokens} tokens needs {cells} positions, more than "
                 f"the {self.model.trained_context} this model was trained for; {remedy}"
             )
         cells = max(cells, budget.kept + reply + beside)
@@ -402,6 +411,30 @@ class LaserKV:
             self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
             self._warming.start()
         return _Run(budget, cells, reader, compact)
+
+    def _ratio(self, tokens: int, probing: int, drafts: int, reply: int) -> float:
+        """The largest ratio whose run fits --ctx-size; the least there is where none does."""
+        cells, settings = self.ctx_size or 0, self.settings
+        if settings.positions != "original" and tokens + reply > self.model.trained_context > 0:
+            cells = min(cells, self.model.trained_context)
+        ratio = largest_ratio(
+            tokens,
+            settings.block_size,
+            settings.protection_divisor,
+            cells,
+            prompt=probing,
+            drafts=drafts,
+            reply=reply,
+            make=self.policy.budget,
+        )
+        if 0 < ratio < LOW_RATIO:
+            log.warning(
+                "--ctx-size %d leaves room for %g of %d tokens: expect poor answers",
+                self.ctx_size,
+                ratio,
+                tokens,
+            )
+        return ratio or 0.001
 
     @property
     def _probe(self) -> ProbeSettings:
@@ -523,6 +556,7 @@ class Conversation:
         self.answer_prefix, self.plain = answer_prefix, plain
         self.sampling = sampling or Sampling(seed=engine.seed)
         self.turns = 0
+        self.goes_on = True  # whether cells are left for turns after the first
         self.reading: Reading | None = None
         self._run: _Run | None = None
         self._position = 0
@@ -610,7 +644,10 @@ class Conversation:
         tokens = self._sequence(opening.before)
         if question is None:
             return tokens, None, self._room(len(tokens))
-        return tokens, opening.after, len(opening.after) + self.max_tokens
+        reply = len(opening.after) + self.max_tokens
+        if self.engine.fills_cells and self.goes_on:
+            reply = max(reply, self._room(len(tokens)))
+        return tokens, opening.after, reply
 
     def _read_unasked(self) -> Reading:
         return self._read(*self._wanted(None), None)
@@ -618,6 +655,10 @@ class Conversation:
     def _room(self, tokens: int) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
         engine = self.engine
+        room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
+        if engine.fills_cells and engine.ctx_size is not None:
+            # what is kept will take the rest
+            return max(self.max_tokens, min(room, engine.ctx_size // 4))
         kept = engine.policy.budget(
             tokens,
             engine.settings.block_size,
@@ -626,7 +667,6 @@ class Conversation:
         ).kept
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
-        room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
         limit = engine.model.trained_context - kept
         return (
             room
@@ -860,7 +900,7 @@ class Conversation:
             generated_tokens=len(reply.tokens),
             decode_tokens_per_second=len(reply.tokens) / seconds if seconds > 0 else 0.0,
             seed=engine.seed,
-            ratio=engine.settings.ratio,
+            ratio=budget.ratio if engine.fills_cells else engine.settings.ratio,
             block_size=engine.settings.block_size,
             protection_divisor=engine.settings.protection_divisor,
             positions="compact" if run.compact else "original",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from laserkv_gguf.cli import ask, batch, bench, chat
+from laserkv_gguf.cli import ask, batch, bench, chat, doctor, plan, pull
 from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.errors import LaserKVError
 
@@ -29,6 +29,9 @@ app.command()(ask.ask)
 app.command()(batch.batch)
 app.command()(bench.bench)
 app.command("eval")(evaluation.evaluate)
+app.command()(plan.plan)
+app.command()(doctor.doctor)
+app.command()(pull.pull)
 
 
 def _version(wanted: bool) -> None:

@@ -72,8 +72,12 @@ class EngineOptions:
         Option("--preset", help="paper: as LASER-KV was published (alpha 0.75, no lookahead, …)."),
     ] = None
     ratio: Annotated[
-        float, Option("--ratio", help="Fraction of the tokens to keep, above 0 to 1.")
-    ] = 0.25
+        Optional[float],  # noqa: UP045
+        Option(
+            "--ratio",
+            help="Fraction of the tokens to keep, above 0 to 1 (0.25; with -c the most that fits).",
+        ),
+    ] = None
     block_size: Annotated[
         int, Option("--block-size", help="Tokens read before the next eviction (S).")
     ] = 4096

@@ -1,0 +1,191 @@
+"""`plan`: what fits, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+from rich.table import Table
+from typer import Option
+
+from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, with_options
+from laserkv_gguf.errors import UserError
+
+if TYPE_CHECKING:
+    from laserkv_gguf.plan import Memory, Plan, Run
+
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@with_options(EngineOptions)
+def plan(
+    options: EngineOptions,
+    tokens: Annotated[
+        int, Option("--tokens", help="Length of the document; 0: what the model was trained for.")
+    ] = 0,
+    document: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("-d", "--document", help="Text, Markdown or PDF whose tokens are counted instead."),
+    ] = None,
+    vram: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--vram", help="Memory of the card: 8GiB, 8G, 6000MB; without it what there is."),
+    ] = None,
+    predict: Annotated[
+        int, Option("-n", "--predict", "--n-predict", help="Most tokens of an answer.")
+    ] = 512,
+    question_tokens: Annotated[
+        int, Option("--question-tokens", help="Tokens of the question, the template's included.")
+    ] = 64,
+    as_json: Annotated[bool, Option("--json", help="Print one object.")] = False,
+) -> None:
+    """Say what fits: cells and bytes for a model, a document and a card, from the header alone."""
+    log_to_stderr(options.debug)
+    from laserkv_gguf import models
+    from laserkv_gguf import plan as planning
+    from laserkv_gguf.header import Header
+
+    if predict < 1 or question_tokens < 1:
+        raise UserError("-n and --question-tokens must be at least 1")
+    if tokens < 0 or (tokens and document):
+        raise UserError("give the document's --tokens, a number above 0, or a --document to count")
+    path = models.find(options.model, begun=True)
+    header = Header(path)
+    memory = _card(vram) if vram is not None else _this_machine(options.gpu_layers)
+    run = _run(options, memory.card, predict, question_tokens)
+    if document:
+        tokens = _count(path, document)
+    elif not tokens:
+        tokens = max(header.context - run.reply, 1)
+    made = planning.make(header, run, memory, tokens=tokens, ratio=options.ratio)
+    if as_json:
+        print(json.dumps(made.as_dict(), ensure_ascii=False))
+    else:
+        _print(made, memory.card, options.ratio is None)
+
+
+def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
+    """The run the flags ask for, checked as `ask` checks them."""
+    from laserkv_gguf.llama.context import ContextOptions
+    from laserkv_gguf.plan import Run
+    from laserkv_gguf.session import Settings
+
+    given = options.settings()
+    settings = Settings(**{key: value for key, value in given.items() if value is not None})
+    settings.check()
+    context = ContextOptions(
+        ubatch_size=options.ubatch_size,
+        type_k=options.cache_type_k,
+        type_v=options.cache_type_v,
+        flash_attn=options.flash_attn,
+    )
+    context.check()
+    if options.ctx_size < 0:
+        raise UserError(f"--ctx-size {options.ctx_size}: give a number of cells, 0 for any")
+    if question > settings.block_size:
+        raise UserError(
+            f"a question of {question} tokens is more than a block of {settings.block_size}; "
+            "use a larger --block-size"
+        )
+    flash = context.flash_attn == "on" or context.quantised_v
+    return Run(
+        policy=settings.make_policy(options.seed),
+        block_size=settings.block_size,
+        divisor=settings.protection_divisor,
+        type_k=context.type_k,
+        type_v=context.type_v,
+        flash=flash or (context.flash_attn == "auto" and card),
+        ubatch=context.ubatch_size,
+        predict=predict,
+        question=question,
+        ctx_size=options.ctx_size or None,
+        gpu_layers=options.gpu_layers if options.gpu_layers >= 0 else None,
+        probe_tokens=settings.probe_tokens,
+        lookahead=settings.lookahead,
+        positions=settings.positions,
+    )
+
+
+def _count(path: Path, names: list[str]) -> int:
+    from laserkv_gguf.llama.vocabulary import count_tokens
+
+    text = documents.load(names)
+    assert text is not None
+    return max(count_tokens(path, text), 1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: 8GiB and 8G are 2^30, 8GB is 10^9, a plain number is bytes.
+
+    Raises:
+        UserError: not a size above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)\s*", text.upper())
+    size = 0
+    if found:
+        base = 1000 if found[2] and found[3] == "B" else 1024
+        size = int(float(found[1]) * base ** _UNITS[found[2]])
+    if size < 1:
+        raise UserError(f"--vram {text}: give a size such as 8GiB, 8G or 6000MB")
+    return size
+
+
+def _card(vram: str) -> Memory:
+    from laserkv_gguf.plan import Memory
+
+    return Memory(parse_size(vram), True, f"a card of {vram.strip()}")
+
+
+def _this_machine(gpu_layers: int) -> Memory:
+    """The memory of the GPUs that llama.cpp can use here, else the RAM that is free."""
+    from laserkv_gguf.llama import library
+    from laserkv_gguf.memory import free_ram
+    from laserkv_gguf.plan import Memory
+
+    devices = library.devices()
+    if gpu_layers != 0 and library.can_offload():
+        cards = [device for device in devices if device.kind in ("gpu", "igpu")]
+        names = ", ".join(device.description for device in cards)
+        return Memory(sum(device.free for device in cards), True, f"free on {names}")
+    if gpu_layers > 0:
+        raise UserError(
+            f"--gpu-layers {gpu_layers} asks for a GPU, and llama.cpp finds none here; "
+            "say what card to plan for with --vram 8GiB"
+        )
+    free = free_ram() or max((device.total for device in devices), default=0)
+    return Memory(free, False, "free RAM")
+
+
+def _print(made: Plan, card: bool, derived: bool) -> None:
+    from rich.console import Console
+
+    size, console = terminal.size, Console(highlight=False)
+    table = Table(show_header=False, title=f"{made.model}, policy {made.policy}")
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    ratio = "the largest that fits" if derived and made.largest_ratio else "--ratio"
+    table.add_row("document", f"{made.document_tokens:,} tokens", f"{made.blocks} blocks")
+    table.add_row("ratio", f"{made.ratio:g}", ratio if made.fits or not derived else "")
+    table.add_row("kept", f"{made.kept_tokens:,} tokens", f"{made.kept_fraction:.1%}")
+    table.add_row("cells", f"{made.ctx_cells:,}", f"positions {made.positions}")
+    table.add_row("weights", size(made.weights_bytes), f"{made.layers} layers")
+    table.add_row("KV cache", size(made.kv_bytes), f"full {size(made.full_kv_bytes)}")
+    table.add_row("compute buffers", size(made.compute_bytes), "estimated")
+    table.add_row("to choose by", size(made.capture_bytes), "keys and queries, in RAM")
+    where = "on the card" if card else "in RAM"
+    table.add_row(f"in all, {where}", size(made.device_bytes), f"of {size(made.memory_bytes)}")
+    console.print(table)
+    if card:
+        most = made.layers + 1
+        fit = "all layers fit" if made.gpu_layers == most else f"{made.gpu_layers} of {most} fit"
+        console.print(f"layers on the card: {fit} (-ngl {made.gpu_layers})")
+    longest = made.longest_document_tokens
+    said = f"{longest:,} tokens" if longest else "none"
+    console.print(f"longest document that fits at --ratio {made.ratio:g}: {said}")
+    console.print(f"{'fits' if made.fits else 'does not fit'} ({made.memory})", style="bold")
+    for note in made.notes:
+        terminal.note(note)

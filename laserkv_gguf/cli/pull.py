@@ -1,0 +1,53 @@
+"""`pull`: a model of models.txt, checked by its hash."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+from rich.table import Table
+from typer import Argument, Option
+
+from laserkv_gguf.cli import terminal
+from laserkv_gguf.cli.options import log_to_stderr
+
+
+def pull(
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        Argument(help="Of models.txt; without it the models are listed."),
+    ] = None,
+    offline: Annotated[bool, Option("--offline", help="Look into the caches only.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Tracebacks.")] = False,
+) -> None:
+    """Download a model of models.txt, resumed and verified; without a name list them."""
+    log_to_stderr(debug)
+    from laserkv_gguf import hub, models
+
+    if name is None:
+        _list()
+        return
+    entry = models.named(name)
+    size = f", {terminal.size(entry.size)}" if entry.size else ""
+    terminal.dim(f"{entry.file} of {entry.source}{size}, licence {entry.licence}")
+    try:
+        place, fetched = hub.pull(entry, offline=offline)
+    except KeyboardInterrupt:
+        terminal.note(f"stopped; pull {entry.name} again and it goes on where it was")
+        raise
+    verified = "" if entry.sha256 else " (models.txt lists no hash of it)"
+    terminal.dim(f"{'downloaded' if fetched else 'already here'}, verified{verified}:")
+    print(place)
+
+
+def _list() -> None:
+    from rich.console import Console
+
+    from laserkv_gguf import models
+
+    table = Table("name", "size", "context", "licence", "here")
+    for entry in models.entries().values():
+        here = "yes" if models.present(entry) else "begun" if models.unfinished(entry) else ""
+        size = terminal.size(entry.size) if entry.size else "?"
+        table.add_row(entry.name, size, f"{entry.context:,}", entry.licence, here)
+    Console(highlight=False).print(table)
+    terminal.dim("python -m laserkv_gguf pull NAME gets one; --model NAME uses it")

@@ -1,0 +1,371 @@
+"""What a run will take, from a model's header alone: cells, bytes, layers on a card, what fits.
+
+Weights and KV cache are sums. The compute buffers are an estimate: llama.cpp lays the tensors of a
+graph out so that those of one step take the place of the step before, and the fullest step counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from laserkv_gguf.budget import LOW_RATIO, Budget, largest_ratio_that
+from laserkv_gguf.header import Header
+from laserkv_gguf.policies import Policy
+
+PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
+OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
+QUESTION = 64  # tokens of a question with the template around it, where nobody says
+ENDING = 5  # tokens of the template after a question: Llama 3's
+RATIO = 0.25
+ENDLESS = 1 << 26  # tokens nobody has
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What there is, in bytes.
+
+    Attributes:
+        size: of the card, or the free RAM.
+        card: whether it is a GPU's own.
+        said: where that is known from.
+    """
+
+    size: int
+    card: bool
+    said: str = ""
+
+    @property
+    def usable(self) -> int:
+        """Without what driver and process take for themselves: a sixteenth, at most 512 MiB."""
+        return self.size - min(self.size // 16, 512 << 20)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How documents will be read; the fields are flags' names.
+
+    Attributes:
+        flash: whether flash attention is on.
+        predict: tokens of the answer.
+        question: tokens of the question with the template around it, of which `ending` come after
+            the question itself.
+        ctx_size: most cells; None for what the run needs.
+        gpu_layers: None for as many as fit.
+        probe_tokens, lookahead: None for the policy's own.
+    """
+
+    policy: Policy
+    block_size: int = 4096
+    divisor: int = 4
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash: bool = False
+    ubatch: int = 512
+    predict: int = 512
+    question: int = QUESTION
+    ending: int = ENDING
+    ctx_size: int | None = None
+    gpu_layers: int | None = None
+    probe_tokens: int | None = None
+    lookahead: int | None = None
+    positions: str = "auto"
+
+    def budget(self, tokens: int, ratio: float) -> Budget:
+        return self.policy.budget(tokens, self.block_size, ratio, self.divisor)
+
+    @property
+    def reply(self) -> int:
+        return self.question + self.predict
+
+    @property
+    def drafts(self) -> int:
+        if not self.policy.needs.queries:
+            return 0
+        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
+
+    def cells(self, budget: Budget) -> int:
+        """Cells the run needs; as `session.LaserKV.prepare` counts them."""
+        return budget.cells(
+            self.question if self.policy.needs.queries else 0, self.drafts, self.reply
+        )
+
+    def asking(self) -> int:
+        """Tokens of the question whose queries are captured."""
+        wanted = self.probe_tokens
+        wanted = self.policy.needs.probe_tokens if wanted is None else wanted
+        return min(wanted + self.ending, self.question) if wanted else self.question
+
+
+@dataclass
+class Plan:
+    """What a run takes and whether it fits. Counts in tokens and cells, sizes in bytes.
+
+    Attributes:
+        ctx_cells: cells the run needs; `kv_bytes` is what llama.cpp allocates for them, or for
+            --ctx-size.
+        full_kv_bytes: what all tokens of document, question and answer would take.
+        compute_bytes: llama.cpp's buffers for what it computes, estimated.
+        capture_bytes: keys and queries held on the host to choose by.
+        gpu_layers: layers that fit on the card, counted as llama.cpp counts them: the output layer
+            is one more; 0 without a card.
+        device_bytes: of all that, what must fit into `memory_bytes`; with a card what lies on it.
+        largest_ratio: the largest ratio that fits; 0 for none.
+        longest_document_tokens: the longest document that fits at `ratio`; 0 for none.
+        fits: whether all of it fits, with all layers (or --gpu-layers of them) on the card.
+    """
+
+    model: str
+    policy: str
+    document_tokens: int
+    ratio: float
+    block_size: int
+    protection_divisor: int
+    blocks: int
+    budget: int
+    anchors: int
+    window: int
+    long_term: int
+    kept_tokens: int
+    kept_fraction: float
+    positions: str
+    ctx_cells: int
+    kv_bytes: int
+    full_kv_bytes: int
+    weights_bytes: int
+    compute_bytes: int
+    capture_bytes: int
+    gpu_layers: int
+    layers: int
+    device_bytes: int
+    memory_bytes: int
+    memory: str
+    largest_ratio: float
+    longest_document_tokens: int
+    fits: bool
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def padded(cells: int) -> int:
+    """Cells llama.cpp allocates where `cells` are asked for."""
+    return -(-cells // PADDING) * PADDING
+
+
+def compute_bytes(
+    header: Header, cells: int, *, ubatch: int = 512, flash: bool = False, outputs: int = OUTPUTS
+) -> int:
+    """llama.cpp's compute and output buffers, estimated.
+
+    The graph is reserved for a whole micro-batch over all cells (`llama_context::sched_reserve`).
+    Throughout it there are the mask and the indices of cells. Beside them come, one after another,
+    the attention (without flash attention all heads' scores at once), the feed-forward network and
+    the logits.
+    """
+    tokens, cells = min(ubatch, cells), padded(cells)
+    rows = min(tokens, max(SEQUENCES, min(outputs, cells)))
+    width, inner = header.width, header.heads * header.key_dim
+    values = max(header.kv_heads) * header.value_dim
+    mask = cells * tokens * (2 if flash else FLOAT)
+    indices = tokens * 8 * (1 if flash else values)  # without it V is transposed: one for each
+    if flash:
+        attention = tokens * FLOAT * (3 * width + 2 * inner + 2 * values)
+        # a middle no wider than the stream fits where tensors of the stream have been
+        around = 4 if header.feed_forward > width else 2
+        feed_forward = tokens * FLOAT * (3 * header.feed_forward + around * width)
+    else:
+        attention = tokens * FLOAT * (cells * header.heads + 4 * width + inner)
+        feed_forward = tokens * FLOAT * (3 * header.feed_forward + 3 * width)
+    logits = FLOAT * (rows * (header.vocab + width) + 2 * tokens * width)
+    outputs_kept = FLOAT * header.vocab * SEQUENCES
+    return max(mask + indices + max(attention, feed_forward), logits) + outputs_kept
+
+
+def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
+    """What the engine holds on the host to choose by: keys, values and queries.
+
+    Keys of a block and of what it looks back at, float16 unless the policy needs them precise;
+    queries of the probe in float32.
+    """
+    needs = run.policy.needs
+    if not any(block.evicts for block in budget.blocks):
+        return 0
+    item = FLOAT if needs.precise else 2
+    per_key = header.layers * max(header.kv_heads) * header.key_dim
+    per_query = header.layers * header.heads * header.key_dim
+    total = (needs.keys + needs.values) * budget.rows * per_key * item
+    if needs.queries:
+        total += (run.asking() + run.drafts) * per_query * FLOAT
+    if needs.block_queries:
+        total += min(run.block_size, budget.tokens) * per_query * item
+    return total
+
+
+def make(
+    header: Header, run: Run, memory: Memory, *, tokens: int, ratio: float | None = None
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        header: of the model.
+        run: how documents are read.
+        memory: what there is.
+        tokens: of the document, with all that stands before the question.
+        ratio: of the tokens to keep; None for the largest that fits (0.25 where none does).
+    """
+    return _Planner(header, run, memory).plan(tokens, ratio)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    header: Header
+    run: Run
+    memory: Memory
+
+    def plan(self, tokens: int, ratio: float | None) -> Plan:
+        header, run = self.header, self.run
+        largest = self.largest_ratio(tokens)
+        chosen = (largest or RATIO) if ratio is None else ratio
+        budget = run.budget(tokens, chosen)
+        cells, layers = run.cells(budget), self.layers(budget)
+        cell = sum(header.cell_bytes(run.type_k, run.type_v))
+        return Plan(
+            model=header.name,
+            policy=run.policy.name,
+            document_tokens=tokens,
+            ratio=chosen,
+            block_size=run.block_size,
+            protection_divisor=run.divisor,
+            blocks=len(budget.blocks),
+            budget=budget.block,
+            anchors=budget.anchors,
+            window=budget.window,
+            long_term=budget.long_term,
+            kept_tokens=budget.kept,
+            kept_fraction=budget.kept_fraction,
+            positions="compact" if self._compacts(budget) else "original",
+            ctx_cells=cells,
+            kv_bytes=self._allocated(cells) * cell,
+            full_kv_bytes=(tokens + run.reply) * cell,
+            weights_bytes=header.weights,
+            compute_bytes=self._compute(cells),
+            capture_bytes=capture_bytes(header, run, budget),
+            gpu_layers=layers,
+            layers=header.layers,
+            device_bytes=self.device_bytes(budget, layers),
+            memory_bytes=self.memory.size,
+            memory=self.memory.said,
+            largest_ratio=largest,
+            longest_document_tokens=self.longest(chosen),
+            fits=self.fits(budget),
+            notes=self._notes(budget, largest, ratio is not None),
+        )
+
+    def _allocated(self, cells: int) -> int:
+        return padded(self.run.ctx_size or cells)
+
+    def _compute(self, cells: int) -> int:
+        cells = self.run.ctx_size or cells
+        return compute_bytes(self.header, cells, ubatch=self.run.ubatch, flash=self.run.flash)
+
+    def _compacts(self, budget: Budget) -> bool:
+        if budget.keeps_all or self.run.positions == "original":
+            return False
+        return self.run.positions == "compact" or self._beyond(budget)
+
+    def _beyond(self, budget: Budget) -> bool:
+        """Whether positions pass what the model was trained for, unless they are compacted."""
+        return budget.tokens + self.run.reply > self.header.context > 0
+
+    def _cells_fit(self, budget: Budget) -> bool:
+        cells, run = self.run.cells(budget), self.run
+        if self._compacts(budget) or (run.positions != "original" and self._beyond(budget)):
+            positions = budget.tokens + run.reply if budget.keeps_all else cells
+            if positions > self.header.context:
+                return False
+        return run.ctx_size is None or cells <= run.ctx_size
+
+    @property
+    def _all_layers(self) -> int:
+        """Layers wanted on the card; the output layer is one more."""
+        if not self.memory.card:
+            return 0
+        most = self.header.layers + 1
+        return most if self.run.gpu_layers is None else min(self.run.gpu_layers, most)
+
+    def device_bytes(self, budget: Budget, layers: int) -> int:
+        """What must fit: on a card that of `layers` layers, the last ones first."""
+        header, run = self.header, self.run
+        cells = run.cells(budget)
+        by_layer, compute = header.cell_bytes(run.type_k, run.type_v), self._compute(cells)
+        if not self.memory.card:
+            kv = self._allocated(cells) * sum(by_layer)
+            return header.weights + kv + compute + capture_bytes(header, run, budget)
+        if layers <= 0:
+            return 0
+        first = max(header.layers + 1 - layers, 0)
+        weights = sum(header.layer_weights[first:]) + header.output_weights
+        kv = self._allocated(cells) * sum(by_layer[first:])
+        # a micro-batch's products with weights that stay in RAM are computed on the card as well
+        visiting = header.largest_matrix if first else 0
+        return weights + kv + compute + visiting
+
+    def layers(self, budget: Budget) -> int:
+        """How many of the wanted layers fit on the card."""
+        for layers in range(self._all_layers, 0, -1):
+            if self.device_bytes(budget, layers) <= self.memory.usable:
+                return layers
+        return 0
+
+    def fits(self, budget: Budget) -> bool:
+        if not self._cells_fit(budget):
+            return False
+        return self.device_bytes(budget, self._all_layers) <= self.memory.usable
+
+    def largest_ratio(self, tokens: int) -> float:
+        run = self.run
+        return largest_ratio_that(self.fits, tokens, run.block_size, run.divisor, run.policy.budget)
+
+    def longest(self, ratio: float) -> int:
+        """The longest document that fits: one of several blocks, else of one."""
+
+        def fits(tokens: int) -> bool:
+            return self.fits(self.run.budget(tokens, ratio))
+
+        size = self.run.block_size
+        if fits(size + 1):
+            return _last(fits, size + 1)
+        return min(_last(fits, 1), size) if fits(1) else 0
+
+    def _notes(self, budget: Budget, largest: float, given: bool) -> list[str]:
+        run, notes = self.run, []
+        cells, fits = run.cells(budget), self.fits(budget)
+        if run.ctx_size is not None and cells > run.ctx_size:
+            notes.append(f"needs {cells} cells, more than --ctx-size {run.ctx_size}")
+        elif not self._cells_fit(budget):
+            notes.append(
+                f"needs more positions than the {self.header.context} the model was trained for"
+            )
+        if not fits and largest and given:
+            notes.append(f"the largest ratio that fits is {largest:g}")
+        elif not fits and not largest:
+            notes.append("no ratio fits; use -ctk q8_0 -ctv q8_0, or a smaller --block-size")
+        if not given and 0 < largest < LOW_RATIO:
+            notes.append(f"a ratio of {largest:g} is below {LOW_RATIO:g}: expect poor answers")
+        return notes
+
+
+def _last(fits: Callable[[int], bool], low: int) -> int:
+    """The largest number, from `low` which fits, before one that does not."""
+    step = low
+    while low + step < ENDLESS and fits(low + step):
+        low, step = low + step, 2 * step
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
