@@ -117,6 +117,7 @@ class _State:
     budget: Budget
     question: Prompt | None
     on_progress: Callable[[Progress], None] | None
+    start: int = 0  # the position of the first token
     read: int = 0
     kept: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # which tokens the rows of the captured keys and values belong to
@@ -172,6 +173,7 @@ class Reader:
         question: Prompt | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        start: int = 0,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -181,18 +183,20 @@ class Reader:
             question: the question with the template up to where the answer starts; None where it
                 is not known yet.
             on_progress: called after every micro-batch.
+            start: the position of the first token. What stands before it in the main sequence
+                stays and is seen; with 0 the context is emptied first.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
-            cache), the context is left empty: no half-evicted sequence is ever used.
+            cache), nothing of it is left there: no half-evicted sequence is ever used.
 
         Raises:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt.
         """
-        self.forget()
+        self._forget_from(start)
         if self.compact and not budget.keeps_all and self._rotation is None:
             self._rotation = rope.measure(self.context)
-        state = _State(tokens, budget, question, on_progress)
+        state = _State(tokens, budget, question, on_progress, start)
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -204,7 +208,7 @@ class Reader:
                 self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
         except BaseException:
-            self.forget()
+            self._forget_from(start)
             raise
         state.timings.total = time.perf_counter() - state.started
         return Reading(
@@ -219,6 +223,12 @@ class Reader:
     def forget(self) -> None:
         """Empties the context."""
         self.context.clear()
+
+    def _forget_from(self, start: int) -> None:
+        if start:
+            self.main.remove(start, -1)
+        else:
+            self.forget()
 
     # 1
 
@@ -276,23 +286,31 @@ class Reader:
                 last = self._block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
-        asking = len(state.question)
-        if self.asking:
-            asking = min(self.asking + state.question.ending, asking)
-        queries = self._array("queries", asking + self.lookahead)
         with state.timings.spent("probe"):
-            self.main.share_with(self.scratch)
-            try:
-                drafted = self._draft(state, state.question, asking, queries)
-            finally:
-                self.scratch.remove()
+            return self.ask(state.question, self._position(state))
+
+    def ask(self, question: Prompt, position: int) -> NDArray[np.float32]:
+        """Queries of the question's end and of drafts after it, asked at a position.
+
+        Returns:
+            (layers, probe tokens, heads, head_dim) float32.
+        """
+        asking = len(question)
+        if self.asking:
+            asking = min(self.asking + question.ending, asking)
+        queries = self._array("queries", asking + self.lookahead)
+        self.main.share_with(self.scratch)
+        try:
+            drafted = self._draft(question, position, asking, queries)
+        finally:
+            self.scratch.remove()
         return np.ascontiguousarray(queries[:, : asking + drafted])
 
     def _draft(
-        self, state: _State, question: Prompt, asking: int, queries: NDArray[np.float32]
+        self, question: Prompt, position: int, asking: int, queries: NDArray[np.float32]
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number."""
-        context, position = self.context, self._position(state)
+        context = self.context
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
             context.decode(question.tokens, position, PROBE, outputs=1 if self.lookahead else 0)
         position += len(question)
@@ -350,8 +368,8 @@ class Reader:
             self.main.remove_all(positions[~stays])
             state.kept, positions = state.kept[stays], positions[stays]
             if self.compact:
-                self.main.compact(positions, 0)
-                state.shifts = np.arange(len(positions)) - positions
+                self.main.compact(positions, state.start)
+                state.shifts = state.start + np.arange(len(positions)) - positions
 
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
@@ -376,15 +394,13 @@ class Reader:
 
     def _positions(self, state: _State) -> NDArray[np.int64]:
         """The positions in the cache of `state.kept`."""
-        if not self.compact:
-            return state.kept
-        return np.arange(len(state.kept))
+        return state.start + (np.arange(len(state.kept)) if self.compact else state.kept)
 
     def _position(self, state: _State) -> int:
         """Where the next token goes: right after the last one, which is always kept."""
         if self.compact:
-            return len(state.kept)
-        return int(state.kept[-1]) + 1 if len(state.kept) else 0
+            return state.start + len(state.kept)
+        return state.start + (int(state.kept[-1]) + 1 if len(state.kept) else 0)
 
     def _array(self, kind: str, tokens: int) -> NDArray[Any]:
         """A view of `tokens` rows of an array that is made once and grows only when it must."""

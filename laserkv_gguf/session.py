@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+
+if TYPE_CHECKING:
+    from laserkv_gguf.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -277,18 +280,31 @@ class LaserKV:
         self,
         *,
         document: str | None = None,
+        documents: Mapping[str, str] | None = None,
         system: str | None = None,
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
-    ) -> Conversation:
-        """A conversation about a document. One lives in the engine at a time."""
-        return Conversation(
-            self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
+    ) -> Talk:
+        """A conversation about a document, or several by name. One lives in the engine at a time.
+
+        It has no end: what was said is compressed when it outgrows the cache (see `talk`).
+        """
+        from laserkv_gguf.talk import Talk
+
+        return Talk(
+            self,
+            document=document,
+            documents=documents,
+            system=system,
+            sampling=sampling,
+            max_tokens=max_tokens,
         )
 
     # what a run needs
 
-    def prepare(self, tokens: int, prompt: int, reply: int, *, asked: bool = True) -> _Run:
+    def prepare(
+        self, tokens: int, prompt: int, reply: int, *, asked: bool = True, protected: int = 0
+    ) -> _Run:
         """Plans a run and makes its reader.
 
         Args:
@@ -296,15 +312,18 @@ class LaserKV:
             prompt: the question's, with the template around it.
             reply: cells for what follows the document: question, answer, later turns.
             asked: whether the question is known while reading.
+            protected: first tokens that stay whole (a system prompt).
 
         Raises:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
         settings = self.settings
-        budget = self.policy.budget(
-            tokens, settings.block_size, settings.ratio, settings.protection_divisor
-        )
+
+        def make(*shape: Any) -> Budget:
+            return replace(self.policy.budget(*shape), protected=protected)
+
+        budget = make(tokens, settings.block_size, settings.ratio, settings.protection_divisor)
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -326,7 +345,7 @@ class LaserKV:
                 prompt=probing,
                 drafts=drafts,
                 reply=reply,
-                make=self.policy.budget,
+                make=make,
             )
             if most:
                 remedy = f"use --ratio {most:g} or less"
@@ -476,6 +495,7 @@ class Conversation:
         self._used = 0  # cells
         self._document_tokens: Tokens | None = None
         self._unread = False  # the document is left out, because reading it was stopped
+        self._protected = 0  # first tokens that reading never evicts: the system prompt
 
     # reading
 
@@ -486,6 +506,7 @@ class Conversation:
 
     def _sequence(self, before: Tokens) -> Tokens:
         """Everything in front of the question."""
+        self._protected = len(before) if self.system else 0
         if self._unread:
             return before
         if self._document_tokens is None:
@@ -525,12 +546,13 @@ class Conversation:
     def _room(self, tokens: int) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
         engine = self.engine
-        kept = engine.policy.budget(
+        budget = engine.policy.budget(
             tokens,
             engine.settings.block_size,
             engine.settings.ratio,
             engine.settings.protection_divisor,
-        ).kept
+        )
+        kept = replace(budget, protected=self._protected).kept
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
@@ -552,7 +574,9 @@ class Conversation:
         self.reading, self.turns, self._pending = None, 0, []
         engine._owner = None
         prompt = 0 if question is None else len(question)
-        run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
+        run = engine.prepare(
+            len(tokens), prompt, reply, asked=question is not None, protected=self._protected
+        )
         reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
         self._run, self.reading, engine._owner = run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
@@ -639,7 +663,7 @@ class Conversation:
         context = self._run.reader.context
         before = (self._position, self._used, list(self._pending))
         prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
-        room = context.cells - self._used - len(prompt)
+        room = self._room_left() - len(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has filled the context of {context.cells} cells; "
@@ -661,6 +685,11 @@ class Conversation:
             raise
         self.turns += 1
         self._fill(reply, len(prompt), started, first)
+
+    def _room_left(self) -> int:
+        """Cells that the next question and its answer may take."""
+        assert self._run is not None
+        return self._run.reader.context.cells - self._used
 
     def _generate(self, context: Context, reply: Reply, limit: int) -> Iterator[str]:
         model, decoder = self.engine.model, PieceDecoder(self.engine.model)
