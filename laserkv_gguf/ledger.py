@@ -92,7 +92,7 @@ class Ledger:
 
     def of(self, numbers: list[int]) -> NDArray[np.bool_]:
         """(rows,) whether a row is of one of these segments."""
-        return np.array([number in numbers for number in self.segment.tolist()], bool)
+        return np.isin(self.segment, numbers)
 
     def count(self, number: int) -> int:
         """Rows of a segment."""
@@ -100,7 +100,8 @@ class Ledger:
 
     def kept(self, number: int) -> NDArray[np.int64]:
         """Which tokens of a segment are in the cache, ascending."""
-        return self.index[self.segment == number]
+        rows: NDArray[np.int64] = self.index[self.segment == number]
+        return rows
 
     @property
     def tokens_read(self) -> int:

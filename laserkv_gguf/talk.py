@@ -124,6 +124,7 @@ class Talk(Conversation):
         reading = super()._read(tokens, question, reply, on_progress)
         assert self._run is not None
         self._compact = self._run.compact
+        self._settled = not self._compact
         pools = _pools(reading.budget)
         first = self._bounds[0][1] if self._bounds else len(tokens)
         segments = [(Segment(SYSTEM, tokens[:first]), 0, first)]
@@ -473,7 +474,7 @@ class Talk(Conversation):
             position = np.arange(len(reading.kept)) if compact else reading.kept
             self.ledger.append(number, reading.kept, start + position)
             self._pending, self._compact = [], self._compact or compact
-            self._settled = True
+            self._settled = not compact  # the last block's eviction may have moved tokens
             self._place()
 
     def _documents_in_turn(self) -> bool:

@@ -7,6 +7,7 @@ for which evicted tokens do not exist.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,13 @@ from test_session import DOCUMENT, OPTIONS, TEMPLATE, Loaded, chars, in_cache, s
 from tiny import BOS, TinySpec, forward
 
 from laserkv_gguf import policies
-from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.history import Space, Thinning
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.saved_talk import load, save
 from laserkv_gguf.session import LaserKV
 from laserkv_gguf.talk import Talk
 
@@ -578,3 +580,104 @@ def test_a_system_prompt_longer_than_the_anchors_stays_whole(loaded: Loaded) -> 
             assert reading.kept[:head].tolist() == list(range(head))
             assert len(reading.kept) < 0.5 * len(reading.tokens)
             assert in_cache(engine) == len(reading.kept) == reading.budget.kept
+
+
+# ---- saved -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["auto", "compact"])
+@pytest.mark.parametrize("when", ["read", "thinned", "added"])
+def test_a_saved_conversation_goes_on(
+    positions: str, when: str, loaded: Loaded, tmp_path: Path
+) -> None:
+    """The same greedy answers in a fresh engine as in the one that went on."""
+    file = tmp_path / "talk.safetensors"
+    settings = {"ctx_size": 420, "positions": positions, "ratio": 0.3}
+    with loaded.engine(**settings) as engine:
+        talk = talking(engine, system=SYSTEM)
+        if when != "read":
+            for question in QUESTIONS[:8]:
+                turn(talk, question)
+            assert talk.thinnings
+        if when == "added":
+            talk.add("rivers.txt", OTHER)
+        save(talk, file)
+        kept = [document.kept for document in talk.documents]
+        expected = [turn(talk, question).tokens for question in QUESTIONS[8:16]]
+        assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    with loaded.engine(**settings) as engine:
+        talk = load(engine, file)
+        assert [document.kept for document in talk.documents] == kept
+        assert talk.cells_used == in_cache(engine)
+        assert [turn(talk, question).tokens for question in QUESTIONS[8:16]] == expected
+        talk.read()  # the documents' text is there too
+        talk.reset()
+        assert turn(talk, "one?").account.document_tokens > len(DOCUMENT)
+
+
+def test_a_saved_conversation_is_refused(loaded: Loaded, short: Loaded, tmp_path: Path) -> None:
+    """Altered, cut short, of another model or cache type, or too large; what is here stays."""
+    file = tmp_path / "talk.safetensors"
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        turn(talk, "one?")
+        save(talk, file)
+        expected = turn(talk, "two?").tokens
+    whole = file.read_bytes()
+    altered = bytearray(whole)
+    altered[len(whole) * 2 // 3] ^= 1
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        turn(talk, "one?")
+        for data, message in (
+            (bytes(altered), "altered"),
+            (whole[:-9], "not all of it"),
+            (whole[:100], "not all of it"),
+            (b"", "not all of it"),
+            (b"hello" * 9, "no saved cache"),
+        ):
+            broken = tmp_path / "broken"
+            broken.write_bytes(data)
+            with pytest.raises(UserError, match=message) as caught:
+                load(engine, broken)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="no file"):
+            load(engine, tmp_path / "none")
+        with pytest.raises(UserError, match="folder"):
+            load(engine, tmp_path)
+        with pytest.raises(UserError, match="folder"):
+            save(talk, tmp_path / "none" / "talk")
+        assert turn(talk, "two?").tokens == expected
+    with short.engine() as engine, pytest.raises(UserError, match="another model"):
+        load(engine, file)
+    with loaded.engine(ctx_size=40) as engine, pytest.raises(UserError, match="--ctx-size"):
+        load(engine, file)
+    half = replace(OPTIONS, type_k="f16", type_v="f16")
+    with (
+        LaserKV(loaded.model, context=half, block_size=64) as engine,
+        pytest.raises(UserError, match="another cache type"),
+    ):
+        load(engine, file)
+
+
+def test_a_save_that_fails_leaves_the_one_before(loaded: Loaded, tmp_path: Path) -> None:
+    import resource
+
+    file = tmp_path / "talk.safetensors"
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        save(talk, file)
+        before = file.read_bytes()
+        turn(talk, "one?")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        try:
+            with pytest.raises(LaserKVError, match="nothing was saved"):
+                save(talk, file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert file.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == [file.name]
+        assert len(turn(talk, "two?").tokens) == 6
