@@ -87,6 +87,8 @@ class Budget:
             "recursive": a summary of ``floor(r L)`` tokens is chosen anew from summary and block
             (FINCH, arXiv 2408.00167); "one-shot": everything is read, then chosen from once.
         sinks, recent: first and last tokens that a recursive or one-shot run always keeps.
+        protected: first tokens that stay whole (a system prompt): more anchors where they are
+            more, paid for by the pools as long as these have anything.
 
     A sequence of one block, or a ratio of 1, is kept whole: evicting would free nothing that the
     run did not already need. What a block does not use of its pool (it has fewer candidates than
@@ -103,6 +105,7 @@ class Budget:
     shape: str = "accumulating"
     sinks: int = 0
     recent: int = 1
+    protected: int = 0
 
     def __post_init__(self) -> None:
         check_settings(self.ratio, self.block_size, self.divisor)
@@ -127,8 +130,8 @@ class Budget:
     @property
     def anchors(self) -> int:
         if not self.accumulates:
-            return min(self.sinks, self.total - 1)
-        return min(self.block // self.divisor, self.tokens)
+            return min(max(self.sinks, self.protected), self.total - 1)
+        return min(max(self.block // self.divisor, self.protected), self.tokens)
 
     @property
     def window(self) -> int:
@@ -147,7 +150,8 @@ class Budget:
     @property
     def total(self) -> int:
         """floor(r L), at least 1: what recursive and one-shot runs end with."""
-        return max(1, math.floor(as_fraction(self.ratio) * self.tokens))
+        least = min(self.protected + 1, self.tokens)
+        return max(1, least, math.floor(as_fraction(self.ratio) * self.tokens))
 
     @property
     def rows(self) -> int:

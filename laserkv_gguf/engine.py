@@ -110,13 +110,27 @@ class Reading:
         return pools
 
 
-def _following(before: list[int], drafts: list[int]) -> list[int]:
-    """What came in earlier drafts after the last two tokens of these, or after the last one."""
-    for width in (2, 1) if drafts else ():
-        for end in range(width, len(before)):
-            if before[end - width : end] == drafts[-width:]:
-                return before[end:]
-    return [] if drafts else before
+@dataclass
+class Drafts:
+    """What the model drafted when it was last asked, and how far that is worth guessing again.
+
+    Attributes:
+        tokens: the drafts.
+        trust: the most that are guessed at a time.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    trust: int = sys.maxsize
+
+    def following(self, drafts: list[int]) -> list[int]:
+        """What came after the last two tokens of these drafts, or after the last one."""
+        if not drafts:
+            return self.tokens[: self.trust]
+        for width in (2, 1):
+            for end in range(width, len(self.tokens)):
+                if self.tokens[end - width : end] == drafts[-width:]:
+                    return self.tokens[end : end + self.trust]
+        return []
 
 
 @dataclass
@@ -127,6 +141,7 @@ class _State:
     budget: Budget
     question: Prompt | None
     on_progress: Callable[[Progress], None] | None
+    start: int = 0  # the position of the first token
     read: int = 0
     kept: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # which tokens the rows of the captured keys and values belong to
@@ -135,8 +150,7 @@ class _State:
     shifts: NDArray[np.int64] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     # what the model would have answered, had the document ended with the block before
-    drafts: list[int] = field(default_factory=list)
-    trust: int = sys.maxsize  # of them, the most that are guessed at a time
+    drafts: Drafts = field(default_factory=Drafts)
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -188,6 +202,7 @@ class Reader:
         *,
         on_progress: Callable[[Progress], None] | None = None,
         whole: bool = False,
+        start: int = 0,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -199,18 +214,20 @@ class Reader:
             on_progress: called after every micro-batch.
             whole: of a one-shot run, keep all cells in the spare sequence for `choose_again`;
                 the context must hold `len(tokens)` cells beside whatever follows.
+            start: the position of the first token. What stands before it in the main sequence
+                stays and is seen; with 0 the context is emptied first.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
-            cache), the context is left empty: no half-evicted sequence is ever used.
+            cache), nothing of it is left there: no half-evicted sequence is ever used.
 
         Raises:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt.
         """
-        self.forget()
+        self._forget_from(start)
         if self.compact and not budget.keeps_all and self._rotation is None:
             self._rotation = rope.measure(self.context)
-        state = _State(tokens, budget, question, on_progress)
+        state = _State(tokens, budget, question, on_progress, start)
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -224,7 +241,7 @@ class Reader:
                 self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
         except BaseException:
-            self.forget()
+            self._forget_from(start)
             raise
         return self._reading(state)
 
@@ -243,6 +260,12 @@ class Reader:
         """Empties the context."""
         self._whole = None
         self.context.clear()
+
+    def _forget_from(self, start: int) -> None:
+        if start:
+            self.main.remove(start, -1)
+        else:
+            self.forget()
 
     # several ratios from one reading
 
@@ -343,20 +366,38 @@ class Reader:
                 last = self._block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
-        asking = len(state.question)
-        if self.asking:
-            asking = min(self.asking + state.question.ending, asking)
-        queries = self._array("queries", asking + self.lookahead)
         with state.timings.spent("probe"):
-            self.main.share_with(self.scratch)
-            try:
-                drafted = self._draft(state, state.question, asking, queries)
-            finally:
-                self.scratch.remove()
+            return self.ask(state.question, self._position(state), state.drafts)
+
+    def ask(
+        self, question: Prompt, position: int, drafts: Drafts | None = None
+    ) -> NDArray[np.float32]:
+        """Queries of the question's end and of drafts after it, asked at a position.
+
+        Args:
+            drafts: of the time the same was asked before, replaced by this time's.
+
+        Returns:
+            (layers, probe tokens, heads, head_dim) float32.
+        """
+        asking = len(question)
+        if self.asking:
+            asking = min(self.asking + question.ending, asking)
+        queries = self._array("queries", asking + self.lookahead)
+        self.main.share_with(self.scratch)
+        try:
+            drafted = self._draft(question, position, asking, queries, drafts or Drafts())
+        finally:
+            self.scratch.remove()
         return np.ascontiguousarray(queries[:, : asking + drafted])
 
     def _draft(
-        self, state: _State, question: Prompt, asking: int, queries: NDArray[np.float32]
+        self,
+        question: Prompt,
+        start: int,
+        asking: int,
+        queries: NDArray[np.float32],
+        before: Drafts,
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number.
 
@@ -364,12 +405,12 @@ class Reader:
         about the answer: the tokens that the model would draft again stay, and cost one batch
         instead of one decode each.
         """
-        context, start = self.context, self._position(state)
+        context = self.context
         drafts: list[int] = []
         fed, first = question.tokens.tolist(), len(question) - asking
         while True:
             left = min(self.lookahead - len(drafts), context.options.outputs - 1)
-            guess = _following(state.drafts, drafts)[: min(left, state.trust)]
+            guess = before.following(drafts)[:left]
             row = asking + len(drafts) - 1 if drafts else 0
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
@@ -388,9 +429,9 @@ class Reader:
                 drafts.append(token)
                 agreed += 1
             if guess:
-                state.trust = 2 + 2 * agreed
+                before.trust = 2 + 2 * agreed
             if not left or len(drafts) == self.lookahead:
-                state.drafts = drafts
+                before.tokens = drafts
                 return len(drafts)
             if agreed < len(guess):
                 self.scratch.remove(position + len(fed) + agreed, -1)
@@ -442,8 +483,8 @@ class Reader:
             self.main.remove_all(positions[~stays])
             state.kept, positions = state.kept[stays], positions[stays]
             if self.compact:
-                self.main.compact(positions, 0)
-                state.shifts = np.arange(len(positions)) - positions
+                self.main.compact(positions, state.start)
+                state.shifts = state.start + np.arange(len(positions)) - positions
 
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
@@ -468,15 +509,13 @@ class Reader:
 
     def _positions(self, state: _State) -> NDArray[np.int64]:
         """The positions in the cache of `state.kept`."""
-        if not self.compact:
-            return state.kept
-        return np.arange(len(state.kept))
+        return state.start + (np.arange(len(state.kept)) if self.compact else state.kept)
 
     def _position(self, state: _State) -> int:
         """Where the next token goes: right after the last one, which is always kept."""
         if self.compact:
-            return len(state.kept)
-        return int(state.kept[-1]) + 1 if len(state.kept) else 0
+            return state.start + len(state.kept)
+        return state.start + (int(state.kept[-1]) + 1 if len(state.kept) else 0)
 
     def _array(self, kind: str, tokens: int) -> NDArray[Any]:
         """A view of `tokens` rows of an array that is made once and grows only when it must."""

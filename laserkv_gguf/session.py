@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+
+if TYPE_CHECKING:
+    from laserkv_gguf.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -302,19 +305,37 @@ class LaserKV:
         self,
         *,
         document: str | None = None,
+        documents: Mapping[str, str] | None = None,
         system: str | None = None,
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
-    ) -> Conversation:
-        """A conversation about a document. One lives in the engine at a time."""
-        return Conversation(
-            self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
+    ) -> Talk:
+        """A conversation about a document, or several by name. One lives in the engine at a time.
+
+        It has no end: what was said is compressed when it outgrows the cache (see `talk`).
+        """
+        from laserkv_gguf.talk import Talk
+
+        return Talk(
+            self,
+            document=document,
+            documents=documents,
+            system=system,
+            sampling=sampling,
+            max_tokens=max_tokens,
         )
 
     # what a run needs
 
     def plan(
-        self, tokens: int, prompt: int, reply: int, *, asked: bool = True, beside: int = 0
+        self,
+        tokens: int,
+        prompt: int,
+        reply: int,
+        *,
+        asked: bool = True,
+        beside: int = 0,
+        protected: int = 0,
     ) -> _Plan:
         """What a run needs; nothing is made.
 
@@ -324,6 +345,7 @@ class LaserKV:
             reply: cells for what follows the document: question, answer, later turns.
             asked: whether the question is known while reading.
             beside: cells for answers to other questions, generated at the same time.
+            protected: first tokens that stay whole (a system prompt).
 
         Returns:
             The budget, the cells, and whether positions are compacted.
@@ -333,6 +355,10 @@ class LaserKV:
                 positions do not fit what the model was trained for.
         """
         settings = self.settings
+
+        def make(*shape: Any) -> Budget:
+            return replace(self.policy.budget(*shape), protected=protected)
+
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -341,10 +367,12 @@ class LaserKV:
         probing = prompt if asked and self.policy.needs.queries else 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         drafts = lookahead if probing else 0
-        budget = self.policy.budget(
+        budget = make(
             tokens,
             settings.block_size,
-            self._ratio(tokens, probing, drafts, reply) if self.fills_cells else settings.ratio,
+            self._ratio(tokens, probing, drafts, reply, make)
+            if self.fills_cells
+            else settings.ratio,
             settings.protection_divisor,
         )
         cells = budget.cells(probing, drafts, reply)
@@ -360,7 +388,7 @@ class LaserKV:
                 prompt=probing,
                 drafts=drafts,
                 reply=reply,
-                make=self.policy.budget,
+                make=make,
             )
             if most:
                 remedy = f"use --ratio {most:g} or less"
@@ -389,6 +417,7 @@ class LaserKV:
         *,
         asked: bool = True,
         beside: int = 0,
+        protected: int = 0,
         whole: bool = False,
     ) -> _Run:
         """Plans a run and makes its reader; arguments and errors as of `plan`.
@@ -396,7 +425,7 @@ class LaserKV:
         Args:
             whole: with cells for all tokens beside the reply, if --ctx-size has them.
         """
-        plan = self.plan(tokens, prompt, reply, asked=asked, beside=beside)
+        plan = self.plan(tokens, prompt, reply, asked=asked, beside=beside, protected=protected)
         budget, cells, compact = plan.budget, plan.cells, plan.compact
         if whole and tokens + reply <= (self.ctx_size or tokens + reply):
             cells = max(cells, tokens + reply)
@@ -412,7 +441,14 @@ class LaserKV:
             self._warming.start()
         return _Run(budget, cells, reader, compact)
 
-    def _ratio(self, tokens: int, probing: int, drafts: int, reply: int) -> float:
+    def _ratio(
+        self,
+        tokens: int,
+        probing: int,
+        drafts: int,
+        reply: int,
+        make: Callable[[int, int, float, int], Budget],
+    ) -> float:
         """The largest ratio whose run fits --ctx-size; the least there is where none does."""
         cells, settings = self.ctx_size or 0, self.settings
         if settings.positions != "original" and tokens + reply > self.model.trained_context > 0:
@@ -425,7 +461,7 @@ class LaserKV:
             prompt=probing,
             drafts=drafts,
             reply=reply,
-            make=self.policy.budget,
+            make=make,
         )
         if 0 < ratio < LOW_RATIO:
             log.warning(
@@ -564,6 +600,7 @@ class Conversation:
         self._used = 0  # cells
         self._document_tokens = None if isinstance(document, str | None) else document
         self._unread = False  # the document is left out, because reading it was stopped
+        self._protected = 0  # first tokens that reading never evicts: the system prompt
 
     # reading
 
@@ -584,6 +621,7 @@ class Conversation:
 
     def _sequence(self, before: Tokens) -> Tokens:
         """Everything in front of the question."""
+        self._protected = len(before) if self.system else 0
         if self._unread:
             return before
         if self._document_tokens is None:
@@ -614,7 +652,9 @@ class Conversation:
         """Refuses what `read` would refuse, without reading; returns what it would keep to."""
         tokens, asked, reply = self._wanted(question)
         prompt = 0 if asked is None else len(asked)
-        return self.engine.plan(len(tokens), prompt, reply, asked=asked is not None).budget
+        return self.engine.plan(
+            len(tokens), prompt, reply, asked=asked is not None, protected=self._protected
+        ).budget
 
     def choose_again(self, ratio: float) -> bool:
         """Goes on as if the document had just been read at another ratio.
@@ -659,12 +699,13 @@ class Conversation:
         if engine.fills_cells and engine.ctx_size is not None:
             # what is kept will take the rest
             return max(self.max_tokens, min(room, engine.ctx_size // 4))
-        kept = engine.policy.budget(
+        budget = engine.policy.budget(
             tokens,
             engine.settings.block_size,
             engine.settings.ratio,
             engine.settings.protection_divisor,
-        ).kept
+        )
+        kept = replace(budget, protected=self._protected).kept
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
         limit = engine.model.trained_context - kept
@@ -689,7 +730,13 @@ class Conversation:
         engine._owner = None
         prompt = 0 if question is None else len(question)
         run = engine.prepare(
-            len(tokens), prompt, reply, asked=question is not None, beside=beside, whole=whole
+            len(tokens),
+            prompt,
+            reply,
+            asked=question is not None,
+            beside=beside,
+            protected=self._protected,
+            whole=whole,
         )
         whole = whole and run.reader.context.cells >= len(tokens) + reply
         reading = run.reader.read(
@@ -781,7 +828,7 @@ class Conversation:
     def _log_probabilities(self, prompt: NDArray[Any], following: Tokens) -> NDArray[np.float32]:
         assert self._run is not None
         context = self._run.reader.context
-        room = self._cells_left(context) - len(prompt) + 1
+        room = self._room_left() - len(prompt) + 1
         if len(following) > room:
             raise UserError(
                 f"an answer of {len(following)} tokens does not fit: there is room for {room}; "
@@ -805,20 +852,13 @@ class Conversation:
             Sequence(context, MAIN).remove(self._position, -1)
         return rows
 
-    def _cells_left(self, context: Context) -> int:
-        """Cells for what follows; a whole sequence kept for `choose_again` takes its own."""
-        assert self._run is not None
-        assert self.reading is not None
-        held = len(self.reading.tokens) - len(self.reading.kept)
-        return context.cells - self._used - (held if self._run.reader.holds_whole else 0)
-
     def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
         assert self._run is not None
         assert self.reading is not None
         context = self._run.reader.context
         before = (self._position, self._used, list(self._pending))
         prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
-        room = self._cells_left(context) - len(prompt)
+        room = self._room_left() - len(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has filled the context of {context.cells} cells; "
@@ -841,6 +881,17 @@ class Conversation:
         self.turns += 1
         assert self.reading is not None
         self._fill(reply, len(prompt), started, first, self._used - len(self.reading.kept))
+
+    def _room_left(self) -> int:
+        """Cells that the next question and its answer may take.
+
+        A whole sequence kept for `choose_again` takes its own.
+        """
+        assert self._run is not None
+        assert self.reading is not None
+        reader, reading = self._run.reader, self.reading
+        held = len(reading.tokens) - len(reading.kept) if reader.holds_whole else 0
+        return reader.context.cells - self._used - held
 
     def _generate(self, context: Context, reply: Reply, limit: int) -> Iterator[str]:
         model, decoder = self.engine.model, PieceDecoder(self.engine.model)

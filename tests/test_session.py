@@ -556,9 +556,12 @@ def test_ctx_size_too_small_names_one_that_will_do(policy: str, limit: int, load
 
 @pytest.mark.parametrize("cells", [224, 240, 256])
 def test_a_conversation_never_exceeds_its_cells(cells: int, loaded: Loaded) -> None:
-    """The answer that fills them is cut short, the next turn refused, and earlier ones stay."""
+    """The answer that fills them is cut short, the next turn refused, and earlier ones stay.
+
+    So it is where nothing said is compressed; `Talk` goes on (test_talk.py).
+    """
     with loaded.engine(ctx_size=cells) as engine:
-        conversation = engine.conversation(document=DOCUMENT, max_tokens=16)
+        conversation = Conversation(engine, document=DOCUMENT, max_tokens=16)
         kept = len(conversation.read().kept)
         answers: list[list[int]] = []
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 from typer import Option
 
-from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli import commands, documents, editing, terminal
+from laserkv_gguf.cli.commands import COMMANDS, SETTINGS
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
 from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
     from laserkv_gguf.engine import Progress
-    from laserkv_gguf.session import Answer, Conversation, LaserKV, Reply
+    from laserkv_gguf.session import Answer, LaserKV, Reply
+    from laserkv_gguf.talk import Talk
 
 
 T = TypeVar("T")
+TERMINATED = 143  # what shells say of a process that SIGTERM ended
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -42,49 +46,40 @@ def chat(
     """Talk with a model, about documents of any length or none; /help lists its commands."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
-    text = documents.load(document or [])
+    texts = _texts(document or [])
+    signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
-        conversation = engine.conversation(
-            document=text,
+        talk = engine.conversation(
+            documents=texts,
             system=system,
             max_tokens=sampling.predict,
             sampling=sampling.sampling(options.seed),
         )
-        talk = Talk(engine, conversation, _reader())
-        talk.open(question)
-        talk.run()
+        loop = Loop(engine, talk, editing.reader(list(COMMANDS), lambda: SETTINGS))
+        loop.open(question)
+        loop.run()
 
 
-def _reader() -> Callable[[], str]:
-    """Asks for a line: with editing and completion on a terminal, plainly from a pipe."""
-    if not sys.stdin.isatty():
-        return _piped_line
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.output import create_output
-
-    # answers alone go to stdout
-    session: PromptSession[str] = PromptSession(
-        completer=WordCompleter(sorted(COMMANDS), sentence=True),
-        complete_while_typing=False,
-        output=create_output(sys.stderr),
-    )
-    return lambda: session.prompt("> ")
+def _texts(names: Sequence[str]) -> dict[str, str]:
+    """The documents by name: the files' own, and their paths where two are the same."""
+    short = [Path(name).name for name in names]
+    return {
+        name if short.count(own) > 1 else own: documents.read(name)
+        for name, own in zip(names, short, strict=True)
+    }
 
 
-def _piped_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
+def _terminated(_number: int, _frame: object) -> None:
+    """SIGTERM: what was answered so far is out; the cache goes with the process."""
+    raise SystemExit(TERMINATED)
 
 
 @dataclass
-class Talk:
+class Loop:
     """The loop of a conversation on a terminal."""
 
     engine: LaserKV
-    conversation: Conversation
+    talk: Talk
     line: Callable[[], str]
     last: Reply | None = None
     running: bool = False
@@ -95,26 +90,44 @@ class Talk:
         terminal.dim(f"{name} · policy {self.engine.settings.policy} · /help lists the commands")
         if question:
             self.read_for(question)
-        elif self.conversation.document:
-            self.read("")
+        elif self.talk.texts:
+            self.read()
 
     def run(self) -> None:
-        """Until /quit or the end of the input. Ctrl-C drops what is typed."""
-        self.running = True
+        """Until /quit or the end of the input; Ctrl-C drops what is typed, twice it leaves."""
+        self.running, leaving = True, False
         while True:
             try:
                 line = self.line().strip()
             except KeyboardInterrupt:
+                if leaving:
+                    return
+                leaving = True
+                terminal.note("(Ctrl-C again leaves; so do /quit and Ctrl-D)")
                 continue
             except EOFError:
                 return
+            leaving = False
             if not line:
                 continue
-            if line.startswith("/"):
-                if not self.command(line):
+            if not line.startswith("/"):
+                self.answer(lambda line=line: self.talk.ask(line))  # type: ignore[misc]
+                continue
+            try:
+                if not commands.run(self, line):
                     return
-            else:
-                self.answer(lambda line=line: self.conversation.ask(line))  # type: ignore[misc]
+            except KeyboardInterrupt:
+                terminal.note("(stopped)")
+            except LaserKVError as error:
+                terminal.note(f"error: {error}")
+
+    def ask(self, prompt: str) -> str:
+        """One line typed in between."""
+        print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
 
     def answer(self, ask: Callable[[], Answer]) -> None:
         """Streams an answer; Ctrl-C drops the turn, the document stays."""
@@ -133,38 +146,16 @@ class Talk:
         self.last = stream.reply
         terminal.dim(terminal.account_line(stream.reply.account))
 
-    # commands; their first lines are what /help says
+    # reading
 
-    def command(self, line: str) -> bool:
-        """Runs a slash command; False ends the conversation."""
-        name, _, rest = line.partition(" ")
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-            terminal.note(f"{name} is unknown; did you mean {near[0] if near else '/help'}?")
-            return True
-        return COMMANDS[name](self, rest.strip()) is not False
-
-    def help(self, _rest: str) -> None:
-        """List the commands."""
-        for name, run in COMMANDS.items():
-            first = (run.__doc__ or "").strip().splitlines()[0]
-            terminal.note(f"{name:<9} {first}")
-
-    def read(self, rest: str) -> None:
-        """Read the documents again; /read QUESTION reads with it in mind and answers it."""
-        if not self.conversation.document:
-            terminal.note("there is no document; start with --document FILE")
-            return
-        if rest:
-            self.read_for(rest)
-            return
-        reading = self._under_a_bar(self.conversation.read)
-        if reading is None:
-            return
-        terminal.dim(
-            f"read {len(reading.tokens):,} tokens in {reading.timings.total:.1f} s, "
-            f"kept {len(reading.kept):,}"
-        )
+    def read(self) -> None:
+        """Reads the documents; the turns are forgotten."""
+        reading = self._under_a_bar(self.talk.read, self._not_read)
+        if reading is not None:
+            terminal.dim(
+                f"read {len(reading.tokens):,} tokens in {reading.timings.total:.1f} s, "
+                f"kept {len(reading.kept):,}"
+            )
 
     def read_for(self, question: str) -> None:
         """Reads the documents with a question in mind and answers it."""
@@ -172,64 +163,44 @@ class Talk:
 
         def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
             stream = Answer(
-                self.conversation,
-                lambda reply: self.conversation.first_turn(question, reply, on_progress),
+                self.talk, lambda reply: self.talk.first_turn(question, reply, on_progress)
             )
             return stream, next(iter(stream), "")
 
-        begun = self._under_a_bar(begin)
+        begun = self._under_a_bar(begin, self._not_read)
         if begun is None:
             return
         stream, first = begun
         print(terminal.printable(first), end="", flush=True)
         self.answer(lambda: stream)
 
-    def _under_a_bar(self, read: Callable[[Callable[[Progress], None]], T]) -> T | None:
+    def add(self, name: str, text: str) -> None:
+        """Reads one more document."""
+
+        def stopped(said: str) -> None:
+            terminal.note(f"{said}; nothing of {name} is kept")
+
+        added = self._under_a_bar(lambda shown: self.talk.add(name, text, shown), stopped)
+        if added is not None:
+            terminal.dim(f"read {added.tokens:,} tokens of {name}, kept {added.kept:,}")
+
+    def _under_a_bar(
+        self, read: Callable[[Callable[[Progress], None]], T], stopped: Callable[[str], None]
+    ) -> T | None:
         """Runs something that reads; None where it was stopped or refused, which is then told."""
         bar = terminal.ReadingBar()
         try:
             with bar.shown() as on_progress:
                 return read(on_progress)
         except KeyboardInterrupt:
-            self._not_read(bar)
+            stopped(bar.stopped)
         except LaserKVError as error:
-            self._refused(error)
+            # at the start nothing could follow; later the conversation goes on
+            if not self.running:
+                raise
+            terminal.note(f"error: {error}")
         return None
 
-    def _refused(self, error: LaserKVError) -> None:
-        """At the start nothing could follow; later the conversation goes on."""
-        if not self.running:
-            raise error
-        terminal.note(f"error: {error}")
-
-    def _not_read(self, bar: terminal.ReadingBar) -> None:
-        self.conversation.without_document()
-        terminal.note(f"{bar.stopped}; nothing of it is kept: /read begins again")
-
-    def stats(self, _rest: str) -> None:
-        """Show what the last answer cost and how full the cache is."""
-        if self.last is None:
-            terminal.note("nothing has been answered yet")
-            return
-        for key, value in self.last.account.as_dict().items():
-            shown = f"{value:.3f}" if isinstance(value, float) else value
-            terminal.note(f"{key:<26} {shown}")
-        terminal.note(f"{'cells_used':<26} {self.conversation.cells_used}")
-
-    def reset(self, _rest: str) -> None:
-        """Forget the turns; the documents stay as they were read."""
-        self.conversation.reset()
-        terminal.note("the turns are forgotten")
-
-    def quit(self, _rest: str) -> bool:
-        """Leave; so does Ctrl-D."""
-        return False
-
-
-COMMANDS: dict[str, Callable[[Talk, str], bool | None]] = {
-    "/help": Talk.help,
-    "/read": Talk.read,
-    "/stats": Talk.stats,
-    "/reset": Talk.reset,
-    "/quit": Talk.quit,
-}
+    def _not_read(self, said: str) -> None:
+        self.talk.without_document()
+        terminal.note(f"{said}; nothing of it is kept: /read begins again")

@@ -75,7 +75,12 @@ _CONTROL = dict.fromkeys(c for c in (*range(32), *range(127, 160)) if c not in (
 
 def printable(text: str) -> str:
     """Text without control characters where it goes to a terminal, which would obey them."""
-    return text.translate(_CONTROL) if sys.stdout.isatty() else text
+    return harmless(text) if sys.stdout.isatty() else text
+
+
+def harmless(text: str) -> str:
+    """Text without control characters, tabs and line breaks excepted."""
+    return text.translate(_CONTROL)
 
 
 def size(number: float) -> str:

@@ -104,14 +104,9 @@ def is_right(kind: str, golds: tuple[str, ...], question: str, prediction: str) 
 @lru_cache(maxsize=16)
 def _rows(kind: str, size: str) -> list[dict[str, Any]]:
     """The published samples of a task and a length, fetched once and cached by huggingface_hub."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        raise UserError(
-            "the published BABILong needs pip install 'laserkv-gguf[hub]'; "
-            "or generate samples with --babi DIR --background DIR"
-        ) from None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     name = f"data/{kind}/{size}.json"
     try:
         try:

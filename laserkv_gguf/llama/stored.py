@@ -1,0 +1,219 @@
+"""What a sequence's cells hold, read from and put back with llama.cpp's own sequence state.
+
+The layout of that state is internal to llama.cpp, so `Stored.of` refuses whatever is not what it
+knows: a header, the cells' positions, then per layer the keys' rows, then the values'.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import gguf
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.llama.context import Context
+from laserkv_gguf.llama.sequence import SPARE, Sequence, runs
+
+_MAGIC = 0xAF143CD8
+_HADAMARD = 64  # llama.cpp rotates quantised keys of head sizes that this divides
+
+
+def save(context: Context, sequence: int) -> NDArray[np.uint8]:
+    """The state of a sequence, as bytes: positions, keys and values of its cells."""
+    size = int(L.llama_state_seq_get_size(context.handle, sequence))
+    blob = np.empty(size, np.uint8)
+    pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    if not size or L.llama_state_seq_get_data(context.handle, pointer, size, sequence) != size:
+        raise LaserKVError("llama.cpp does not hand out the state of its cache; see --debug")
+    return blob
+
+
+def restore(context: Context, sequence: int, blob: NDArray[np.uint8]) -> None:
+    """Puts a saved state into a sequence, which loses what it held.
+
+    Raises:
+        LaserKVError: llama.cpp does not take it.
+    """
+    blob = np.ascontiguousarray(blob)
+    pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    if L.llama_state_seq_set_data(context.handle, pointer, len(blob), sequence) != len(blob):
+        raise LaserKVError(
+            "llama.cpp does not take the saved state; use the same -ctk, -ctv and -fa"
+        )
+
+
+def read(context: Context, sequence: int, positions: NDArray[np.int64]) -> Stored:
+    """What stands at some ascending positions of a sequence.
+
+    Shifts that llama.cpp has not applied yet are not in the keys: decode something first.
+    """
+    source, spare = Sequence(context, sequence), Sequence(context, SPARE)
+    spare.remove()
+    try:
+        for start, end in runs(positions):
+            source.share_with(spare, int(start), int(end))
+        return Stored.of(context, save(context, SPARE))
+    finally:
+        spare.remove()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parsed state.
+
+    Attributes:
+        positions: (cells,) ascending.
+    """
+
+    positions: NDArray[np.int64]
+    _context: Context
+    _order: NDArray[np.int64]
+    _blob: NDArray[np.uint8]
+    _keys: tuple[tuple[int, int, int], ...]  # per layer: type, offset, bytes a row
+    _values: tuple[tuple[int, int, int], ...]  # likewise; 0 bytes a row where it is transposed
+
+    @staticmethod
+    def of(context: Context, blob: NDArray[np.uint8]) -> Stored:
+        """Reads the layout.
+
+        Raises:
+            LaserKVError: it is not the one this version knows.
+        """
+        try:
+            stored = Stored._parsed(context, blob)
+        except (ValueError, IndexError, KeyError) as error:
+            raise LaserKVError(
+                f"this llama.cpp lays out its cache's state differently ({error}); "
+                "install the llama-cpp-python that this version was made for"
+            ) from error
+        return stored
+
+    @staticmethod
+    def _parsed(context: Context, blob: NDArray[np.uint8]) -> Stored:
+        model, at = context.model, 0
+
+        def take(kind: Any, count: int = 1) -> Any:
+            nonlocal at
+            size = np.dtype(kind).itemsize * count
+            if at + size > len(blob):
+                raise ValueError("it ends early")
+            values = blob[at : at + size].view(kind)
+            at += size
+            return values
+
+        def expect(what: str, found: Any, wanted: Any) -> None:
+            if found != wanted:
+                raise ValueError(f"{what} {found}, not {wanted}")
+
+        expect("magic number", int(take(np.uint32)[0]), _MAGIC)
+        take(np.int32)
+        expect("streams", int(take(np.uint32)[0]), 1)
+        cells = int(take(np.uint32)[0])
+        if not cells:
+            raise ValueError("no cells")
+        meta = take(np.int32, 3 * cells).reshape(cells, 3)
+        expect("sequences a cell", bool((meta[:, 1] == 1).all()), True)
+        transposed, layers = (int(take(np.uint32)[0]) for _ in range(2))
+        expect("layers", layers, model.layers)
+        keys, values = [], []
+        for _ in range(layers):
+            kind, row = int(take(np.int32)[0]), int(take(np.uint64)[0])
+            expect("bytes a key", row, _row_bytes(kind, model.kv_heads * model.head_dim))
+            keys.append((kind, at, row))
+            take(np.uint8, row * cells)
+        width = model.kv_heads * model.value_dim
+        for _ in range(layers):
+            kind = int(take(np.int32)[0])
+            if transposed:
+                size, rows = (int(take(np.uint32)[0]) for _ in range(2))
+                expect("values a token", rows, width)
+                values.append((kind, at, 0))
+                take(np.uint8, size * rows * cells)
+            else:
+                row = int(take(np.uint64)[0])
+                expect("bytes a value", row, _row_bytes(kind, width))
+                values.append((kind, at, row))
+                take(np.uint8, row * cells)
+        expect("bytes", at, len(blob))
+        order = np.argsort(meta[:, 0], kind="stable")
+        positions = meta[order, 0].astype(np.int64)
+        return Stored(positions, context, order, blob, tuple(keys), tuple(values))
+
+    @cached_property
+    def keys(self) -> NDArray[Any]:
+        """(layers, cells, kv_heads, head_dim) after RoPE, float16 where that is enough."""
+        model = self._context.model
+        found = self._rows(self._keys, model.head_dim)
+        quantised = self._keys[0][0] not in (0, 1, 30)
+        if quantised and model.head_dim % _HADAMARD == 0:
+            _hadamard(found)
+        return found
+
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        """(layers, cells, kv_heads, value_dim)."""
+        model = self._context.model
+        found = self._rows(self._values, model.value_dim)
+        quantised = self._values[0][0] not in (0, 1, 30)
+        if quantised and model.value_dim % _HADAMARD == 0:
+            _hadamard(found, _HADAMARD)
+        return found
+
+    def _rows(self, layers: tuple[tuple[int, int, int], ...], dim: int) -> NDArray[Any]:
+        shape = (len(layers), len(self.positions), self._context.model.kv_heads, dim)
+        half = all(kind == 1 for kind, *_ in layers)
+        found = np.empty(shape, np.float16 if half else np.float32)
+        for layer, rows in enumerate(self._layers(layers, shape[2] * dim)):
+            found[layer] = rows.reshape(shape[1:])[self._order]
+        return found
+
+    def _layers(
+        self, layers: tuple[tuple[int, int, int], ...], width: int
+    ) -> Iterator[NDArray[Any]]:
+        cells = len(self.positions)
+        for kind, at, row in layers:
+            if row:
+                raw = self._blob[at : at + row * cells].reshape(cells, row)
+                yield _numbers(raw, kind).reshape(cells, width)
+            else:
+                size = np.dtype(np.float32 if kind == 0 else np.float16).itemsize
+                raw = self._blob[at : at + size * width * cells].reshape(width, cells * size)
+                yield _numbers(raw, kind).reshape(width, cells).T
+
+
+def _row_bytes(kind: int, values: int) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    return values // block * size
+
+
+def _numbers(raw: NDArray[np.uint8], kind: int) -> NDArray[Any]:
+    if kind == 0:
+        return np.ascontiguousarray(raw).view(np.float32)
+    if kind == 1:
+        return np.ascontiguousarray(raw).view(np.float16)
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+
+
+def _hadamard(vectors: NDArray[np.float32], most: int | None = None) -> None:
+    """llama.cpp's orthonormal Walsh-Hadamard rotation, its own inverse, in place.
+
+    Over runs of the largest power of two that divides the last axis, or of `most`.
+    """
+    dim = vectors.shape[-1]
+    size = most or dim & -dim
+    step = 1
+    blocks = vectors.reshape(*vectors.shape[:-1], dim // size, size)
+    while step < size:
+        pairs = blocks.reshape(*blocks.shape[:-1], size // (2 * step), 2, step)
+        first = pairs[..., 0, :] + pairs[..., 1, :]
+        pairs[..., 1, :] = pairs[..., 0, :] - pairs[..., 1, :]
+        pairs[..., 0, :] = first
+        step *= 2
+    blocks /= np.float32(np.sqrt(size))

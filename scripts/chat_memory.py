@@ -1,0 +1,253 @@
+"""A fact told in turn 2: how often can it be asked for many turns later, and at what cost?
+
+    python scripts/chat_memory.py --out memory.jsonl [--turns 90] [--ctx-size 2048] [--samples 10]
+
+Every way of living with a context that is too small has the same conversations (seeded): a fact in
+turn 2, questions from a fixed list until the last turn, which asks for the fact. All answers are
+greedy. Found means that the fact's word stands in the answer. Rows are written as they come; a run
+that was stopped goes on where it was. Then it prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from laserkv_gguf import LaserKV, models
+from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.sampler import Sampling
+from laserkv_gguf.llama.trial import extra_buffers_work
+from laserkv_gguf.talk import Talk
+
+SYSTEM = "You are a helpful assistant. Answer in one short sentence."
+
+# what is told, what is asked, and what the answer must hold
+FACTS = (
+    ("My cat is called {}.", "What is my cat called?", "Biscuit Pepper Waffle Juno Olive"),
+    ("My sister lives in {}.", "In which city does my sister live?", "Lisbon Oslo Nairobi Quito"),
+    ("The code of my locker is {}.", "What is the code of my locker?", "4821 7356 9142 6083"),
+    ("I play the {} in a band.", "Which instrument do I play?", "cello trumpet banjo oboe"),
+    ("My boat is painted {}.", "What colour is my boat?", "orange purple turquoise crimson"),
+    ("My teacher's name is {}.", "What is my teacher's name?", "Harlow Mendes Okafor Lindqvist"),
+    ("I am allergic to {}.", "What am I allergic to?", "walnuts shrimp strawberries mustard"),
+    ("My train leaves at {} o'clock.", "When does my train leave?", "seven eleven nine six"),
+)
+
+FILLERS = (
+    "What is the capital of France?",
+    "How many legs does a spider have?",
+    "What is bread made of?",
+    "Why is the sky blue?",
+    "What do bees make?",
+    "Name a large ocean.",
+    "What is 12 plus 7?",
+    "Who wrote Hamlet?",
+    "What is a triangle?",
+    "How does a sailing boat move?",
+    "What is snow?",
+    "Name three fruits.",
+    "What does a baker do?",
+    "How long is an hour?",
+    "What is a volcano?",
+    "Name a river in Africa.",
+    "What do cows eat?",
+    "What is a library for?",
+    "How hot is the sun?",
+    "What is the opposite of cold?",
+    "Name a planet with rings.",
+    "What is rain?",
+    "What is a verb?",
+    "Which animal is the tallest?",
+    "How do fish breathe?",
+    "What is iron used for?",
+    "What is a compass for?",
+    "Name two kinds of trees.",
+    "What is salt?",
+    "How does a clock work?",
+    "What is the moon made of?",
+    "Who invented the telephone?",
+    "What is a desert?",
+    "How do birds fly?",
+    "Name a musical instrument.",
+    "What is paper made of?",
+    "What is an island?",
+    "What is a hundred divided by four?",
+    "How do plants grow?",
+    "What is a doctor's job?",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation with one way."""
+
+    way: str
+    sample: int
+    turns: int
+    found: bool
+    answer: str
+    wanted: str
+    log_likelihood: float
+    said: int
+    cells: int
+    longest_pause: float
+    kept_of_fact: int
+
+
+class Truncated(Talk):
+    """The oldest turns go, whole."""
+
+    def _make_room(self, asked: Prompt) -> None:
+        need = len(self._pending) + len(asked) + self.max_tokens
+        while len(self.ledger) + need > self.capacity:
+            oldest = next(n for n in self.ledger.numbers("turn") if self.ledger.count(n))
+            self._remove(self.ledger.segment != oldest)
+        self._move_down(need, always=True)
+
+
+class Shifted(Talk):
+    """llama.cpp's context shift: after the system prompt half goes, and positions close."""
+
+    def _make_room(self, asked: Prompt) -> None:
+        need = len(self._pending) + len(asked) + self.max_tokens
+        if len(self.ledger) + need > self.capacity:
+            keep = int(self.ledger.of_kind("system").sum())
+            rows = np.arange(len(self.ledger))
+            discard = (len(rows) - keep) // 2
+            self._remove((rows < keep) | (rows >= keep + discard))
+        self._move_down(need, always=True)
+
+
+WAYS: dict[str, tuple[type[Talk], dict[str, Any]]] = {
+    "full": (Talk, {"policy": "full", "ctx_size": None}),
+    "laser": (Talk, {}),
+    "laser, half keydiff": (Talk, {"alpha": 0.5, "policy_options": {"residual": "keydiff"}}),
+    "keydiff": (Talk, {"policy": "keydiff"}),
+    "random": (Talk, {"policy": "random"}),
+    "truncation": (Truncated, {}),
+    "context shift": (Shifted, {}),
+}
+
+
+def conversation(sample: int, turns: int) -> tuple[list[str], str]:
+    """What the user says, and the word that the last answer must hold."""
+    random = Random(sample)
+    told, asked, words = FACTS[sample % len(FACTS)]
+    word = random.choice(words.split())
+    said: list[str] = []
+    while len(said) < turns - 2:
+        said += random.sample(FILLERS, len(FILLERS))
+    said = said[: turns - 2]
+    said.insert(1, f"Please remember this: {told.format(word)}")
+    return [*said, asked], word
+
+
+def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row:
+    """One conversation."""
+    kind, settings = WAYS[way]
+    settings = {"ctx_size": options.ctx_size, **settings}
+    if settings["ctx_size"] is None:
+        settings["ctx_size"] = model.trained_context
+    said, word = conversation(sample, options.turns)
+    with LaserKV(model, **settings) as engine:
+        talk = kind(engine, system=SYSTEM, max_tokens=options.predict, sampling=Sampling())
+        talk.read()
+        pause, cells = 0.0, 0
+        for question in said[:-1]:
+            stream = talk.ask(question)
+            started = time.perf_counter()
+            next(stream, None)
+            pause = max(pause, time.perf_counter() - started)
+            for _ in stream:
+                pass
+            cells = max(cells, talk.cells_used)
+        # what the last question finds when it is asked, before anything is answered
+        talk._make_room(talk._prompt(said[-1]))
+        fact = talk.ledger.count(talk.ledger.numbers("turn")[1])
+        likelihood = talk.log_likelihood(said[-1], word)
+        answer = "".join(talk.ask(said[-1]))
+        return Row(
+            way,
+            sample,
+            options.turns,
+            word.lower() in answer.lower(),
+            answer,
+            word,
+            likelihood,
+            talk.ledger.tokens_read,
+            cells,
+            pause,
+            fact,
+        )
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a run so far; a torn last line is left out."""
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                yield Row(**json.loads(line))
+            except ValueError:
+                continue
+
+
+def table(rows: list[Row]) -> str:
+    """Found of so many, per way."""
+    by_way: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_way[row.way].append(row)
+    lines = [
+        "| way | found | log-likelihood | tokens said | most cells | longest wait |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for way in WAYS:
+        if found := by_way.get(way):
+            mean = sum(row.log_likelihood for row in found) / len(found)
+            lines.append(
+                f"| {way} | {sum(row.found for row in found)} of {len(found)} | {mean:.2f} "
+                f"| {sum(row.said for row in found) // len(found):,} "
+                f"| {max(row.cells for row in found):,} "
+                f"| {max(row.longest_pause for row in found):.1f} s |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=90, help="the fact is asked for in the last")
+    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--ctx-size", type=int, default=2048)
+    parser.add_argument("--predict", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--only", nargs="*", help=f"of: {', '.join(WAYS)}")
+    options = parser.parse_args()
+    done = {(row.way, row.sample, row.turns) for row in rows_of(options.out)}
+    with (
+        Model(models.find(options.model), extra_buffers=extra_buffers_work()) as model,
+        options.out.open("a", encoding="utf-8") as file,
+    ):
+        for sample in range(options.samples):
+            for way in options.only or WAYS:
+                if (way, sample, options.turns) in done:
+                    continue
+                row = run(model, way, sample, options)
+                file.write(json.dumps(asdict(row)) + "\n")
+                file.flush()
+                print(f"{sample} {way}: {row.wanted} | {row.answer!r}", flush=True)
+    print(table([row for row in rows_of(options.out) if row.turns == options.turns]))
+
+
+if __name__ == "__main__":
+    main()

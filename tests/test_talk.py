@@ -1,0 +1,683 @@
+"""Conversations that outgrow their cache, against NumPy forward passes that cannot see what went.
+
+What llama.cpp's cache holds is asked of llama.cpp before every decode, and the forward pass's mask
+is made of that: logits, the keys and the queries that a policy sees must all be those of a model
+for which evicted tokens do not exist.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from test_engine import Cache, error, standing
+from test_session import DOCUMENT, OPTIONS, TEMPLATE, Loaded, chars, in_cache, said, turn
+from tiny import BOS, TinySpec, forward
+
+from laserkv_gguf import policies
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.history import Space, Thinning
+from laserkv_gguf.llama import stored
+from laserkv_gguf.llama.context import SEQUENCES, Context
+from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
+from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.saved_talk import load, save
+from laserkv_gguf.session import LaserKV
+from laserkv_gguf.talk import Talk
+
+SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
+SHORT = TinySpec(layers=1, ctx_train=400, chat_template=TEMPLATE)
+SYSTEM = "You know ore."
+CELLS = 400
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    one = Loaded(tmp_path_factory.mktemp("talk"), SPEC)
+    yield one
+    one.model.close()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """A model trained for 400 tokens only."""
+    one = Loaded(tmp_path_factory.mktemp("short"), SHORT)
+    yield one
+    one.model.close()
+
+
+@dataclass(frozen=True)
+class Watching(Policy):
+    """`laser`, and what it saw."""
+
+    name: ClassVar[str] = "watching"
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True, precise=True)
+    seen: ClassVar[list[tuple[int, Candidates, NDArray[np.int64]]]] = []
+    now: ClassVar[Callable[[], int]] = lambda: 0
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        chosen = policies.make("laser").select(candidates, budget)
+        self.seen.append((Watching.now(), candidates, np.sort(chosen)))
+        return chosen
+
+
+@dataclass
+class Decode:
+    """A batch of the main sequence, what stood there before it, and the logits after it."""
+
+    tokens: NDArray[np.int32]
+    start: int
+    before: list[int]
+    logits: NDArray[np.float32] | None = None
+    held: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[Decode]:
+    found: list[Decode] = []
+    real = Context.decode
+
+    def decode(self: Context, tokens: Any, start: int, sequence: int, **options: Any) -> None:
+        if sequence == MAIN:
+            found.append(Decode(np.array(tokens), start, standing(self)))
+        real(self, tokens, start, sequence, **options)
+        if sequence == MAIN and options.get("outputs"):
+            found[-1].logits = self.logits()
+
+    monkeypatch.setattr(Context, "decode", decode)
+    return found
+
+
+def mask_of(decodes: list[Decode]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """All tokens in the order of their positions, and what each of them saw."""
+    count = sum(len(decode.tokens) for decode in decodes)
+    tokens, seen = np.zeros(count, np.int64), np.zeros((count, count), bool)
+    for decode in decodes:
+        end = decode.start + len(decode.tokens)
+        tokens[decode.start : end] = decode.tokens
+        seen[decode.start : end, decode.before] = True
+        own = np.tri(len(decode.tokens), dtype=bool)
+        seen[decode.start : end, decode.start : end] = own
+    return tokens, seen
+
+
+QUESTIONS = [f"What about {word} number {i}?" for i, word in enumerate(["tin", "ore", "lead"] * 6)]
+
+
+# ---- the compression ---------------------------------------------------------------------------
+
+
+def test_everything_computed_with_evicted_tokens_hidden(
+    loaded: Loaded, decodes: list[Decode]
+) -> None:
+    """Logits of all answers, and what the policy saw: keys in the cache, the newest question's."""
+    Watching.seen.clear()
+    settings: dict[str, Any] = {"policy": f"{__name__}:Watching", "probe_tokens": 0, "lookahead": 0}
+    with loaded.engine(ctx_size=CELLS, ratio=0.2, positions="original", **settings) as engine:
+        talk = engine.conversation(document=DOCUMENT, system=SYSTEM, max_tokens=12)
+        Watching.now = lambda: len(decodes)
+        talk.read()
+        reading = len(Watching.seen)
+        for question in QUESTIONS:
+            turn(talk, question)
+            assert talk.cells_used == in_cache(engine) == len(talk.ledger) <= CELLS
+            assert talk.ledger.position.tolist() == standing(engine._context)
+    thinned = Watching.seen[reading:]
+    assert len(thinned) > 4
+    tokens, seen = mask_of(decodes)
+    truth = forward(loaded.weights, loaded.spec, tokens, visible=seen)
+    for decode in decodes:
+        if decode.logits is not None:
+            row = truth.logits[decode.start + len(decode.tokens) - 1]
+            assert error(decode.logits, row) < 1e-4
+    whole = forward(loaded.weights, loaded.spec, tokens).logits
+    assert error(whole[-1], truth.logits[-1]) > 0.1  # what is hidden is missed
+
+    for at, candidates, chosen in thinned:
+        asked, before = decodes[at], standing_before(decodes[:at])
+        # the question stands right after all that was said, in a sequence of its own
+        prompt = np.concatenate((tokens[: asked.start], asked.tokens))
+        rows = np.zeros((len(prompt), len(prompt)), bool)
+        rows[: asked.start, : asked.start] = seen[: asked.start, : asked.start]
+        rows[asked.start :, before] = True
+        own = np.tri(len(asked.tokens), dtype=bool)
+        rows[asked.start :, asked.start :] = own
+        expected = forward(loaded.weights, loaded.spec, prompt, visible=rows)
+        assert error(candidates.queries, expected.queries[:, asked.start :]) < 1e-3
+        where = np.array(before)[candidates.tokens]
+        assert error(candidates.keys, truth.keys[:, where]) < 1e-4
+        gone = set(where.tolist()) - set(where[chosen].tolist())
+        assert gone
+        assert set(before) - gone == set(asked.before)
+
+
+def standing_before(decodes: list[Decode]) -> list[int]:
+    last = decodes[-1]
+    return [*last.before, *range(last.start, last.start + len(last.tokens))]
+
+
+def test_moved_positions(loaded: Loaded, decodes: list[Decode]) -> None:
+    """Logits are the moving NumPy cache's, which keeps the tokens the ledger says are there."""
+    cache, read, compared = Cache(loaded), 0, 0  # type: ignore[arg-type]
+    with loaded.engine(ctx_size=300, lookahead=2, positions="compact") as engine:
+        talk = engine.conversation(system=SYSTEM, max_tokens=6)
+        talk.read()
+        for question in QUESTIONS:
+            done = len(decodes)
+            pieces = iter(talk.ask(question))
+            first = next(pieces)  # the question is decoded, the ledger as it was before
+            lengths = [len(segment.tokens) for segment in talk.ledger.segments.values()]
+            decodes[done].held = (
+                np.concatenate(([0], np.cumsum(lengths)))[talk.ledger.segment] + talk.ledger.index
+            ).tolist()
+            assert first + "".join(pieces)
+        assert talk.thinnings > 4
+    for decode in decodes:
+        held = len(decode.before)
+        assert decode.before == list(range(held)) == list(range(decode.start))
+        if decode.held:
+            assert len(decode.held) == held
+            cache.keep(decode.held, compact=True)
+        logits, _ = cache.decode(decode.tokens, decode.start, read)
+        read += len(decode.tokens)
+        if decode.logits is not None:
+            assert error(decode.logits, logits[-1]) < 1e-3  # keys are turned again and again
+            compared += 1
+    assert compared == 6 * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("policy", ["laser", "streamingllm", "h2o", "lagkv", "random"])
+@pytest.mark.parametrize("positions", ["auto", "original"])
+def test_a_hundred_turns(policy: str, positions: str, short: Loaded) -> None:
+    """One context, never more cells than it has, and the positions that the model knows."""
+    with short.engine(policy=policy, ctx_size=256, positions=positions) as engine:
+        talk = engine.conversation(system=SYSTEM, max_tokens=8)
+        talk.read()
+        context, used = engine._context, []
+        for number in range(100):
+            reply = turn(talk, QUESTIONS[number % len(QUESTIONS)])
+            assert len(reply.tokens) == 8
+            used.append(talk.cells_used)
+            assert engine._context is context
+            assert used[-1] == in_cache(engine) <= 256
+            if positions == "auto":
+                assert Sequence(context, MAIN).last < SHORT.ctx_train
+            # the system prompt is never touched
+            head = [BOS, *chars(f"[system]{SYSTEM}\n[user]")]
+            assert talk.ledger.kept(0).tolist() == list(range(len(head)))
+        assert max(used[50:]) - max(used[:50]) < 32
+        for number in range(PROBE, SEQUENCES):
+            assert Sequence(context, number).last == -1
+
+
+def test_pauses_are_no_longer_than_a_block(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded between a question and its answer: the question twice, and the drafts."""
+    counts: list[int] = []
+    real = Context.decode
+
+    def decode(self: Context, tokens: Any, start: int, sequence: int, **options: Any) -> None:
+        counts.append(len(tokens))
+        real(self, tokens, start, sequence, **options)
+
+    monkeypatch.setattr(Context, "decode", decode)
+    with loaded.engine(ctx_size=300, lookahead=4) as engine:
+        talk = engine.conversation(max_tokens=10)
+        talk.read()
+        for question in QUESTIONS * 2:
+            counts.clear()
+            turn(talk, question)
+            prompt = max(counts)
+            assert sum(counts) <= 2 * prompt + 4 + 1 + 10
+            assert sum(counts) - prompt - 9 <= 64  # a block of these settings
+        assert talk.thinnings > 5
+
+
+def test_nothing_is_compressed_that_fits(loaded: Loaded) -> None:
+    with loaded.engine(ctx_size=2000) as one, loaded.engine(ctx_size=CELLS) as other:
+        whole, talk = (engine.conversation(max_tokens=8) for engine in (one, other))
+        same = []
+        for question in QUESTIONS:
+            same.append(turn(whole, question).tokens == turn(talk, question).tokens)
+            if talk.thinnings:
+                break
+        assert all(same[:-1])
+        assert 5 < len(same) < len(QUESTIONS)
+        assert whole.thinnings == 0
+
+
+def test_policy_full_refuses_and_goes_on_after_a_reset(loaded: Loaded) -> None:
+    with loaded.engine(ctx_size=300, policy="full") as engine:
+        talk = engine.conversation(max_tokens=8)
+        first = turn(talk, "one?").tokens
+
+        def go_on() -> None:
+            for _ in range(30):
+                turn(talk, "go on")
+
+        with pytest.raises(UserError, match=r"--policy full .*/reset"):
+            go_on()
+        used = talk.cells_used
+        assert used == in_cache(engine) <= 300
+        talk.reset()
+        assert turn(talk, "one?").tokens == first
+
+
+def test_a_question_longer_than_the_context(loaded: Loaded) -> None:
+    with loaded.engine(ctx_size=256) as engine:
+        talk = engine.conversation(max_tokens=8)
+        turn(talk, "one?")
+        used = talk.cells_used
+        with pytest.raises(UserError, match="260 tokens does not fit into a context of 256"):
+            turn(talk, "x" * (260 - len(chars("\n[user]\n[assistant]")) - 1))
+        assert talk.cells_used == used == in_cache(engine)
+        assert len(turn(talk, "x" * 180).tokens) == 8  # everything said goes for it
+        assert in_cache(engine) <= 256
+
+
+def test_stopped_while_making_room(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the probe: nothing was evicted, and the next turn is as if it had not been."""
+    stop = [False]
+    real = Context.decode
+
+    def decode(self: Context, tokens: Any, start: int, sequence: int, **options: Any) -> None:
+        if sequence == PROBE and stop[0]:
+            stop[0] = False
+            raise KeyboardInterrupt
+        real(self, tokens, start, sequence, **options)
+
+    with loaded.engine(ctx_size=300) as engine:
+        talk = engine.conversation(max_tokens=8)
+        expected = [turn(talk, question).tokens for question in QUESTIONS]
+    monkeypatch.setattr(Context, "decode", decode)
+    with loaded.engine(ctx_size=300) as engine:
+        talk = engine.conversation(max_tokens=8)
+        for number, question in enumerate(QUESTIONS):
+            stop[0] = True
+            try:
+                found = turn(talk, question).tokens
+            except KeyboardInterrupt:
+                assert talk.cells_used == in_cache(engine)
+                found = turn(talk, question).tokens
+            assert found == expected[number]
+        assert talk.thinnings > 3
+
+
+# ---- what is in the cache ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("kind", "flash", "tolerance"),
+    [("f32", "off", 1e-6), ("f16", "off", 2e-3), ("f16", "on", 2e-3), ("q8_0", "on", 0.04)],
+)
+def test_stored_rows_are_what_was_captured(
+    dim: int, kind: str, flash: str, tolerance: float, tmp_path: Path
+) -> None:
+    """Keys and values of scattered cells, also transposed and Hadamard-rotated, and moved ones."""
+    spec = TinySpec(layers=2, heads=2, kv_heads=1, head_dim=dim)
+    one = Loaded(tmp_path, spec)
+    options = replace(OPTIONS, type_k=kind, type_v=kind, flash_attn=flash)
+    tokens = np.arange(40, dtype=np.int32) + 5
+    with one.model, Context(one.model, 256, options) as context:
+        keys, values = context.probe.new("keys", 40), context.probe.new("values", 40)
+        with context.probe.armed(keys=(keys, 0), values=(values, 0)):
+            context.decode(tokens, 0, MAIN)
+        Sequence(context, MAIN).remove(3, 9)
+        context.decode(tokens[:4], 40, MAIN)  # goes into the hole: cells are out of order
+        wanted = np.array([0, 2, 11, 12, 30])
+        found = stored.read(context, MAIN, wanted)
+        assert found.positions.tolist() == wanted.tolist()
+        assert error(found.keys, keys[:, wanted]) < tolerance
+        assert error(found.values, values[:, wanted]) < tolerance
+        assert Sequence(context, 2).last == -1
+        blob = stored.save(context, MAIN)
+        for broken in (blob[:-1], blob[:5], np.concatenate((blob, blob[:4]))):
+            with pytest.raises(Exception, match="lays out its cache's state differently"):
+                stored.Stored.of(context, broken)
+
+
+# ---- how the cells are shared ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        # 1000 - 20 - 30 = 950 left, 475 for the history: all of it fits
+        (Space(1000, 20, 0, 100, (200, 175), 30, 900), None),
+        # one more: 416 of 475 stay; the first turn ages, and 416 - 176 of 300 are kept
+        (Space(1000, 20, 0, 100, (200, 176), 30, 900), Thinning(None, 1, 240)),
+        # aged turns alone are thinned to make room for recent ones
+        (Space(1000, 20, 0, 400, (50, 60), 30, 900), Thinning(None, 0, 306)),
+        # documents take all but 2 · 64: nothing of them goes
+        (Space(1000, 20, 822, 0, (10,), 30, 900), None),
+        # one more must go, and the turn still fits
+        (Space(1000, 20, 823, 0, (10,), 30, 900), Thinning(822, 0, 0)),
+        # 475 less 40 for the next question: 381 stay
+        (Space(1000, 20, 0, 400, (20, 20), 30, 900, 40), Thinning(None, 0, 341)),
+        # the newest turn too may have to age
+        (Space(200, 20, 0, 0, (150,), 30, 100), Thinning(None, 1, 66)),
+    ],
+)
+def test_how_cells_are_shared(space: Space, expected: Thinning | None) -> None:
+    """Worked out by hand."""
+    assert space.thinning() == expected
+
+
+def test_a_turn_always_fits_after_thinning() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        capacity = int(rng.integers(64, 4096))
+        parts = rng.integers(0, capacity // 3, 5)
+        space = Space(
+            capacity,
+            int(parts[0] // 4),
+            int(parts[1]),
+            int(parts[2]),
+            tuple(int(n) for n in rng.integers(1, 200, parts[3] // 100 + 1)),
+            int(parts[4] // 2) + 1,
+            int(rng.integers(1, 2000)),
+        )
+        thinning = space.thinning()
+        if thinning is None:
+            documents, history = space.documents, space.aged + sum(space.whole)
+        else:
+            documents = space.documents if thinning.documents is None else thinning.documents
+            recent = sum(space.whole[thinning.turns :])
+            aged = space.aged + sum(space.whole[: thinning.turns])
+            assert 0 <= thinning.keep <= aged
+            history = recent + thinning.keep
+            assert documents <= space.documents
+        left = capacity - space.system - documents - space.prompt - history
+        assert left >= min(space.answer, 1)
+
+
+# ---- documents ---------------------------------------------------------------------------------
+
+OTHER = " ".join(f"river{number}" for number in range(50))
+
+
+def talking(engine: LaserKV, **options: Any) -> Talk:
+    talk = engine.conversation(documents={"ores.txt": DOCUMENT}, max_tokens=6, **options)
+    talk.read()
+    return talk
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_an_added_document_is_read_where_it_stands(
+    when: str, loaded: Loaded, decodes: list[Decode]
+) -> None:
+    """In the user's next turn, before its question; logits against the forward pass."""
+    with loaded.engine(policy="random", positions="original") as engine:
+        talk = talking(engine)
+        sequence = [BOS, *chars("[user]" + DOCUMENT)]
+        if when == "between":
+            reply = turn(talk, "one?")
+            sequence += [*chars("\n\none?\n[assistant]"), *reply.tokens]
+        talk.add("rivers.txt", OTHER)
+        sequence += chars(("\n[user]" if when == "between" else "\n\n") + OTHER)
+        names = [(document.name, document.tokens) for document in talk.documents]
+        assert names[0] == ("ores.txt", len(DOCUMENT))
+        assert names[1] == ("rivers.txt", len(OTHER) + 2 * (when == "before"))
+        kept = [document.kept for document in talk.documents]
+        assert kept[1] < 0.6 * len(OTHER)
+        reply = turn(talk, "which?")
+        sequence += [*chars("\n\nwhich?\n[assistant]"), *reply.tokens]
+        assert talk.cells_used == in_cache(engine)
+        second = turn(talk, "and then?")
+        sequence += [*chars("\n[user]and then?\n[assistant]"), *second.tokens[:-1]]
+    tokens, seen = mask_of(decodes)
+    assert tokens.tolist() == sequence
+    truth = forward(loaded.weights, loaded.spec, tokens, visible=seen).logits
+    for decode in decodes:
+        if decode.logits is not None:
+            row = truth[decode.start + len(decode.tokens) - 1]
+            assert error(decode.logits, row) < 1e-4
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_dropped_document_was_never_there(when: str, loaded: Loaded) -> None:
+    with loaded.engine() as engine:
+        plain = talking(engine)
+        if when == "between":
+            turn(plain, "one?")
+        expected = [turn(plain, question).tokens for question in ("two?", "three?")]
+        talk = talking(engine)
+        if when == "between":
+            turn(talk, "one?")
+        used = talk.cells_used
+        talk.add("rivers.txt", OTHER)
+        talk.add("more.txt", OTHER[::-1])
+        talk.drop("rivers.txt")
+        assert [document.name for document in talk.documents] == ["ores.txt", "more.txt"]
+        talk.drop("more.txt")
+        # the last token of an answer that was cut short is decoded earlier than else
+        assert talk.cells_used == in_cache(engine) == used + (when == "between")
+        assert [turn(talk, question).tokens for question in ("two?", "three?")] == expected
+
+
+def test_dropping_the_first_document(loaded: Loaded, decodes: list[Decode]) -> None:
+    """Nothing of it is seen by any later token."""
+    with loaded.engine(positions="original") as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        talk.read()
+        turn(talk, "one?")
+        talk.drop("a")
+        done = len(decodes)
+        first, last = 7, 7 + len(DOCUMENT)
+        turn(talk, "two?")
+        assert not set(decodes[done].before) & set(range(first, last))
+        assert set(decodes[done].before) >= set(range(first))
+        assert talk.cells_used == in_cache(engine)
+        talk.reset()
+        assert {p.name: p.kept > 0 for p in talk.documents} == {"b": True}
+
+
+def test_documents_may_be_all_there_is(loaded: Loaded) -> None:
+    """Added to an empty chat: as if it had begun with them, but for how they are asked."""
+    with loaded.engine(policy="full") as engine:
+        plain = talking(engine)
+        expected = [turn(plain, question).tokens for question in ("one?", "two?")]
+        talk = engine.conversation(max_tokens=6)
+        talk.add("ores.txt", DOCUMENT)
+        assert [turn(talk, question).tokens for question in ("one?", "two?")] == expected
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "drop"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_document_dropped_while_it_is_read(how: str, positions: str, loaded: Loaded) -> None:
+    with loaded.engine(positions=positions) as engine:
+        plain = talking(engine)
+        turn(plain, "one?")
+        expected = turn(plain, "two?").tokens
+        talk = talking(engine)
+        turn(talk, "one?")
+        used = talk.cells_used
+
+        def stop(progress: Any) -> None:
+            if progress.read > 200:
+                if how == "ctrl-c":
+                    raise KeyboardInterrupt
+                other = threading.Thread(target=talk.drop, args=("long.txt",))
+                other.start()
+                other.join(10)
+
+        with pytest.raises(KeyboardInterrupt if how == "ctrl-c" else Cancelled):
+            talk.add("long.txt", OTHER * 3, stop)
+        assert talk.cells_used == used == in_cache(engine)
+        assert [document.name for document in talk.documents] == ["ores.txt"]
+        assert turn(talk, "two?").tokens == expected
+
+
+def test_documents_and_turns_fit_into_given_cells(loaded: Loaded) -> None:
+    """Smaller blocks, then history makes room; then it is refused with what helps."""
+    with loaded.engine(ctx_size=420, ratio=0.2) as engine:
+        talk = engine.conversation(max_tokens=8)
+        for number in range(12):
+            turn(talk, f"go on with {number}")
+        talk.add("ores.txt", DOCUMENT)
+        assert in_cache(engine) <= 420
+        turn(talk, "one?")
+        talk.add("rivers.txt", OTHER)
+        for number in range(12):
+            turn(talk, f"go on with {number}")
+            assert talk.cells_used == in_cache(engine) <= 420
+        with pytest.raises(UserError, match=r"does not fit.*/drop a document, or /set ratio 0\.0"):
+            talk.add("long.txt", OTHER * 8)
+        assert talk.cells_used == in_cache(engine)
+        with pytest.raises(UserError, match="already"):
+            talk.add("rivers.txt", OTHER)
+        with pytest.raises(UserError, match="no document"):
+            talk.drop("seas.txt")
+        turn(talk, "still there?")
+
+
+def test_the_context_grows_for_a_document(loaded: Loaded) -> None:
+    """Where --ctx-size does not say how large it is; what was said goes along."""
+    with loaded.engine(policy="full") as engine:
+        talk = engine.conversation(max_tokens=6)
+        first = turn(talk, "one?").tokens
+        before = engine._context
+        assert before is not None
+        cells = before.cells
+        talk.add("long.txt", OTHER * 6)
+        assert engine._context is not None
+        assert engine._context.cells > cells
+        grown = turn(talk, "two?").tokens
+    with loaded.engine(policy="full", ctx_size=8192) as engine:
+        talk = engine.conversation(max_tokens=6)
+        assert turn(talk, "one?").tokens == first
+        talk.add("long.txt", OTHER * 6)
+        assert turn(talk, "two?").tokens == grown
+
+
+def test_a_long_document_added_to_a_short_model(short: Loaded) -> None:
+    with short.engine(ratio=0.05) as engine:
+        talk = engine.conversation(max_tokens=6)
+        turn(talk, "one?")
+        talk.add("long.txt", OTHER * 4)
+        for number in range(40):
+            turn(talk, f"go on with {number}")
+            assert Sequence(engine._context, MAIN).last < SHORT.ctx_train
+            assert talk.cells_used == in_cache(engine)
+        assert said(short, turn(talk, "and?").tokens)
+
+
+def test_a_system_prompt_longer_than_the_anchors_stays_whole(loaded: Loaded) -> None:
+    system = "Answer as a miner would. " * 6
+    for policy in ("laser", "streamingllm", "snapkv"):
+        with loaded.engine(policy=policy, ratio=0.3) as engine:
+            talk = engine.conversation(document=DOCUMENT * 2, system=system, max_tokens=6)
+            reading = talk.read()
+            head = len([BOS, *chars(f"[system]{system}\n[user]")])
+            assert reading.budget.anchors >= head
+            assert reading.kept[:head].tolist() == list(range(head))
+            assert len(reading.kept) < 0.5 * len(reading.tokens)
+            assert in_cache(engine) == len(reading.kept) == reading.budget.kept
+
+
+# ---- saved -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["auto", "compact"])
+@pytest.mark.parametrize("when", ["read", "thinned", "added"])
+def test_a_saved_conversation_goes_on(
+    positions: str, when: str, loaded: Loaded, tmp_path: Path
+) -> None:
+    """The same greedy answers in a fresh engine as in the one that went on."""
+    file = tmp_path / "talk.safetensors"
+    settings = {"ctx_size": 420, "positions": positions, "ratio": 0.3}
+    with loaded.engine(**settings) as engine:
+        talk = talking(engine, system=SYSTEM)
+        if when != "read":
+            for question in QUESTIONS[:8]:
+                turn(talk, question)
+            assert talk.thinnings
+        if when == "added":
+            talk.add("rivers.txt", OTHER)
+        save(talk, file)
+        kept = [document.kept for document in talk.documents]
+        expected = [turn(talk, question).tokens for question in QUESTIONS[8:16]]
+        assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    with loaded.engine(**settings) as engine:
+        talk = load(engine, file)
+        assert [document.kept for document in talk.documents] == kept
+        assert talk.cells_used == in_cache(engine)
+        assert [turn(talk, question).tokens for question in QUESTIONS[8:16]] == expected
+        talk.read()  # the documents' text is there too
+        talk.reset()
+        assert turn(talk, "one?").account.document_tokens > len(DOCUMENT)
+
+
+def test_a_saved_conversation_is_refused(loaded: Loaded, short: Loaded, tmp_path: Path) -> None:
+    """Altered, cut short, of another model or cache type, or too large; what is here stays."""
+    file = tmp_path / "talk.safetensors"
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        turn(talk, "one?")
+        save(talk, file)
+        expected = turn(talk, "two?").tokens
+    whole = file.read_bytes()
+    altered = bytearray(whole)
+    altered[len(whole) * 2 // 3] ^= 1
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        turn(talk, "one?")
+        for data, message in (
+            (bytes(altered), "altered"),
+            (whole[:-9], "not all of it"),
+            (whole[:100], "not all of it"),
+            (b"", "not all of it"),
+            (b"hello" * 9, "no saved cache"),
+        ):
+            broken = tmp_path / "broken"
+            broken.write_bytes(data)
+            with pytest.raises(UserError, match=message) as caught:
+                load(engine, broken)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="no file"):
+            load(engine, tmp_path / "none")
+        with pytest.raises(UserError, match="folder"):
+            load(engine, tmp_path)
+        with pytest.raises(UserError, match="folder"):
+            save(talk, tmp_path / "none" / "talk")
+        assert turn(talk, "two?").tokens == expected
+    with short.engine() as engine, pytest.raises(UserError, match="another model"):
+        load(engine, file)
+    with loaded.engine(ctx_size=40) as engine, pytest.raises(UserError, match="--ctx-size"):
+        load(engine, file)
+    half = replace(OPTIONS, type_k="f16", type_v="f16")
+    with (
+        LaserKV(loaded.model, context=half, block_size=64) as engine,
+        pytest.raises(UserError, match="another cache type"),
+    ):
+        load(engine, file)
+
+
+def test_a_save_that_fails_leaves_the_one_before(loaded: Loaded, tmp_path: Path) -> None:
+    import resource
+
+    file = tmp_path / "talk.safetensors"
+    with loaded.engine() as engine:
+        talk = talking(engine)
+        save(talk, file)
+        before = file.read_bytes()
+        turn(talk, "one?")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        try:
+            with pytest.raises(LaserKVError, match="nothing was saved"):
+                save(talk, file)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert file.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == [file.name]
+        assert len(turn(talk, "two?").tokens) == 6
