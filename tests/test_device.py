@@ -24,7 +24,7 @@ from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import ProbeSettings, Reader
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import attention_consensus
-from laserkv_gguf.llama import device
+from laserkv_gguf.llama import device, library
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.device import open_scorer
@@ -242,6 +242,22 @@ class Both(Policy):
         return self.inner.select(candidates, budget)
 
 
+def block_differences(
+    one: Loaded, *, compact: bool = False, asked: bool = True, documents: int = 1, **options: Any
+) -> list[float]:
+    """How far each block's scores are from the host's."""
+    both = Both(policies.make("laser"))
+    budget = both.budget(TOKENS, SIZE, 0.4, 4)
+    with one.context(**options) as context:
+        reader = Reader(context, both, ASKING, compact=compact, scoring="device")
+        for _ in range(documents):
+            reading = reader.read(one.tokens, budget, one.question if asked else None)
+        assert reader.scoring == "device"
+        assert len(reading.kept) == budget.kept
+    assert len(both.differences) == documents * len(budget.blocks) == documents * 4
+    return both.differences
+
+
 @pytest.mark.parametrize("name", ["grouped", "one-kv-head", "qwen2"])
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 @pytest.mark.parametrize(("type_k", "tolerance"), [("f32", 1e-4), ("f16", 1e-3)])
@@ -254,30 +270,22 @@ def test_every_block_is_scored_as_on_the_host(
     asked: bool,
     load: Callable[[str], Loaded],
 ) -> None:
-    """Blocks that look back at a window which eviction, and compacting, have gone over."""
-    one, both = load(name), Both(policies.make("laser"))
-    budget = both.budget(TOKENS, SIZE, 0.4, 4)
-    with one.context(type_k=type_k) as context:
-        reader = Reader(context, both, ASKING, compact=compact, scoring="device")
-        for _ in range(2):  # a second document uses the same scorer
-            reading = reader.read(one.tokens, budget, one.question if asked else None)
-        assert reader.scoring == "device"
-        assert len(reading.kept) == budget.kept
-    assert len(both.differences) == 8
-    assert max(both.differences) < tolerance
+    """Blocks that look back at a window which eviction, and compacting, have gone over.
+
+    A second document uses the same scorer.
+    """
+    found = block_differences(load(name), compact=compact, asked=asked, documents=2, type_k=type_k)
+    assert max(found) < tolerance
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_blocks_of_quantised_keys(compact: bool, load: Callable[[str], Loaded]) -> None:
     """Host keys were never quantised: the scores are as far apart as quantising makes them."""
-    one, both = load("head-64"), Both(policies.make("laser"))
-    budget = both.budget(TOKENS, SIZE, 0.4, 4)
-    with one.context(type_k="q8_0") as context:
-        Reader(context, both, ASKING, compact=compact, scoring="device").read(
-            one.tokens, budget, one.question
-        )
-    assert len(both.differences) == 4
-    assert 1e-5 < max(both.differences) < 0.02
+    assert 1e-5 < max(block_differences(load("head-64"), compact=compact, type_k="q8_0")) < 0.02
+
+
+def test_with_flash_attention(load: Callable[[str], Loaded]) -> None:
+    assert max(block_differences(load("head-64"), flash_attn="on", type_v="f16")) < 1e-4
 
 
 @pytest.mark.parametrize("policy", ["exact", "laser", "snapkv", "sage", "tova", "chunkkv", "finch"])
@@ -412,3 +420,58 @@ def test_engine_setting(scoring: str, where: str, load: Callable[[str], Loaded])
 def test_unknown_setting(load: Callable[[str], Loaded]) -> None:
     with pytest.raises(UserError, match="--scoring gpu is unknown; use auto, host, device"):
         LaserKV(load("grouped").model, scoring="gpu")
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """All layers on the GPU."""
+    one = Loaded(tmp_path_factory.mktemp("gpu"), SPECS["head-64"], gpu_layers=99)
+    yield one
+    one.model.close()
+
+
+GPU_OPTIONS = {"flash_attn": "auto", "type_v": "f16"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
+@pytest.mark.parametrize(("type_k", "tolerance"), [("f16", TOLERANCE), ("q8_0", 0.02)])
+def test_gpu_scores_as_the_host(
+    compact: bool, type_k: str, tolerance: float, offloaded: Loaded
+) -> None:
+    with offloaded.context(type_k=type_k, **GPU_OPTIONS) as context, open_scorer(context) as scorer:
+        kinds = {one.name: one.kind for one in library.devices()}
+        assert [kinds[name] for name in scorer.devices] == ["gpu"]
+    found = block_differences(offloaded, compact=compact, type_k=type_k, **GPU_OPTIONS)
+    assert max(found) < tolerance
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_each_score_their_layers(tmp_path: Path) -> None:
+    one = Loaded(tmp_path, replace(SPECS["head-64"], layers=4), gpu_layers=2)
+    try:
+        with one.context(type_k="f16", **GPU_OPTIONS) as context, open_scorer(context) as scorer:
+            assert len(scorer.devices) == 2
+            assert "CPU" in scorer.devices
+        assert max(block_differences(one, type_k="f16", **GPU_OPTIONS)) < TOLERANCE
+    finally:
+        one.model.close()
+
+
+@pytest.mark.gpu
+def test_gpu_scores_by_itself(tmp_path: Path) -> None:
+    """Without a flag; and with `exact` no key comes to the host."""
+    one = Loaded(tmp_path, replace(SPECS["head-64"], chat_template=TEMPLATE), gpu_layers=99)
+    try:
+        with LaserKV(
+            one.model, context=replace(OPTIONS, **GPU_OPTIONS), policy="exact", block_size=64
+        ) as engine:
+            reply = engine.ask("Which ore?", document="tin copper ore " * 20, max_tokens=4)
+            assert reply.account.scoring == "device"
+            assert engine._reader is not None
+            assert "keys" not in engine._reader._arrays
+    finally:
+        one.model.close()
