@@ -359,6 +359,7 @@ class Account:
     block_size: int = 0
     protection_divisor: int = 0
     positions: str = "original"
+    scoring: str = "host"
     kept_per_block: list[int] = field(default_factory=list)
 
     @property

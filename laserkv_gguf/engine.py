@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.llama import rope
+from laserkv_gguf.llama import device, rope
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
@@ -174,6 +175,8 @@ class Reader:
         probe: see ProbeSettings.
         compact: move kept tokens together after each block, so that no position passes the number
             of cells; else every token keeps the position it was read at.
+        scoring: "host", or "device" to compute attention where the cache is (llama/device.py);
+            a device that cannot is told once, and the host scores.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class Reader:
         probe: ProbeSettings | None = None,
         *,
         compact: bool = False,
+        scoring: str = "host",
     ) -> None:
         self.context, self.policy = context, policy
         settings = probe or ProbeSettings()
@@ -192,6 +196,7 @@ class Reader:
         self.spare = Sequence(context, SPARE)
         self._whole: tuple[_State, NDArray[np.float32] | None] | None = None
         self._rotation: rope.Rotation | None = None
+        self._on_device = scoring == "device" and policy.needs.attention
         self._arrays: dict[str, NDArray[Any]] = {}
 
     def read(
@@ -227,6 +232,8 @@ class Reader:
         self._forget_from(start)
         if self.compact and not budget.keeps_all and self._rotation is None:
             self._rotation = rope.measure(self.context)
+        if self._on_device and not budget.keeps_all:
+            self._on_device = device.prepare(self.context)
         state = _State(tokens, budget, question, on_progress, start)
         try:
             for block in budget.blocks:
@@ -339,9 +346,20 @@ class Reader:
         """Whether the block's keys are looked at, now or when a later block looks back."""
         return not state.budget.keeps_all and (block.evicts or not state.last(block))
 
+    @property
+    def scoring(self) -> str:
+        """Where attention is computed: "device" or "host"."""
+        return "device" if self._on_device else "host"
+
     def _seen(self) -> list[str]:
-        """What the policy sees of every candidate."""
-        return [kind for kind in ("keys", "values") if getattr(self.policy.needs, kind)]
+        """What is captured of every candidate; on a device, of its keys, where they are."""
+        needs = self.policy.needs
+        wanted = {
+            "keys": needs.keys or (needs.attention and not self._on_device),
+            "values": needs.values,
+            "cells": self._on_device,
+        }
+        return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
     def _block_queries(self, block: Block) -> NDArray[Any]:
         return self._array("block_queries", block.tokens)
@@ -445,11 +463,15 @@ class Reader:
     ) -> Candidates:
         """The block and what it looks back at, without anchors and without the new window."""
         first, last = np.searchsorted(state.held, block.candidates)
+        views: dict[str, Any]
         views = {kind: self._array(kind, state.budget.rows)[:, first:last] for kind in self._seen()}
         if self.policy.needs.block_queries:
             views["block_queries"] = self._block_queries(block)[:]
         for view in views.values():
             view.flags.writeable = False
+        cells = views.pop("cells", None)
+        if cells is not None:
+            views["scorer"] = partial(self.context.scorer.attention, cells=cells[0])
         return Candidates(
             state.held[first:last],
             (block.start, block.end),

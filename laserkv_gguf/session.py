@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POSITIONS = ("auto", "original", "compact")
+SCORING = ("auto", "host", "device")
 CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
 
 __all__ = ["Cancelled", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
@@ -55,6 +56,8 @@ class Settings:
         lookahead: tokens drafted after the question to ask with; None for the policy's own number.
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact only beyond the trained context.
+        scoring: where attention is computed: "host", "device" (where the cache is), or "auto":
+            device where layers are on a GPU.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
     """
 
@@ -69,6 +72,7 @@ class Settings:
     lookahead: int | None = None
     probe_tokens: int | None = None
     positions: str = "auto"
+    scoring: str = "auto"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -86,6 +90,8 @@ class Settings:
             raise UserError(f"--probe-tokens is {self.probe_tokens}; give a number, or 0 for all")
         if self.positions not in POSITIONS:
             raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
+        if self.scoring not in SCORING:
+            raise UserError(f"--scoring {self.scoring} is unknown; use {', '.join(SCORING)}")
 
     def make_policy(self, seed: int) -> policies.Policy:
         given = {
@@ -500,7 +506,12 @@ class LaserKV:
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
         if self._reader is None or self._reader.compact != compact:
-            self._reader = Reader(self._context, self.policy, self._probe, compact=compact)
+            scoring = self.settings.scoring
+            if scoring == "auto":
+                scoring = "device" if self.model.gpu_layers != 0 else "host"
+            self._reader = Reader(
+                self._context, self.policy, self._probe, compact=compact, scoring=scoring
+            )
         return self._reader
 
     @property
@@ -955,6 +966,7 @@ class Conversation:
             block_size=engine.settings.block_size,
             protection_divisor=engine.settings.protection_divisor,
             positions="compact" if run.compact else "original",
+            scoring=run.reader.scoring,
             kept_per_block=reading.kept_per_block,
         )
 

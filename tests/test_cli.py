@@ -164,6 +164,7 @@ REFUSED = {
     "lookahead": ("{ask} --lookahead -1", "--lookahead is -1", "0 to a block"),
     "probe tokens": ("{ask} --probe-tokens -1", "--probe-tokens is -1", "or 0"),
     "positions": ("{ask} --positions tight", "tight", "auto, original, compact"),
+    "scoring": ("{ask} --scoring gpu", "gpu", "auto, host, device"),
     "type of keys": ("{ask} -ctk nonsense", "nonsense", "f16.*q8_0"),
     "type of values": ("{ask} -ctv nonsense", "nonsense", "f16.*q8_0"),
     "values need -fa": ("{ask} -ctv q8_0 -fa off", "flash attention", "-fa on.*-ctv f16"),
@@ -568,7 +569,7 @@ ENGINE = """
 -m --model -c --ctx-size -ngl --gpu-layers -fa --flash-attn -ctk --cache-type-k
 -ctv --cache-type-v -b --batch-size -ub --ubatch-size -t --threads -s --seed
 --policy --ratio --block-size --protection-divisor --alpha --lookahead --pool --hash-bits
---hash-tables --positions --debug --document --question -n --predict
+--hash-tables --positions --scoring --debug --document --question -n --predict
 """
 SAMPLING = "--temp --top-k --top-p --min-p"
 BATCH = "--input --output --parallel --read-once --fail-fast --quiet"

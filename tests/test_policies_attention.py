@@ -146,8 +146,9 @@ def random_candidates(
 
 def select(policy: policies.Policy, seen: Candidates, budget: int) -> Array:
     """As the engine asks: only what the policy needs is there, and its choice is checked."""
+    needs = replace(policy.needs, keys=policy.needs.keys or policy.needs.attention)
     wanted = {
-        kind: getattr(seen, kind) if getattr(policy.needs, kind) else None
+        kind: getattr(seen, kind) if getattr(needs, kind) else None
         for kind in ("queries", "keys", "values", "block_queries")
     }
     return checked(policy, policy.select(replace(seen, **wanted), budget), seen, budget)
@@ -341,7 +342,7 @@ def test_large_logits_do_not_overflow(name: str) -> None:
 def test_needs_no_draft_and_warms_up(name: str) -> None:
     policy = policies.make(name)
     assert policy.needs.lookahead == 0
-    assert policy.needs.keys
+    assert policy.needs.keys or policy.needs.attention
     assert not policy.needs.values
     assert policy.needs.queries != policy.needs.block_queries
     if asking := ASKING[name]:

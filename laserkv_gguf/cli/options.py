@@ -113,13 +113,19 @@ class EngineOptions:
         str,
         Option("--positions", help="auto, original or compact (re-rotate keys to close gaps)."),
     ] = "auto"
+    scoring: Annotated[
+        str,
+        Option(
+            "--scoring", help="auto, host or device (attention where the cache is: on the GPU)."
+        ),
+    ] = "auto"
     debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
 
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
             "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
-            "hash_bits hash_tables positions"
+            "hash_bits hash_tables positions scoring"
         )
         from laserkv_gguf import policies
 

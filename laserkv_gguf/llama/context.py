@@ -129,6 +129,7 @@ class Context:
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
+        self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
         self._worker = ThreadPoolExecutor(1, "llama-decode")
         self._check_memory()
         with library.recorded() as lines:
@@ -193,6 +194,9 @@ class Context:
     def close(self) -> None:
         if getattr(self, "handle", None):
             self._worker.shutdown()
+            if self.scorer:
+                self.scorer.close()
+                self.scorer = None
             L.llama_free(self.handle)
             self.handle = None
 

@@ -141,6 +141,14 @@ def devices() -> list[Device]:
     return found
 
 
+def cpu_device() -> int:
+    """The address of the CPU's device; 0 where a build has none."""
+    start()
+    count, get, _, _, kind, _ = _device_functions()
+    found = (get(index) for index in range(count()))
+    return next((device for device in found if kind(device) == 0), 0)
+
+
 def can_offload() -> bool:
     """Whether this build can put layers on a GPU and one is there."""
     start()

@@ -6,6 +6,9 @@ integers and copies the wanted rows of `Qcur-<layer>`, `Kcur-<layer>` and `Vcur-
 libggml's own `ggml_backend_tensor_get`, which also works for tensors on a GPU. Several nodes bear
 such a name: queries and keys are the one whose operation is ROPE, values the one that is reshaped
 to heads.
+
+Where keys are scored on the device they are not read at all: the SET_ROWS node that stores a
+layer's keys in `cache_k_l<layer>` tells where that tensor is and which cells it writes (device.py).
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ _SYMBOLS = (
     "ggml_backend_tensor_get",
 )
 
-# The control block: a header, then one record for each of queries, keys and values.
-_ARMED, _LAYERS, _SCRATCH, _SCRATCH_ROWS, _RECORDS = 0, 1, 2, 3, 4
+# The control block: a header, then one record for each of queries, keys, values and cells.
+_ARMED, _LAYERS, _SCRATCH, _SCRATCH_ROWS, _CACHE, _ROWS_AT, _BASE_AT, _RECORDS = range(8)
 _WANTED, _ADDRESS, _LAYER_STRIDE, _ROW_STRIDE, _ROW, _FIRST, _END, _HALF, _SEEN = range(9)
-_KINDS = {"queries": 0, "keys": 1, "values": 2}
+_KINDS = {"queries": 0, "keys": 1, "values": 2, "cells": 3}
 
 
 @intrinsic
@@ -66,12 +69,12 @@ _to_half: Any = _half_bits
 
 
 @numba.njit
-def _layer_of(name: Any) -> int:
-    """The number behind "Qcur-", or -1."""
+def _layer_of(name: Any, start: int, end: int) -> int:
+    """The number between `start` and the character `end`, or -1."""
     layer = -1
-    for at in range(5, 12):
+    for at in range(start, start + 7):
         digit = int(name[at])
-        if digit == 0:
+        if digit == end:
             break
         if digit < 48 or digit > 57:
             return -1
@@ -93,11 +96,48 @@ def _as_pointer(_context: Any, address: Any, to: Any) -> Any:
 _pointer: Any = _as_pointer
 
 
+@numba.njit
+def _on_store(tensor: Any, ask: Any, control: Any, name: Any) -> Any:
+    """A layer's keys go into the cache: notes its tensor, and the cells at the first layer."""
+    record = _RECORDS + 3 * _SEEN
+    if control[record + _WANTED] == 0:
+        return 0
+    operation = carray(_ggml_op_desc(tensor), (5,), np.uint8)
+    if operation[0] != 83 or operation[4] != 82:  # SET_ROWS
+        return 0
+    layer = _layer_of(name, 9, 32)  # the name goes on: "cache_k_l0 (view)"
+    if layer < 0 or layer >= control[_LAYERS]:
+        return 0
+    tensor = np.int64(tensor)
+    if ask == 1:
+        found = carray(_pointer(control[_CACHE], np.int64(0)), (control[_LAYERS],))
+        found[layer] = carray(_pointer(tensor + control[_BASE_AT], np.int64(0)), (1,))[0]
+    if layer != 0:
+        return 0
+    rows = carray(_pointer(tensor + control[_ROWS_AT], np.uint64(0)), (1,))[0]
+    tokens = _ggml_nelements(rows)
+    if np.int64(_ggml_nbytes(rows)) != tokens * 8:  # int64
+        return 0
+    seen = carray(_pointer(control[record + _WANTED], np.int64(0)), (1,))
+    begin = max(seen[0], control[record + _FIRST])
+    end = min(seen[0] + tokens, control[record + _END])
+    if ask == 1 and begin < end:
+        return 1
+    if begin < end:
+        target = control[record + _ADDRESS] + (begin - control[record + _FIRST]) * 8
+        _ggml_tensor_get(rows, target, (begin - seen[0]) * 8, (end - begin) * 8)
+    seen[0] += tokens
+    return 0 if ask == 1 else 1
+
+
 def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
-    control = carray(user, (_RECORDS + 3 * _SEEN,), np.int64)
+    control = carray(user, (_RECORDS + 4 * _SEEN,), np.int64)
     if control[_ARMED] == 0:
         return 0
     name = carray(_ggml_get_name(tensor), (64,), np.uint8)
+    # "cache_k_l?"
+    if name[0] == 99 and name[4] == 101 and name[6] == 107 and name[8] == 108:
+        return _on_store(tensor, ask, control, name)
     if name[1] != 99 or name[2] != 117 or name[3] != 114 or name[4] != 45:  # "?cur-"
         return 0
     if name[0] == 81:  # Q
@@ -118,7 +158,7 @@ def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
     elif not (operation[0] == 86 or (operation[0] == 82 and operation[1] == 69)):  # VIEW, RESHAPE
         return 0
     layers = control[_LAYERS]
-    layer = _layer_of(name)
+    layer = _layer_of(name, 5, 0)
     if layer < 0 or layer >= layers:
         return 0
 
@@ -226,12 +266,22 @@ class Probe:
 
     def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
-        self._control = np.zeros(_RECORDS + 3 * _SEEN, np.int64)
-        self._seen = np.zeros((3, layers), np.int64)
+        self._control = np.zeros(_RECORDS + 4 * _SEEN, np.int64)
+        self._seen = np.zeros((4, layers), np.int64)
+        self.cache = np.zeros(layers, np.int64)
         self._scratch = np.empty(max(1 << 16, heads * head_dim), np.float32)
         self._control[_LAYERS] = layers
         self._control[_SCRATCH] = self._scratch.ctypes.data
         self._control[_SCRATCH_ROWS] = self._scratch.size
+        self._control[_CACHE] = self.cache.ctypes.data
+
+    def watch_cache(self, rows_at: int, base_at: int) -> None:
+        """Makes `cells` possible; from then on `cache` gets every layer's tensor of cached keys.
+
+        Args:
+            rows_at, base_at: where a ggml tensor has its second source, and what it is a view of.
+        """
+        self._control[_ROWS_AT], self._control[_BASE_AT] = rows_at, base_at
 
     @property
     def callback(self) -> int:
@@ -248,7 +298,12 @@ class Probe:
         return (self.heads if kind == "queries" else self.kv_heads) * self.head_dim
 
     def new(self, kind: str, tokens: int, dtype: Any = np.float32) -> NDArray[Any]:
-        """An array (layers, tokens, heads or kv_heads, head_dim) to capture into."""
+        """An array (layers, tokens, heads or kv_heads, head_dim) to capture into.
+
+        For cells it is (1, tokens) int64: all layers use the same.
+        """
+        if kind == "cells":
+            return np.empty((1, tokens), np.int64)
         heads = self.heads if kind == "queries" else self.kv_heads
         return np.empty((self.layers, tokens, heads, self.head_dim), dtype)
 
@@ -260,6 +315,7 @@ class Probe:
             queries, keys, values: (array, first): the array (layers, n, heads, head_dim), float32
                 or float16, gets tokens first … first + n - 1 of those decoded in the block; None
                 for a kind that is not wanted.
+            cells: the same with (1, n) int64: where in the cache the tokens' keys went.
 
         Raises:
             ValueError: an array of another shape, type or layout.
@@ -279,7 +335,8 @@ class Probe:
             if target is None or target[0].shape[1] == 0:
                 continue
             end = target[1] + target[0].shape[1]
-            short = np.flatnonzero(self._seen[_KINDS[kind]] < end)
+            seen = self._seen[_KINDS[kind], : 1 if kind == "cells" else None]
+            short = np.flatnonzero(seen < end)
             if short.size:
                 raise CaptureError(
                     f"layer {short[0]} showed {self._seen[_KINDS[kind], short[0]]} rows of "
@@ -291,6 +348,9 @@ class Probe:
         if target is None or target[0].shape[1] == 0:
             return
         array, first = target
+        if kind == "cells":
+            self._want_cells(at, array, first)
+            return
         row = self.row(kind)
         shape = (self.layers, array.shape[1], row // self.head_dim, self.head_dim)
         if array.shape != shape or array.dtype not in (np.float32, np.float16):
@@ -309,6 +369,15 @@ class Probe:
         self._control[at + _FIRST] = first
         self._control[at + _END] = first + array.shape[1]
         self._control[at + _HALF] = array.dtype == np.float16
+
+    def _want_cells(self, at: int, array: NDArray[Any], first: int) -> None:
+        if array.shape[0] != 1 or array.dtype != np.int64 or array.strides[1] != 8:
+            raise ValueError(f"cells go into (1, n) of int64, not {array.shape} of {array.dtype}")
+        if not self._control[_BASE_AT]:
+            raise ValueError("cells can be read after watch_cache only")
+        self._control[at + _WANTED] = self._seen[_KINDS["cells"]].ctypes.data
+        self._control[at + _ADDRESS] = array.ctypes.data
+        self._control[at + _FIRST], self._control[at + _END] = first, first + array.shape[1]
 
 
 class CaptureError(RuntimeError):

@@ -6,6 +6,7 @@ A policy never touches the engine. It is a frozen dataclass; its fields are its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ class Needs:
         queries: of the probe: the question's last tokens and the drafts after it, or the last
             tokens read where no question is known.
         block_queries: of all tokens of the block (the costly one: layers × heads × head_dim × S).
+        attention: `Candidates.attention` of the probe. Where a device computes it the keys stay
+            there, and `Candidates.keys` is None unless they are needed as well.
         keys, values: of every candidate.
         precise: keys, values and block queries in float32; else they are kept as float16.
         probe_tokens: the question's last so many tokens ask, with what the template puts after
@@ -35,6 +38,7 @@ class Needs:
 
     queries: bool = False
     block_queries: bool = False
+    attention: bool = False
     keys: bool = False
     values: bool = False
     precise: bool = False
@@ -55,6 +59,7 @@ class Candidates:
         keys, values: (layers, C, kv_heads, head_dim) float16 or float32, or None.
         block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None.
         memory: a policy's own notes; empty at the start of a sequence, kept from block to block.
+        scorer: attention of queries over the candidates' keys where these are; None on the host.
     """
 
     tokens: NDArray[np.int64]
@@ -65,11 +70,27 @@ class Candidates:
     values: NDArray[Any] | None = None
     block_queries: NDArray[Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    scorer: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
 
     @property
     def count(self) -> int:
         """Number of candidates, C."""
         return len(self.tokens)
+
+    def attention(self, last: int | None = None) -> NDArray[np.float32]:
+        """Attention the probe pays each candidate: (C,), as `kernels.attention_consensus`.
+
+        Args:
+            last: of only so many last tokens of the probe.
+        """
+        assert self.queries is not None
+        queries = self.queries if last is None else self.queries[:, -last:]
+        if self.scorer is not None:
+            return self.scorer(queries)
+        from laserkv_gguf import kernels
+
+        assert self.keys is not None
+        return kernels.attention_consensus(queries, self.keys)
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Policy(ABC):
                 np.arange(count),
                 (0, count),
                 queries=asked if needs.queries else None,
-                keys=seen if needs.keys else None,
+                keys=seen if needs.keys or needs.attention else None,
                 values=seen if needs.values else None,
                 block_queries=seen if needs.block_queries else None,
             ),

@@ -30,7 +30,7 @@ class ChunkKV(Policy):
     """
 
     name: ClassVar[str] = "chunkkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=32)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=32)
 
     chunk: int = 10
 
@@ -41,11 +41,7 @@ class ChunkKV(Policy):
             )
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        from laserkv_gguf import kernels
-
-        assert candidates.queries is not None
-        assert candidates.keys is not None
-        scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+        scores = candidates.attention()
         sums = np.add.reduceat(scores.astype(np.float64), range(0, candidates.count, self.chunk))
         order = np.argsort(-sums, kind="stable")  # best first, equals by position, NaN last
         ranks = np.argsort(order)[np.arange(candidates.count) // self.chunk]

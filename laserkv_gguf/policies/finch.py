@@ -29,7 +29,7 @@ class Finch(Policy):
     """
 
     name: ClassVar[str] = "finch"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True)
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
         return Budget(tokens, block_size, ratio, divisor, shape="recursive")
@@ -37,7 +37,5 @@ class Finch(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.queries is not None
-        assert candidates.keys is not None
-        scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+        scores = candidates.attention()
         return kernels.top_k(scores, budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,7 +39,9 @@ class Laser(Policy):
     """
 
     name: ClassVar[str] = "laser"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8, lookahead=16)
+    needs: ClassVar[Needs] = Needs(
+        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16
+    )
 
     alpha: float = 0.75
     pool: int = 7
@@ -65,14 +67,14 @@ class Laser(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.queries is not None
-        assert candidates.keys is not None
         exact = math.floor(self.alpha * budget + 0.5)
         kept = np.zeros(candidates.count, bool)
         if exact:
-            scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+            scores = candidates.attention()
             kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
         if exact < budget:
+            assert candidates.queries is not None
+            assert candidates.keys is not None
             scores = self._residual(candidates.queries, candidates.keys)
             rest = np.flatnonzero(~kept)
             scores = kernels.pool(scores, self.pool)[rest]
@@ -104,6 +106,7 @@ class Exact(Laser):
     """`laser` with α = 1: attention consensus alone (arXiv 2602.02199, table 1)."""
 
     name: ClassVar[str] = "exact"
+    needs: ClassVar[Needs] = replace(Laser.needs, keys=False)
 
     alpha: float = field(default=1.0, init=False)
 
@@ -113,5 +116,6 @@ class MagicPig(Laser):
     """`laser` with α = 0: hash collisions alone (arXiv 2602.02199, table 1; 2410.16179)."""
 
     name: ClassVar[str] = "magicpig"
+    needs: ClassVar[Needs] = replace(Laser.needs, attention=False)
 
     alpha: float = field(default=0.0, init=False)

@@ -30,7 +30,7 @@ class Sage(Policy):
     """
 
     name: ClassVar[str] = "sage"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=1)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=1)
 
     sinks: int = 4
     recent: int = 64
@@ -57,7 +57,5 @@ class Sage(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.queries is not None
-        assert candidates.keys is not None
-        scores = kernels.attention_consensus(candidates.queries[:, -1:], candidates.keys)
+        scores = candidates.attention(last=1)
         return kernels.top_k(scores, budget)

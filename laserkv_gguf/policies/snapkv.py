@@ -30,7 +30,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=32)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=32)
 
     window: int = 32
     pool: int = 7
@@ -48,7 +48,5 @@ class SnapKV(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.queries is not None
-        assert candidates.keys is not None
-        scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+        scores = candidates.attention()
         return kernels.top_k(kernels.pool(scores, self.pool), budget)

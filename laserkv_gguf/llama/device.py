@@ -1,0 +1,527 @@
+"""Scoring where the keys are: a small ggml graph over llama.cpp's own cache, on its own backend.
+
+The host path (Numba, `kernels`) copies every candidate's key to the host. Here they stay: the
+probe notes which tensors hold the cached keys and into which cells the tokens went; the graph
+gathers the candidates' rows, multiplies them with the queries, and sums what the softmax gives.
+One number a candidate comes back. Keys that llama.cpp has re-rotated or quantised are looked at as
+they are now, as the model's own attention does.
+
+Everything is called through libggml's C functions. Two things no function tells, the cells a node
+writes and the buffer a tensor lies in, are read out of `struct ggml_tensor`, whose layout is
+measured on tensors of our own. `open_scorer` checks the whole way on a few tokens of the model at
+hand before it is trusted; the host path is always there instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import gguf
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.llama import library
+from laserkv_gguf.llama.context import Context
+from laserkv_gguf.llama.model import CACHE_TYPES, row_bytes
+from laserkv_gguf.llama.probe import CaptureError
+from laserkv_gguf.llama.sequence import SPARE, Sequence
+
+log = logging.getLogger(__name__)
+
+WORK_BYTES = 64 << 20  # scores and gathered keys computed at a time, unless one kv head needs more
+# How far off the check may find scores, as a share of the largest. GPUs multiply with TF32's 11
+# bits, as they do for the model itself: that is felt where queries and keys are large.
+TOLERANCE, GPU_TOLERANCE = 1e-3, 2e-2
+_F32, _I32, _I64 = 0, 26, 27  # enum ggml_type
+_FULL_PRECISION = 10  # GGML_PREC_F32
+_CHECK_TOKENS = 24
+
+
+class DeviceError(LaserKVError):
+    """Scores cannot be computed on the device; the message says why."""
+
+
+# ---- libggml -----------------------------------------------------------------------------------
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+_P, _N, _SIZE, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t, ctypes.c_int
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_init": (_P, [_InitParams]),
+    "ggml_free": (None, [_P]),
+    "ggml_tensor_overhead": (_SIZE, []),
+    "ggml_graph_overhead_custom": (_SIZE, [_SIZE, ctypes.c_bool]),
+    "ggml_get_name": (ctypes.c_char_p, [_P]),
+    "ggml_nbytes": (_SIZE, [_P]),
+    "ggml_nelements": (_N, [_P]),
+    "ggml_op_desc": (ctypes.c_char_p, [_P]),
+    "ggml_new_tensor_1d": (_P, [_P, _I, _N]),
+    "ggml_new_tensor_2d": (_P, [_P, _I, _N, _N]),
+    "ggml_new_tensor_4d": (_P, [_P, _I, _N, _N, _N, _N]),
+    "ggml_set_input": (None, [_P]),
+    "ggml_set_output": (None, [_P]),
+    "ggml_view_1d": (_P, [_P, _P, _N, _SIZE]),
+    "ggml_view_2d": (_P, [_P, _P, _N, _N, _SIZE, _SIZE]),
+    "ggml_view_3d": (_P, [_P, _P, _N, _N, _N, _SIZE, _SIZE, _SIZE]),
+    "ggml_reshape_2d": (_P, [_P, _P, _N, _N]),
+    "ggml_transpose": (_P, [_P, _P]),
+    "ggml_cont": (_P, [_P, _P]),
+    "ggml_get_rows": (_P, [_P, _P, _P]),
+    "ggml_set_rows": (_P, [_P, _P, _P, _P]),
+    "ggml_mul_mat": (_P, [_P, _P, _P]),
+    "ggml_mul_mat_set_prec": (None, [_P, _I]),
+    "ggml_soft_max_ext": (_P, [_P, _P, _P, ctypes.c_float, ctypes.c_float]),
+    "ggml_sum_rows": (_P, [_P, _P]),
+    "ggml_add": (_P, [_P, _P, _P]),
+    "ggml_new_graph_custom": (_P, [_P, _SIZE, ctypes.c_bool]),
+    "ggml_build_forward_expand": (None, [_P, _P]),
+    "ggml_gallocr_new": (_P, [_P]),
+    "ggml_gallocr_free": (None, [_P]),
+    "ggml_gallocr_alloc_graph": (ctypes.c_bool, [_P, _P]),
+    "ggml_gallocr_get_buffer_size": (_SIZE, [_P, _I]),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (_P, [_P, _P]),
+    "ggml_backend_cpu_buffer_type": (_P, []),
+    "ggml_backend_buffer_free": (None, [_P]),
+    "ggml_backend_buffer_get_type": (_P, [_P]),
+    "ggml_backend_buft_get_device": (_P, [_P]),
+    "ggml_backend_buft_is_host": (ctypes.c_bool, [_P]),
+    "ggml_backend_dev_init": (_P, [_P, ctypes.c_char_p]),
+    "ggml_backend_dev_name": (ctypes.c_char_p, [_P]),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, [_P, _P]),
+    "ggml_backend_dev_backend_reg": (_P, [_P]),
+    "ggml_backend_reg_get_proc_address": (_P, [_P, ctypes.c_char_p]),
+    "ggml_backend_free": (None, [_P]),
+    "ggml_backend_get_default_buffer_type": (_P, [_P]),
+    "ggml_backend_graph_compute": (_I, [_P, _P]),
+    "ggml_backend_tensor_set": (None, [_P, _P, _SIZE, _SIZE]),
+    "ggml_backend_tensor_get": (None, [_P, _P, _SIZE, _SIZE]),
+}
+
+
+class _Ggml:
+    """The functions above by their names without `ggml_`; addresses are plain numbers."""
+
+    def __init__(self) -> None:
+        base = library.ggml_base()
+        for name, (result, arguments) in _FUNCTIONS.items():
+            try:
+                function = base[name]  # an object of our own: its types bind nobody else
+            except AttributeError:
+                raise DeviceError(f"this build of llama.cpp has no {name}") from None
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("ggml_"), function)
+
+    def __getattr__(self, name: str) -> Any:  # for the type checker: all are set above
+        raise AttributeError(name)
+
+
+@cache
+def _ggml() -> _Ggml:
+    library.start()
+    return _Ggml()
+
+
+class _Arena:
+    """A ggml context for the descriptions of so many tensors, and of a graph if asked for."""
+
+    def __init__(self, tensors: int, nodes: int = 0) -> None:
+        self.ggml, self.handle = _ggml(), None
+        size = tensors * self.ggml.tensor_overhead()
+        if nodes:
+            size += self.ggml.graph_overhead_custom(nodes, False)
+        self.handle = self.ggml.init(_InitParams(size, None, True))
+        if not self.handle:
+            raise DeviceError("no memory for a ggml context")
+
+    def close(self) -> None:
+        if self.handle:
+            self.ggml.free(self.handle)
+            self.handle = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where `struct ggml_tensor` has what no function gives; bytes from its start."""
+
+    rows: int  # the second source
+    base: int  # the tensor that a view is of
+    buffer: int
+
+
+@cache
+def _layout() -> _Layout:
+    """Finds the fields by values that only they can have.
+
+    Raises:
+        DeviceError: one is not there, or in more than one place.
+    """
+    ggml = _ggml()
+    arena = _Arena(8)
+    stored = ggml.new_tensor_2d(arena.handle, _F32, 4, 8)
+    values = ggml.new_tensor_2d(arena.handle, _F32, 4, 2)
+    rows = ggml.new_tensor_1d(arena.handle, _I64, 2)
+    node = ggml.set_rows(arena.handle, stored, values, rows)
+    part = ggml.view_1d(arena.handle, stored, 16, 16)
+    view = ggml.view_1d(arena.handle, part, 4, 16)  # its source is `part`, its base `stored`
+    buffer = ggml.backend_alloc_ctx_tensors_from_buft(arena.handle, ggml.backend_cpu_buffer_type())
+    if not buffer:
+        raise DeviceError("no memory for a few tensors")
+    try:
+        places = []
+        for tensor, value in ((node, rows), (view, stored), (stored, buffer)):
+            # an object of the arena is the tensor and a header, so this stays inside it
+            words = ggml.tensor_overhead() // 8 - 4
+            seen = np.frombuffer((ctypes.c_uint64 * words).from_address(tensor), np.uint64)
+            found = np.flatnonzero(seen == value)
+            if len(found) != 1:
+                raise DeviceError("this build's tensors are laid out in an unknown way")
+            places.append(int(found[0]) * 8)
+    finally:
+        ggml.backend_buffer_free(buffer)
+        arena.close()
+    return _Layout(*places)
+
+
+def _field(tensor: int, offset: int) -> int:
+    return int(ctypes.c_uint64.from_address(tensor + offset).value)
+
+
+# ---- scoring -----------------------------------------------------------------------------------
+
+
+class Scorer:
+    """Attention of queries over cached keys, computed where the cache is.
+
+    Made by `open_scorer` for one context; of no use once that is closed. Buffers are made at the
+    first use and grow only when they must.
+    """
+
+    def __init__(self, context: Context, *, turned: bool = False) -> None:
+        model = context.model
+        self.context, self.turned = context, turned
+        self.heads, self.kv_heads, self.dim = model.heads, model.kv_heads, model.head_dim
+        layers: dict[int, list[int]] = {}
+        for layer, tensor in enumerate(context.probe.cache):
+            layers.setdefault(_device_of(int(tensor)), []).append(layer)
+        self._parts = [_Part(device, numbers, context) for device, numbers in layers.items()]
+
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices that score, as llama.cpp calls them."""
+        return [part.name for part in self._parts]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers on all devices."""
+        return sum(part.bytes for part in self._parts)
+
+    def attention(
+        self, queries: NDArray[np.float32], cells: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """As `kernels.attention_consensus`, over the keys in the given cells.
+
+        Args:
+            queries: (layers, tokens, heads, head_dim) float32.
+            cells: (C,) int64.
+
+        Returns:
+            (C,) float32, in attention weights; they sum to layers * heads * tokens.
+
+        Raises:
+            DeviceError: the device failed.
+        """
+        layers, tokens, heads, dim = queries.shape
+        if not len(cells) or not tokens:
+            return np.zeros(len(cells), np.float32)
+        L.llama_synchronize(self.context.handle)
+        if self.turned:
+            queries = queries @ hadamard(dim)
+        # kv heads first: the rows that read one kv head stand together
+        rows = np.ascontiguousarray(
+            queries.reshape(layers, tokens, self.kv_heads, heads // self.kv_heads, dim).swapaxes(
+                1, 2
+            ),
+            np.float32,
+        ).reshape(layers, self.kv_heads, -1, dim)
+        total = np.zeros(len(cells))
+        for part in self._parts:
+            total += part.attention(rows[part.layers], cells.astype(np.int32))
+        return total.astype(np.float32)
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+        self._parts = []
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Part:
+    """The layers whose keys lie on one device, and the graph that scores them."""
+
+    def __init__(self, device: int, layers: list[int], context: Context) -> None:
+        self.ggml, self.device, self.layers = _ggml(), device, layers
+        model, options = context.model, context.options
+        self.kv_heads, self.dim = model.kv_heads, model.head_dim
+        self.tensors = [int(context.probe.cache[layer]) for layer in layers]
+        self.cells = context.allocated_cells
+        self.row = row_bytes(options.type_k, self.kv_heads * self.dim)
+        self.head = row_bytes(options.type_k, self.dim)
+        self.name = self.ggml.backend_dev_name(device).decode()
+        self._shape: tuple[int, int] | None = None
+        self._arena: _Arena | None = None
+        self._graph = self._cells = self._queries = self._scores = 0
+        self._memory = 0
+        self._backend = self.ggml.backend_dev_init(device, None) or 0
+        if not self._backend:
+            raise DeviceError(f"{self.name} cannot be opened")
+        self._use_threads(context.threads)
+        self._memory = self.ggml.gallocr_new(
+            self.ggml.backend_get_default_buffer_type(self._backend)
+        )
+
+    def _use_threads(self, threads: int) -> None:
+        """Of a CPU; other backends have no such function."""
+        registry = self.ggml.backend_dev_backend_reg(self.device)
+        address = self.ggml.backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+        if address:
+            ctypes.CFUNCTYPE(None, _P, _I)(address)(self._backend, threads)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.ggml.gallocr_get_buffer_size(self._memory, 0)) if self._memory else 0
+
+    def attention(
+        self, queries: NDArray[np.float32], cells: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """For queries (layers, kv_heads, rows, head_dim) and cells (C,): (C,)."""
+        self._build(queries.shape[2], len(cells))
+        ggml, scores = self.ggml, np.empty(len(cells), np.float32)
+        ggml.backend_tensor_set(self._cells, cells.ctypes.data, 0, cells.nbytes)
+        ggml.backend_tensor_set(self._queries, queries.ctypes.data, 0, queries.nbytes)
+        if ggml.backend_graph_compute(self._backend, self._graph):
+            raise DeviceError(f"{self.name} failed to score; use --scoring host")
+        ggml.backend_tensor_get(self._scores, scores.ctypes.data, 0, scores.nbytes)
+        return scores
+
+    def _build(self, rows: int, count: int) -> None:
+        """Describes the graph for so many rows of queries and candidates, if it is not there."""
+        if self._shape == (rows, count):
+            return
+        self._shape = None
+        per_head = 4 * count * (2 * rows + self.dim)
+        together = min(max(WORK_BYTES // per_head, 1), self.kv_heads)
+        groups = -(-self.kv_heads // together)
+        tensors = 16 + 16 * groups * len(self.layers)
+        self._arena = arena = _Arena(tensors, tensors)
+        ggml, at = self.ggml, arena.handle
+        self._cells = ggml.new_tensor_1d(at, _I32, count)
+        self._queries = ggml.new_tensor_4d(
+            at, _F32, self.dim, rows, self.kv_heads, len(self.layers)
+        )
+        ggml.set_input(self._cells)
+        ggml.set_input(self._queries)
+        total = 0
+        for layer in range(len(self.layers)):
+            for first in range(0, self.kv_heads, together):
+                heads = min(together, self.kv_heads - first)
+                scores = self._attend(at, layer, first, heads, rows, count)
+                total = ggml.add(at, total, scores) if total else scores
+        ggml.set_output(total)
+        self._graph = ggml.new_graph_custom(at, tensors, False)
+        ggml.build_forward_expand(self._graph, total)
+        if not ggml.gallocr_alloc_graph(self._memory, self._graph):
+            raise DeviceError(
+                f"{self.name} has no memory for scoring {count} tokens; use --scoring host"
+            )
+        self._scores, self._shape = total, (rows, count)
+
+    def _attend(self, at: Any, layer: int, first: int, heads: int, rows: int, count: int) -> int:
+        """What one layer's kv heads first … first + heads - 1 add to the scores: (1, C)."""
+        ggml, dim = self.ggml, self.dim
+        stored = ggml.view_2d(
+            at, self.tensors[layer], heads * dim, self.cells, self.row, first * self.head
+        )
+        keys = ggml.get_rows(at, stored, self._cells)  # float32, whatever the cache's type
+        queries = ggml.view_3d(
+            at,
+            self._queries,
+            dim,
+            rows,
+            heads,
+            4 * dim,
+            4 * dim * rows,
+            4 * dim * rows * (layer * self.kv_heads + first),
+        )
+        by_head = ggml.view_3d(at, keys, dim, count, heads, 4 * dim * heads, 4 * dim, 0)
+        products = ggml.mul_mat(at, by_head, queries)  # (C, rows, heads)
+        ggml.mul_mat_set_prec(products, _FULL_PRECISION)
+        weights = ggml.soft_max_ext(at, products, None, dim**-0.5, 0.0)
+        flat = ggml.reshape_2d(at, weights, count, rows * heads)
+        across = ggml.cont(at, ggml.transpose(at, flat))
+        summed = ggml.sum_rows(at, across)
+        for node in (keys, products, weights, across, summed):
+            if not ggml.backend_dev_supports_op(self.device, node):
+                operation = ggml.op_desc(node).decode()
+                raise DeviceError(f"{self.name} cannot compute {operation} for this cache")
+        return int(summed)
+
+    def close(self) -> None:
+        if self._memory:
+            self.ggml.gallocr_free(self._memory)
+            self._memory = 0
+        if self._backend:
+            self.ggml.backend_free(self._backend)
+            self._backend = 0
+        self._shape, self._arena = None, None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_backend"):
+            self.close()
+
+
+def _device_of(tensor: int) -> int:
+    """The device in whose memory a tensor lies."""
+    ggml = _ggml()
+    kind = ggml.backend_buffer_get_type(_field(tensor, _layout().buffer))
+    device = ggml.backend_buft_get_device(kind)
+    if not device and ggml.backend_buft_is_host(kind):  # plain memory belongs to none
+        device = library.cpu_device()
+    if not device:
+        raise DeviceError("the cache lies in memory of no known device")
+    return int(device)
+
+
+@cache
+def hadamard(dim: int) -> NDArray[np.float32]:
+    """The rotation that llama.cpp gives quantised keys: (dim, dim), its own inverse."""
+    size = dim & -dim  # the largest power of 2 that divides it
+    block = np.ones((1, 1))
+    while len(block) < size:
+        block = np.block([[block, block], [block, -block]])
+    return np.kron(np.eye(dim // size), block / np.sqrt(size)).astype(np.float32)
+
+
+# ---- the check ---------------------------------------------------------------------------------
+
+
+def prepare(context: Context) -> bool:
+    """Gives an empty context its scorer, once; says where it cannot be used, and returns that."""
+    if context.scorer is None:
+        try:
+            context.scorer = open_scorer(context)
+        except DeviceError as error:
+            log.warning("scoring on the host, not where the cache is: %s", error)
+            context.scorer = False
+    return bool(context.scorer)
+
+
+def open_scorer(context: Context) -> Scorer:
+    """Makes a scorer for an empty context after it has scored a few tokens as NumPy does.
+
+    Raises:
+        DeviceError: this build, device or cache cannot be scored on.
+    """
+    layout = _layout()
+    probe, count = context.probe, min(_CHECK_TOKENS, context.cells)
+    asking = count // 2
+    probe.watch_cache(layout.rows, layout.base)
+    probe.cache[:] = 0
+    tokens = np.linspace(1, context.model.vocab_size - 1, count).astype(np.int32)
+    queries, keys = probe.new("queries", asking), probe.new("keys", count)
+    cells = probe.new("cells", count)
+    scratch = Sequence(context, SPARE)
+    try:
+        with probe.armed(queries=(queries, count - asking), keys=(keys, 0), cells=(cells, 0)):
+            context.decode(tokens, 0, SPARE)
+        L.llama_synchronize(context.handle)
+        _check_cache(context)
+        stored = stored_keys(context, cells[0])
+        scorer = Scorer(context, turned=_are_turned(stored, keys))
+        asked = queries @ hadamard(context.model.head_dim) if scorer.turned else queries
+        truth = _attention(asked, stored)
+        error = float(np.abs(scorer.attention(queries, cells[0]) - truth).max() / truth.max())
+    except CaptureError as error_seen:
+        raise DeviceError(str(error_seen)) from error_seen
+    finally:
+        scratch.remove()
+    if not error <= (TOLERANCE if scorer.devices == ["CPU"] else GPU_TOLERANCE):
+        scorer.close()
+        raise DeviceError(
+            f"{', '.join(scorer.devices)} computes scores that are off by {error:.2g}"
+        )
+    return scorer
+
+
+def _check_cache(context: Context) -> None:
+    """Whether the tensors found are the cache's keys, each of the size that is expected."""
+    ggml, model = _ggml(), context.model
+    values = context.allocated_cells * model.kv_heads * model.head_dim
+    size = row_bytes(context.options.type_k, values)
+    for layer, tensor in enumerate(map(int, context.probe.cache)):
+        if not tensor or ggml.get_name(tensor) != f"cache_k_l{layer}".encode():
+            raise DeviceError(f"layer {layer} does not show where its keys are")
+        if ggml.nelements(tensor) != values or ggml.nbytes(tensor) != size:
+            raise DeviceError(f"the cache of layer {layer} has another size than expected")
+
+
+def stored_keys(context: Context, cells: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the cache holds in the given cells: (layers, cells, kv_heads, head_dim) float32.
+
+    For checks: every row is copied to the host. `Probe.cache` must have been filled.
+    """
+    model, type_k = context.model, context.options.type_k
+    size = row_bytes(type_k, model.kv_heads * model.head_dim)
+    raw = np.empty((model.layers, len(cells), size), np.uint8)
+    for layer, tensor in enumerate(map(int, context.probe.cache)):
+        for row, cell in zip(raw[layer], cells.tolist(), strict=True):
+            _ggml().backend_tensor_get(tensor, row.ctypes.data, cell * size, size)
+    kind = gguf.GGMLQuantizationType(CACHE_TYPES[type_k])
+    if type_k in ("f32", "f16"):
+        wide = raw.view(np.float32 if type_k == "f32" else np.float16)
+    else:
+        wide = gguf.quants.dequantize(raw, kind)
+    return wide.astype(np.float32).reshape(*raw.shape[:2], model.kv_heads, model.head_dim)
+
+
+def _are_turned(stored: NDArray[np.float32], keys: NDArray[np.float32]) -> bool:
+    """Whether stored keys are rotated, as llama.cpp does before it quantises them.
+
+    Raises:
+        DeviceError: they are neither the keys nor the rotated keys.
+    """
+    for turned in (False, True):
+        expected = keys @ hadamard(keys.shape[-1]) if turned else keys
+        if np.linalg.norm(stored - expected) < 0.3 * np.linalg.norm(expected):
+            return turned
+    raise DeviceError("the cache holds other keys than the model computed")
+
+
+def _attention(queries: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The formula, for a few tokens: (C,)."""
+    wide = np.repeat(keys, queries.shape[2] // keys.shape[2], axis=2).astype(np.float64)
+    scores = np.einsum("lthd,lchd->lthc", queries, wide) / np.sqrt(queries.shape[3])
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    total: NDArray[np.float64] = weights.sum(axis=(0, 1, 2))
+    return total
