@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, checked
+from laserkv_gguf.timings import Timings
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +51,6 @@ class ProbeSettings:
             needs.lookahead if self.lookahead is None else self.lookahead,
             needs.observation if self.observation is None else self.observation,
         )
-
-
-@dataclass
-class Timings:
-    """Seconds spent in the steps of the block loop."""
-
-    decode: float = 0.0
-    probe: float = 0.0
-    score: float = 0.0
-    evict: float = 0.0
-    total: float = 0.0
-
-    @contextmanager
-    def spent(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, step, getattr(self, step) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -201,8 +182,10 @@ class Reader:
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
-                self._hold(state, block)
+                with state.timings.spent("evict"):
+                    self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
+                state.timings.end_block()
         except BaseException:
             self.forget()
             raise
@@ -296,15 +279,16 @@ class Reader:
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
             context.decode(question.tokens, position, PROBE, outputs=1 if self.lookahead else 0)
         position += len(question)
-        for index in range(self.lookahead):
-            token = int(context.logits().argmax())
-            if context.model.ends_generation(token):
-                return index
-            row = asking + index
-            with context.probe.armed(queries=(queries[:, row : row + 1], 0)):
-                more = 1 if index + 1 < self.lookahead else 0
-                context.decode(np.array([token], np.int32), position, PROBE, outputs=more)
-            position += 1
+        with state.timings.spent("lookahead"):
+            for index in range(self.lookahead):
+                token = int(context.logits().argmax())
+                if context.model.ends_generation(token):
+                    return index
+                row = asking + index
+                with context.probe.armed(queries=(queries[:, row : row + 1], 0)):
+                    more = 1 if index + 1 < self.lookahead else 0
+                    context.decode(np.array([token], np.int32), position, PROBE, outputs=more)
+                position += 1
         return self.lookahead
 
     # 3
@@ -338,7 +322,8 @@ class Reader:
 
         with state.timings.spent("score"), kernels.threads(self.context.threads):
             chosen = self.policy.select(candidates, block.pool)
-        return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
+        with state.timings.spent("select"):
+            return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
 
     # 6
 

@@ -28,6 +28,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.timings import STEPS
 
 log = logging.getLogger(__name__)
 
@@ -708,10 +709,7 @@ class Conversation:
             kv_bytes=run.reader.context.kv_bytes,
             full_kv_bytes=whole * engine.cell_bytes,
             prefill_seconds=timings.total,
-            decode_seconds=timings.decode,
-            probe_seconds=timings.probe,
-            score_seconds=timings.score,
-            evict_seconds=timings.evict,
+            **{f"{step}_seconds": getattr(timings, step) for step in STEPS},
             first_token_seconds=first - started,
             prompt_tokens=prompt,
             generated_tokens=len(reply.tokens),
