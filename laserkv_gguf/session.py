@@ -391,6 +391,11 @@ class LaserKV:
         return self._reader
 
     @property
+    def context(self) -> Context | None:
+        """llama.cpp's context, once a run has needed one."""
+        return self._context
+
+    @property
     def cell_bytes(self) -> int:
         return self.model.cell_bytes(self.options.type_k, self.options.type_v)
 
