@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 import time
 import traceback
@@ -85,10 +84,11 @@ def facts(job: Job) -> Result:
         UserError: settings or a document that a run of one of the lengths would refuse.
     """
     with _loaded(job) as model:
+        engines = [_engine(job, model, settings) for settings in job["configurations"]]
         for length in job["lengths"]:
             text = of_length(model, job["text"], length)
-            for settings in job["configurations"]:
-                with _engine(job, model, settings) as engine:
+            for engine in engines:
+                with engine:
                     opening = engine.template.opening(job["question"], system=None, document=True)
                     tokens = len(opening.before) + len(model.tokenize(text))
                     prompt = len(opening.after)
@@ -442,7 +442,6 @@ KINDS: dict[str, Callable[[Job], Result]] = {
 
 def main() -> int:
     """Does the job; an error is told in the result, with its exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: whoever started this ends it
     job = json.load(sys.stdin)
     level = logging.DEBUG if job["debug"] else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="warning: %(message)s")

@@ -85,6 +85,7 @@ def run(job: Job) -> dict[str, Any]:
         encoding="utf-8",
         check=False,
         env=environment,
+        start_new_session=True,  # Ctrl-C reaches us alone, and we end it
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

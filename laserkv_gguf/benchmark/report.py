@@ -140,11 +140,11 @@ def gains(results: Sequence[Result]) -> str:
             values = [
                 f"{row['document_tokens']:,}",
                 label(row),
-                gain(found["first_token_seconds"]),
-                gain(found["decode_seconds_per_token"]),
-                gain(found["kv_bytes"]),
-                gain(found["context_bytes"]),
-                gain(found["peak_rss_bytes"]),
+                gain(found.get("first_token_seconds")),
+                gain(found.get("decode_seconds_per_token")),
+                gain(found.get("kv_bytes")),
+                gain(found.get("context_bytes")),
+                gain(found.get("peak_rss_bytes")),
                 share(row),
             ]
             rows.append([result["model"]["file"], *values] if many else values)

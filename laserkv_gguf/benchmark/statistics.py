@@ -46,8 +46,12 @@ def ratio(full: float | None, other: float | None) -> float | None:
 
 
 def ratios(full: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float | None]:
-    """Full ÷ other by the names of `RATIOS`: above 1 is a gain, but for tokens per second."""
-    return {name: ratio(full.get(name), other.get(name)) for name in RATIOS}
+    """Full ÷ other by the names of `RATIOS`: above 1 is a gain, but for tokens per second.
+
+    None where one of them was not measured; names that neither has are left out.
+    """
+    measured = (n for n in RATIOS if full.get(n) is not None or other.get(n) is not None)
+    return {name: ratio(full.get(name), other.get(name)) for name in measured}
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float | None]) -> float | None:
