@@ -446,6 +446,9 @@ def main() -> int:
     level = logging.DEBUG if job["debug"] else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="warning: %(message)s")
     logging.getLogger("numba").setLevel(logging.WARNING)
+    if job["kind"] != "facts" and not job["debug"]:
+        # what it warns of is said once, with the facts
+        logging.getLogger("laserkv_gguf").setLevel(logging.ERROR)
     try:
         result = KINDS[job["kind"]](job)
     except LaserKVError as error:

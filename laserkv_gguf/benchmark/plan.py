@@ -320,9 +320,9 @@ class Benchmark:
         beyond = [n for n in self.plan.lengths if n > trained > 0]
         if beyond:
             notes.append(
-                f"Beyond the {trained:,} tokens this model was trained for the full cache's speed "
-                "is measured as well as any, but its answers mean nothing; a policy's positions "
-                "are compacted there."
+                f"Beyond the {trained:,} tokens this model was trained for speed is measured as "
+                "well as anywhere, but answers of the full cache, and with original positions, "
+                "mean nothing."
             )
         notes += [
             f"{row['length']:,} tokens, {row['policy']}: not measured, {row['error']}."

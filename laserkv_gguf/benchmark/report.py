@@ -111,19 +111,89 @@ def markdown(result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    where, settings, model = result["machine"], result["settings"], result["model"]
+    model = result["model"]
+    return (
+        f"# {model['file']}, {result['date']}\n\n{_place(result)} {model['description']}, "
+        f"{model['offloaded_layers']} of {model['layers'] + 1} layers on a GPU."
+    )
+
+
+def _place(result: Result) -> str:
+    """Where and how it was measured."""
+    where, settings = result["machine"], result["settings"]
     gpus = ", ".join(gpu["name"] for gpu in where["gpus"]) or "no GPU"
     load = "" if where["load"] is None else f", load {where['load']:.1f} at the end"
     runs = f"{settings['repeats']} run{'s' if settings['repeats'] > 1 else ''}"
     return (
-        f"# {model['file']}, {result['date']}\n\n"
         f"{where['processor']}, {where['processors']} processors, {size(where['memory_bytes'])}, "
         f"{gpus}{load}; {where['system']}, Python {where['python']}, llama-cpp-python "
-        f"{where['llama_cpp_python']}. {model['description']}, {model['offloaded_layers']} of "
-        f"{model['layers'] + 1} layers on a GPU. {settings['predict']} tokens generated; {runs} of "
-        "each in turn (A B A B), every one in a process of its own: medians, in brackets the least "
-        "and the most."
+        f"{where['llama_cpp_python']}. {settings['predict']} tokens generated; {runs} of each in "
+        "turn (A B A B), every one in a process of its own: medians, in brackets the least and "
+        "the most."
     )
+
+
+def summary(results: Sequence[Result], command: str) -> str:
+    """Several models in short, for a README: what was run, gains, where the time goes."""
+    first = results[0]
+    parts = [f"**Speed.** `{command}`, {first['date']}. {_place(first)}"]
+    parts += [f"- {note}" for result in results for note in result["notes"]]
+    parts += ["Full ÷ policy, above 1 is a gain:", gains(results)]
+    steps = table(
+        ["model", "tokens", "policy", *STEPS],
+        [
+            [result["model"]["file"], f"{row['document_tokens']:,}", label(row), *_shares(row)]
+            for result in results
+            for row in result["rows"]
+            if row.get("block_seconds")
+        ],
+    )
+    parts += ["Where reading spends its time, of prefill:", steps]
+    heads = {"engine − loop": "loop", "engine − packed": "packed"}
+    compared = [
+        [
+            result["model"]["file"],
+            f"{found['kept_tokens']:,}",
+            _milliseconds(found["seconds_per_token"]["engine"]),
+            *(f"{found['overhead'][name]:+.1%}" for name in heads.values()),
+        ]
+        for result in results
+        for found in result["generation"]
+    ]
+    if compared:
+        parts += [
+            "A generated token beside llama.cpp's bare loop, over the same cells and over as many "
+            "side by side:",
+            table(["model", "tokens kept", "ms a token", *heads], compared),
+        ]
+    parts += [
+        f"The idle probe (`cb_eval`), {result['model']['file']}: "
+        f"reading {result['idle_probe']['overhead']['prefill']:+.2%}, "
+        f"a token {result['idle_probe']['overhead']['token']:+.2%}."
+        for result in results
+        if result["idle_probe"]
+    ]
+    parts += ["The full cache had: " + "; ".join(_best(result) for result in results) + "."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shares(row: Result) -> list[str]:
+    return [f"{(row.get(f'{step}_seconds') or 0) / row['prefill_seconds']:.1%}" for step in STEPS]
+
+
+def _best(result: Result) -> str:
+    """The settings found for the full cache, where they differ by length each of them."""
+    said: dict[str, list[str]] = {}
+    for found in result["baselines"]:
+        settings = found["settings"]
+        flash = {None: "auto", True: "on", False: "off"}[settings["flash_attn"]]
+        text = (
+            f"flash attention {flash}, micro-batches of {settings['ubatch_size']}, "
+            f"{settings['threads']} threads, repacking {'on' if found['extra_buffers'] else 'off'}"
+        )
+        said.setdefault(text, []).append(f"{found['document_tokens']:,}")
+    each = (f"{text} ({', '.join(at)} tokens)" for text, at in said.items())
+    return f"{result['model']['file']} {', '.join(each)}"
 
 
 def gains(results: Sequence[Result]) -> str:
