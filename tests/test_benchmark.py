@@ -5,9 +5,11 @@ Nothing here asserts how long anything took.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from laserkv_gguf.benchmark.processes import Processes
 from laserkv_gguf.benchmark.statistics import GROWING, exponent, ratio, ratios, spread
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.llama import library
 from laserkv_gguf.llama.bare import Bare, BareSettings
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -619,3 +622,104 @@ def marked(mark: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+# ---- the scripts -------------------------------------------------------------------------------
+
+
+def test_bench_full_writes_one_table(
+    result: dict[str, Any],
+    loaded: tuple[Tiny, Model],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Of the models that could be measured; what is not for `bench` to know stays away from it."""
+    spec = importlib.util.spec_from_file_location("bench_full", ROOT / "scripts" / "bench_full.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    given: list[tuple[str, Path, list[str]]] = []
+
+    def measure(model: str, folder: Path, options: list[str]) -> dict[str, Any] | None:
+        given.append((model, folder, options))
+        return result if len(given) == 1 else None
+
+    monkeypatch.setattr(script, "measure", measure)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    path = loaded[0].path
+    command = ["bench_full.py", "--model", str(path), "--block-size", "256", "--model", str(other)]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out"), "-n", "8"])
+    assert script.main() == 1  # the second failed
+    (first, folder, options), (second, _, _) = given
+    assert (Path(first), Path(second)) == (path, other)
+    assert folder == tmp_path / "out" / path.stem
+    assert options.count("--block-size") == options.count("--lengths") == 1
+    assert options[-4:] == ["--block-size", "256", "-n", "8"]
+    table = (tmp_path / "out" / "table.md").read_text("utf-8")
+    assert str(path.parent) not in table
+    assert f"--model {path.name}" in table
+    for row in result["rows"]:
+        if row["policy"] == "laser":
+            gain = row["ratios"]["first_token_seconds"]
+            assert f"| {row['document_tokens']:,} | laser 0.25 | {gain:.2f} |" in table
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
+    """With a driver and a compiler, but a llama.cpp that sees no GPU, it fails and says so."""
+    if library.can_offload():
+        pytest.skip("there is a GPU")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    fakes = {
+        "nvidia-smi": "echo 'GPU 0: none'",
+        "nvcc": "echo none",
+        # instead of setting up an environment: this one
+        "python3": f'mkdir -p "$LASERKV_GGUF_VENV/bin"\n'
+        f'printf \'#!/bin/sh\\nexec {sys.executable} "$@"\\n\' > "$LASERKV_GGUF_VENV/bin/python"\n'
+        f'chmod +x "$LASERKV_GGUF_VENV/bin/python"; echo "$CMAKE_ARGS"',
+    }
+    for name, body in fakes.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    script, out = ROOT / "scripts" / "gpu_check.sh", tmp_path / "out"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", script, "--out", out], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1
+    report = (out / "report.md").read_text("utf-8")
+    assert "## build: ok" in report
+    assert "-DGGML_CUDA=on" in report
+    assert "## offload: FAILED" in report
+    assert "llama.cpp sees no GPU" in report
+    assert "## bench" not in report
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nonsense"], "unknown option --nonsense"),
+        (["--out"], "--out needs a value"),
+        ([], "no "),
+    ],
+)
+def test_gpu_check_refuses_in_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"  # what it needs before it looks for a driver, and no driver
+    tools.mkdir()
+    for name in ("dirname", "sed"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    script = ROOT / "scripts" / "gpu_check.sh"
+    done = subprocess.run(
+        [shutil.which("bash") or "bash", script, *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tools)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
