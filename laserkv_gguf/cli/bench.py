@@ -110,8 +110,9 @@ def bench(
 
 
 def _parts(given: list[str] | None) -> list[str]:
-    """Values given one by one or with commas between them."""
-    return [part.strip() for value in given or [] for part in value.split(",") if part.strip()]
+    """Values given one by one or with commas between them, each once."""
+    parts = (part.strip() for value in given or [] for part in value.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
 
 
 def _numbers(flag: str, given: list[str] | None, kind: type[Number]) -> tuple[Number, ...]:
