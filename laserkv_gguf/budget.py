@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.timings import OVERHEAD
 
 MIN_DIVISOR = 3
 LOW_RATIO = 0.05  # below this answers suffer
@@ -348,8 +349,11 @@ class Account:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     probe_seconds: float = 0.0
+    lookahead_seconds: float = 0.0
     score_seconds: float = 0.0
+    select_seconds: float = 0.0
     evict_seconds: float = 0.0
+    park_seconds: float = 0.0
     first_token_seconds: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -364,8 +368,8 @@ class Account:
 
     @property
     def overhead_share(self) -> float:
-        """Share of prefill spent on probing, scoring and evicting."""
-        extra = self.probe_seconds + self.score_seconds + self.evict_seconds
+        """Share of prefill spent on probing, scoring and evicting: on all but decoding blocks."""
+        extra = sum(getattr(self, f"{step}_seconds") for step in OVERHEAD)
         return extra / self.prefill_seconds if self.prefill_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:

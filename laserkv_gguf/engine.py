@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, checked
+from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +53,6 @@ class ProbeSettings:
             needs.lookahead if self.lookahead is None else self.lookahead,
             needs.observation if self.observation is None else self.observation,
         )
-
-
-@dataclass
-class Timings:
-    """Seconds spent in the steps of the block loop."""
-
-    decode: float = 0.0
-    probe: float = 0.0
-    score: float = 0.0
-    evict: float = 0.0
-    total: float = 0.0
-
-    @contextmanager
-    def spent(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, step, getattr(self, step) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -245,8 +226,10 @@ class Reader:
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
-                self._hold(state, block)
+                with state.timings.spent("evict"):
+                    self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
+                state.timings.end_block()
         except BaseException:
             self._forget_from(start)
             raise
@@ -433,7 +416,8 @@ class Reader:
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
             outputs = len(guess) + 1 if left else 0
-            with context.probe.armed(queries=(rows, first)):
+            armed = context.probe.armed(queries=(rows, first))
+            with step("lookahead" if drafts else "probe"), armed:
                 tokens = np.array([*fed, *guess], np.int32)
                 context.decode(tokens, position, PROBE, outputs=outputs)
             agreed = 0
@@ -491,7 +475,8 @@ class Reader:
 
         with state.timings.spent("score"), kernels.threads(self.context.threads):
             chosen = self.policy.select(candidates, block.pool)
-        return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
+        with state.timings.spent("select"):
+            return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
 
     # 6
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from laserkv_gguf import saved
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import Reading, Timings
+from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.ledger import TURN, Ledger, Segment
 from laserkv_gguf.llama import library, stored
 from laserkv_gguf.llama.sequence import MAIN
 from laserkv_gguf.session import _Run
 from laserkv_gguf.talk import Talk
+from laserkv_gguf.timings import Timings
 
 if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV

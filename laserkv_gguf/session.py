@@ -29,6 +29,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.timings import STEPS
 
 if TYPE_CHECKING:
     from laserkv_gguf.talk import Talk
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POSITIONS = ("auto", "original", "compact")
-SCORING = ("auto", "host", "device")
+SCORING = ("host", "device")
 CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
 
 __all__ = ["Cancelled", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
@@ -56,8 +57,7 @@ class Settings:
         lookahead: tokens drafted after the question to ask with; None for the policy's own number.
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact only beyond the trained context.
-        scoring: where attention is computed: "host", "device" (where the cache is), or "auto":
-            device where layers are on a GPU.
+        scoring: where attention is computed: "host", or "device": where the cache is.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
     """
 
@@ -72,7 +72,7 @@ class Settings:
     lookahead: int | None = None
     probe_tokens: int | None = None
     positions: str = "auto"
-    scoring: str = "auto"
+    scoring: str = "host"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -506,13 +506,19 @@ class LaserKV:
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
         if self._reader is None or self._reader.compact != compact:
-            scoring = self.settings.scoring
-            if scoring == "auto":
-                scoring = "device" if self.model.gpu_layers != 0 else "host"
             self._reader = Reader(
-                self._context, self.policy, self._probe, compact=compact, scoring=scoring
+                self._context,
+                self.policy,
+                self._probe,
+                compact=compact,
+                scoring=self.settings.scoring,
             )
         return self._reader
+
+    @property
+    def context(self) -> Context | None:
+        """llama.cpp's context, once a run has needed one."""
+        return self._context
 
     @property
     def cell_bytes(self) -> int:
@@ -953,10 +959,7 @@ class Conversation:
             kv_bytes=run.reader.context.kv_bytes,
             full_kv_bytes=whole * engine.cell_bytes,
             prefill_seconds=timings.total,
-            decode_seconds=timings.decode,
-            probe_seconds=timings.probe,
-            score_seconds=timings.score,
-            evict_seconds=timings.evict,
+            **{f"{step}_seconds": getattr(timings, step) for step in STEPS},
             first_token_seconds=first - started,
             prompt_tokens=prompt,
             generated_tokens=len(reply.tokens),

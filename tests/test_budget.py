@@ -312,5 +312,8 @@ def test_bad_settings_name_their_flag(change: dict[str, float], flag: str) -> No
 def test_overhead_share() -> None:
     account = Account(prefill_seconds=10, probe_seconds=1, score_seconds=2, evict_seconds=0.5)
     assert account.overhead_share == 0.35
+    account.decode_seconds = 5  # what a read without compression would spend too
+    account.lookahead_seconds, account.select_seconds, account.park_seconds = 1, 0.25, 0.25
+    assert account.overhead_share == 0.5
     assert Account().overhead_share == 0
     assert account.as_dict()["probe_seconds"] == 1

@@ -403,22 +403,20 @@ def test_falls_back_to_the_host(
 # ---- settings ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("scoring", "where"), [("auto", "host"), ("host", "host"), ("device", "device")]
-)
-def test_engine_setting(scoring: str, where: str, load: Callable[[str], Loaded]) -> None:
-    """`auto` stays on the host where no layer is on a GPU. The account says where it was."""
+@pytest.mark.parametrize("scoring", ["host", "device"])
+def test_engine_setting(scoring: str, load: Callable[[str], Loaded]) -> None:
+    """The account says where it was."""
     one = load("grouped")
     with LaserKV(
         one.model, context=OPTIONS, block_size=64, ratio=0.4, lookahead=2, scoring=scoring
     ) as engine:
         reply = engine.ask("Which ore?", document="tin copper ore " * 20, max_tokens=4)
-        assert reply.account.scoring == where
+        assert reply.account.scoring == scoring
         assert reply.account.kept_tokens < reply.account.document_tokens
 
 
 def test_unknown_setting(load: Callable[[str], Loaded]) -> None:
-    with pytest.raises(UserError, match="--scoring gpu is unknown; use auto, host, device"):
+    with pytest.raises(UserError, match="--scoring gpu is unknown; use host, device"):
         LaserKV(load("grouped").model, scoring="gpu")
 
 

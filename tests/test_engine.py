@@ -36,6 +36,7 @@ from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, PolicyError
+from laserkv_gguf.timings import STEPS
 
 OPTIONS = ContextOptions(
     batch_size=64,
@@ -890,9 +891,16 @@ def test_reading_tells_what_happened(loaded: dict[str, Loaded]) -> None:
     assert reading.kept_per_block == [block.kept_after for block in budget.blocks]
     assert full.kept_per_block == [48, 96, 144, 180]
     times = reading.timings
-    steps = (times.decode, times.probe, times.score, times.evict)
-    assert min(steps) > 0
-    assert sum(steps) <= times.total
+    steps = {step: getattr(times, step) for step in STEPS}
+    assert steps.pop("park") == 0
+    assert min(steps.values()) > 0
+    assert sum(steps.values()) <= times.total
+    assert len(times.blocks) == len(budget.blocks)
+    for step, spent in steps.items():
+        assert sum(block[step] for block in times.blocks) == pytest.approx(spent)
+    # what evicts is probed, and nothing else
+    assert [block["probe"] > 0 for block in times.blocks] == [b.evicts for b in budget.blocks]
+    assert [block["lookahead"] > 0 for block in times.blocks] == [b.evicts for b in budget.blocks]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 47, 48, 49, 96, 97])

@@ -1,10 +1,12 @@
-"""`bench`: LASER against llama.cpp's full cache, in the same run."""
+"""`bench`: policies against llama.cpp's full cache at its best, in the same run."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar
 
 from rich.table import Table
 from typer import Option
@@ -12,103 +14,171 @@ from typer import Option
 from laserkv_gguf.cli import documents, terminal
 from laserkv_gguf.cli.options import EngineOptions, with_options
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.memory import peak_rss, reset_peak_rss
 
-if TYPE_CHECKING:
-    from laserkv_gguf.session import LaserKV
+Number = TypeVar("Number", int, float)
 
 QUESTION = "What happens in this text? Answer in one sentence."
-RATIOS = (
-    "first_token_seconds",
-    "prefill_seconds",
-    "decode_tokens_per_second",
-    "decode_seconds_per_token",
-    "kv_bytes",
-    "peak_rss_bytes",
-)
 
 
 @with_options(EngineOptions)
 def bench(
     options: EngineOptions,
-    tokens: Annotated[int, Option("--tokens", help="Length of the document in tokens.")] = 4096,
+    tokens: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option(
+            "--tokens", "--lengths", help="Lengths of the document: 4096,8192; repeatable. (4096)"
+        ),
+    ] = None,
+    policies: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("--policies", help="Several policies: laser,snapkv; else --policy."),
+    ] = None,
+    ratios: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option("--ratios", help="Several ratios: 0.25,0.1; else --ratio."),
+    ] = None,
     document: Annotated[
         Optional[list[str]],  # noqa: UP045
         Option("-d", "--document", help="Text to read; repeated or cut to --tokens."),
     ] = None,
     question: Annotated[str, Option("-q", "--question", help="What to ask.")] = QUESTION,
     predict: Annotated[int, Option("-n", "--predict", help="Tokens to generate.")] = 64,
+    repeats: Annotated[int, Option("--repeats", help="Runs of each, in turn.")] = 3,
+    warmup: Annotated[int, Option("--warmup", help="Short runs before each measured one.")] = 1,
+    tune: Annotated[
+        bool, Option(help="Search llama.cpp's fastest settings for the full cache first.")
+    ] = True,
+    generation: Annotated[
+        int, Option("--generation", help="Answers to compare with a bare loop; 0 for none.")
+    ] = 3,
+    probe_cost: Annotated[
+        bool, Option("--probe-cost", help="Measure what the idle probe (cb_eval) costs, too.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print rows and ratios as JSON.")] = False,
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        Option("--markdown", help="Write the tables to this file."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        Option(
+            "--out",
+            help="Folder for bench.json, bench.md, bench.png and .svg, and for every run as it "
+            "comes: the same command goes on where it was stopped.",
+        ),
+    ] = None,
 ) -> None:
-    """Measure speed and memory of a policy against the full cache, in the same run."""
-    if tokens < 1 or predict < 1:
-        raise UserError("--tokens and -n must be at least 1")
+    """Measure speed and memory of policies against the full cache, in the same run."""
+    from laserkv_gguf import models
+    from laserkv_gguf.benchmark import report
+    from laserkv_gguf.benchmark.plan import Benchmark, Plan
+    from laserkv_gguf.benchmark.processes import Processes
+
     text = documents.load(document or [str(files("laserkv_gguf") / "data" / "sample.txt")])
     assert text is not None
-    with options.engine() as shared:
-        text = _of_length(shared, text, tokens)
-        _row(options, shared, "full", _of_length(shared, text, 64), question, 1)  # warm-up
-        names = ["full"] if options.policy == "full" else ["full", options.policy]
-        rows = [_row(options, shared, name, text, question, predict) for name in names]
-    # full ÷ policy: above 1 is a gain, but for tokens per second, where it is a loss
-    ratios = {key: _ratio(rows[0][key], rows[-1][key]) for key in RATIOS}
+    report.check(out)
+    plan = Plan(
+        model=str(models.find(options.model)),
+        text=text,
+        question=question,
+        lengths=_numbers("--tokens", tokens, int) or (4096,),
+        configurations=tuple(
+            replace(options, policy=policy, ratio=ratio).settings()
+            for policy in _parts(policies) or [options.policy]
+            for ratio in _numbers("--ratios", ratios, float) or (options.ratio,)
+            if policy != "full"
+        ),
+        predict=predict,
+        repeats=repeats,
+        warmup=warmup,
+        gpu_layers=options.gpu_layers if options.gpu_layers >= 0 else None,
+        ctx_size=options.ctx_size or None,
+        context=options.context(),
+        seed=options.seed,
+        tune=tune,
+        generation=generation,
+        probe_cost=probe_cost,
+        debug=options.debug,
+    )
+    store = None if out is None else out / report.RUNS
+    result = Benchmark(plan, Processes(store), terminal.progress).run()
+    report.write(result, markdown, out)
     if as_json:
-        print(json.dumps({"rows": rows, "ratios": ratios}))
+        print(json.dumps(result))
         return
-    _print(rows, ratios)
+    _print(result)
 
 
-def _of_length(engine: LaserKV, text: str, tokens: int) -> str:
-    """The text repeated or cut to a number of tokens (give or take those at the seam)."""
-    found = engine.model.tokenize(text)
-    while len(found) < tokens:
-        text = f"{text}\n\n{text}"
-        found = engine.model.tokenize(text)
-    return engine.model.text(found[:tokens])
+def _parts(given: list[str] | None) -> list[str]:
+    """Values given one by one or with commas between them, each once."""
+    parts = (part.strip() for value in given or [] for part in value.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
 
 
-def _row(
-    options: EngineOptions, shared: LaserKV, policy: str, text: str, question: str, predict: int
-) -> dict[str, Any]:
-    """Runs one policy over the shared model; its context is made for it and freed after."""
-    reset_peak_rss()
-    with options.engine(model=shared.model, policy=policy) as engine:
-        engine.ignore_end = True  # every policy generates as many tokens
-        account = engine.ask(question, document=text, max_tokens=predict).account
-    return {
-        **account.as_dict(),
-        "decode_seconds_per_token": 1 / account.decode_tokens_per_second,
-        "peak_rss_bytes": peak_rss(),
-        "overhead_share": account.overhead_share,
-    }
+def _numbers(flag: str, given: list[str] | None, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in _parts(given))
+    except ValueError:
+        example = "4096,8192" if kind is int else "0.25,0.1"
+        raise UserError(f"{flag} {','.join(given or [])}: give numbers such as {example}") from None
 
 
-def _ratio(full: float, other: float) -> float | None:
-    return full / other if full and other else None
+LINES = (
+    ("tokens read", "document_tokens", "{:,}"),
+    ("tokens kept", "kept_tokens", "{:,}"),
+    ("prefill, s", "prefill_seconds", "{:.2f}"),
+    ("first token, s", "first_token_seconds", "{:.2f}"),
+    ("decode, tok/s", "decode_tokens_per_second", "{:.1f}"),
+    ("KV cache", "kv_bytes", None),
+    ("context", "context_bytes", None),
+    ("peak RSS", "peak_rss_bytes", None),
+    ("GPU memory", "device_memory_bytes", None),
+    ("probe, score, evict: share of prefill", "overhead_share", "{:.1%}"),
+)
 
 
-def _print(rows: list[dict[str, Any]], ratios: dict[str, float | None]) -> None:
+def _print(result: dict[str, Any]) -> None:
+    """One table for each length: medians, and in brackets the least and the most."""
     from rich.console import Console
 
-    table = Table()
-    table.add_column("")
-    for row in rows:
-        table.add_column(row["policy"], justify="right")
-    table.add_column("gain", justify="right")
-    lines = (
-        ("tokens read", "document_tokens", "{:,}"),
-        ("tokens kept", "kept_tokens", "{:,}"),
-        ("prefill, s", "prefill_seconds", "{:.2f}"),
-        ("first token, s", "first_token_seconds", "{:.2f}"),
-        ("decode, tok/s", "decode_tokens_per_second", "{:.1f}"),
-        ("KV cache", "kv_bytes", None),
-        ("peak RSS", "peak_rss_bytes", None),
-        ("probe, score, evict: share of prefill", "overhead_share", "{:.1%}"),
-    )
-    for title, key, form in lines:
-        values = [
-            terminal.size(row[key] or 0) if form is None else form.format(row[key]) for row in rows
-        ]
-        gain = ratios.get("decode_seconds_per_token" if key.startswith("decode") else key)
-        table.add_row(title, *values, f"{gain:.2f}x" if gain else "")
-    Console().print(table)
+    from laserkv_gguf.benchmark.report import label
+
+    console = Console()
+    for length in result["settings"]["lengths"]:
+        rows = [row for row in result["rows"] if row["length"] == length]
+        table = Table("")
+        for row in rows:
+            table.add_column(label(row), justify="right")
+            if row["policy"] != "full":
+                table.add_column("gain", justify="right")
+        for title, key, form in LINES:
+            if all(row.get(key) is None for row in rows):
+                continue
+            cells = []
+            for row in rows:
+                cells.append(_cell(row, key, form))
+                if row["policy"] != "full":
+                    name = "decode_seconds_per_token" if key.startswith("decode") else key
+                    gain = row["ratios"].get(name)
+                    cells.append(f"{gain:.2f}x" if gain else "")
+            table.add_row(title, *cells)
+        console.print(table)
+    for found in result["generation"]:
+        console.print(
+            f"a token at {found['ctx_cells']:,} cells takes {found['overhead']['loop']:+.1%} "
+            "beside llama.cpp's bare loop"
+        )
+    for note in result["notes"]:
+        console.print(note)
+
+
+def _cell(row: dict[str, Any], key: str, form: str | None) -> str:
+    def said(value: float) -> str:
+        return terminal.size(value) if form is None else form.format(value)
+
+    if row.get(key) is None:
+        return ""
+    found = row["spread"].get(key)
+    if found is None or len(row["runs"]) == 1 or found["min"] == found["max"]:
+        return said(row[key])
+    return f"{said(row[key])} ({said(found['min'])}–{said(found['max'])})"

@@ -115,10 +115,8 @@ class EngineOptions:
     ] = "auto"
     scoring: Annotated[
         str,
-        Option(
-            "--scoring", help="auto, host or device (attention where the cache is: on the GPU)."
-        ),
-    ] = "auto"
+        Option("--scoring", help="host, or device (attention where the cache is: on the GPU)."),
+    ] = "host"
     debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
 
     def settings(self) -> dict[str, Any]:
@@ -139,6 +137,17 @@ class EngineOptions:
                     settings[name] = value
         return settings
 
+    def context(self) -> dict[str, Any]:
+        """Fields of ContextOptions."""
+        return {
+            "batch_size": self.batch_size or max(2048, self.block_size),
+            "ubatch_size": self.ubatch_size,
+            "type_k": self.cache_type_k,
+            "type_v": self.cache_type_v,
+            "flash_attn": self.flash_attn,
+            "threads": self.threads or None,
+        }
+
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.
 
@@ -155,14 +164,7 @@ class EngineOptions:
 
         settings = {**self.settings(), **changes}
         model = settings.pop("model", None) or models.find(self.model)
-        context = ContextOptions(
-            batch_size=self.batch_size or max(2048, settings["block_size"]),
-            ubatch_size=self.ubatch_size,
-            type_k=self.cache_type_k,
-            type_v=self.cache_type_v,
-            flash_attn=self.flash_attn,
-            threads=self.threads or None,
-        )
+        context = ContextOptions(**self.context())
         return LaserKV(
             model,
             gpu_layers=self.gpu_layers if self.gpu_layers >= 0 else None,

@@ -97,6 +97,12 @@ def dim(text: str) -> None:
     console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
+def progress(text: str) -> None:
+    """What is being done, for whoever sits at the terminal."""
+    if console.is_terminal:
+        dim(text)
+
+
 def note(text: str) -> None:
     """A line that should not be."""
     console.print(text, markup=False, soft_wrap=True)

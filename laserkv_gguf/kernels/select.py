@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from laserkv_gguf.timings import step
 
+
+@step("select")
 def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
     """Indices, ascending, of the ``k`` largest scores.
 
@@ -33,6 +36,7 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
     return np.flatnonzero(chosen).astype(np.int64, copy=False)
 
 
+@step("select")
 def pool(scores: ArrayLike, width: int) -> NDArray[np.float32]:
     """Centred moving average over ``width`` neighbours, so that a phrase is kept whole.
 

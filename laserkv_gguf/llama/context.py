@@ -136,6 +136,7 @@ class Context:
             self.handle = L.llama_init_from_model(model.handle, self._params())
         if not self.handle:
             raise UserError(self._why_not_made(lines))
+        self.buffers = library.buffers()
         self.memory = L.llama_get_memory(self.handle)
         if not self.memory:
             self.close()

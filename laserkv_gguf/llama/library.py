@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import logging
 import platform
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ _LEVELS = {
     3: logging.WARNING,
     4: logging.ERROR,
 }
+_BUFFER = re.compile(r"(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+_OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
 _recent: deque[tuple[int, str]] = deque(maxlen=200)
 _pending: list[str] = []
 _pending_level = logging.DEBUG
@@ -46,7 +49,8 @@ def _flush() -> None:
     line = "".join(_pending).strip()
     _pending.clear()
     if line:
-        _recent.append((_pending_level, line))
+        if _pending_level >= logging.INFO:
+            _recent.append((_pending_level, line))
         # llama.cpp's errors reach the user as our one line; its warnings are for --debug
         log.log(min(_pending_level, logging.INFO), "%s", line)
 
@@ -68,6 +72,25 @@ def recorded() -> Iterator[list[str]]:
     finally:
         _flush()
         lines.extend(line for level, line in _recent if level >= logging.WARNING)
+
+
+def buffers() -> dict[str, int]:
+    """Bytes of the buffers that llama.cpp told of since the last `recorded` began.
+
+    By device and purpose, such as "CPU KV" or "CUDA0 model"; to a hundredth of a MiB, as logged.
+    """
+    sizes: dict[str, int] = {}
+    for _, line in _recent:
+        if found := _BUFFER.search(line):
+            name = f"{found[1]} {found[2]}"
+            sizes[name] = sizes.get(name, 0) + round(float(found[3]) * 2**20)
+    return sizes
+
+
+def offloaded() -> int:
+    """Layers on a GPU, as llama.cpp told of the model it loaded last; 0 where it told nothing."""
+    said = (_OFFLOADED.search(line) for _, line in reversed(_recent))
+    return next((int(found[1]) for found in said if found), 0)
 
 
 @cache

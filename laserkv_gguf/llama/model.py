@@ -76,6 +76,7 @@ class Model:
             self.handle = L.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self.handle:
             raise UserError(_why_not_loaded(self.path, lines))
+        self.buffers, self.offloaded_layers = library.buffers(), library.offloaded()
         try:
             self.vocab = L.llama_model_get_vocab(self.handle)
             self._check_architecture()

@@ -1,0 +1,57 @@
+"""The fastest settings of llama.cpp itself on this machine: one flag after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Settings = dict[str, Any]
+
+WORTH = 0.98  # a change must take this much of the time or less, or it is noise
+
+SHORTEST = 256  # tokens; below that there is nothing to be found
+
+
+def search(
+    start: Settings,
+    axes: Sequence[tuple[str, Sequence[Any]]],
+    cost: Callable[[Settings], Mapping[str, float] | None],
+) -> tuple[Settings, list[dict[str, Any]]]:
+    """Goes through the flags once and keeps what makes a run faster.
+
+    Args:
+        start: values to begin with.
+        axes: (flag, values to try), the one that matters most first.
+        cost: measures settings; "seconds" in it is what counts; None where they cannot be used.
+
+    Returns:
+        The best settings, and all that was tried: settings and what they cost, in order.
+    """
+    tried: list[dict[str, Any]] = []
+
+    def seconds(settings: Settings) -> float:
+        found = cost(settings)
+        tried.append({**settings, **(found or {"seconds": None})})
+        return float("inf") if found is None else found["seconds"]
+
+    best, least = dict(start), seconds(start)
+    for name, values in axes:
+        for value in values:
+            if value == start[name]:
+                continue
+            changed = {**best, name: value}
+            spent = seconds(changed)
+            if spent < least * WORTH:
+                best, least = changed, spent
+    return best, tried
+
+
+def axes(
+    *, threads: Sequence[int], ubatches: Sequence[int], flash: bool
+) -> list[tuple[str, Sequence[Any]]]:
+    """What is tried: flash attention unless the cache's type decides it, micro-batches, threads."""
+    return [
+        *([("flash_attn", (False, True))] if flash else []),
+        ("ubatch_size", ubatches),
+        ("threads", threads),
+    ]
