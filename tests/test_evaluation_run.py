@@ -12,13 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from io import FileIO
+from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 from scipy.special import log_softmax
 from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
@@ -494,6 +495,16 @@ def test_the_bar_knows_what_is_right_so_far() -> None:
     assert bar.note == "full 0.50 laser 0.25 · 1 failed"
 
 
+def test_the_bar_on_a_terminal() -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    bar = Bar(4, [row_of(0)])
+    with bar.shown(console):
+        bar.update(row_of(1, score=0.0))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/4" in text
+    assert "full 0.50" in text
+
+
 # ---- presets -----------------------------------------------------------------------------------
 
 
@@ -593,7 +604,7 @@ def test_the_command_writes_everything(
     assert (out / "results.jsonl").read_bytes() == before
     assert "going on: 20 of 20" in capsys.readouterr().err
     assert run([*given, "--seed", "1"]) == 2
-    assert re.search(r"error: .*seed: \[0, 0\] there, \[1, 1\] now", capsys.readouterr().err)
+    assert re.search(r"error: .*seed: 0 there, 1 now", capsys.readouterr().err)
 
 
 def test_all_leaves_out_what_cannot_run(
@@ -620,6 +631,7 @@ REFUSED = {
     "samples": ("vt --samples 0", "--samples 0: give at least 1"),
     "predict": ("vt -n 0", "-n 0: give at least 1"),
     "one block": ("vt --lengths 512 --block-size 4096", "one block of 4096.*--block-size 128"),
+    "one block, all": ("vt --lengths 512 --block-size 4096 --policies all", "one block of 4096"),
     "cells": (
         "vt --lengths 900 --ctx-size 500",
         "full at 900 tokens: .*--ctx-size 500 is too small",
@@ -680,6 +692,27 @@ def test_a_disk_that_is_full_while_running(
     assert len(results_in(tmp_path / "out")) == 2
     assert run(arguments(loaded, tmp_path / "out")) == 0
     assert len(results_in(tmp_path / "out")) == 4
+
+
+def test_interrupted(
+    loaded: Loaded,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, calls = Conversation.read, []
+
+    def interrupted(self: Conversation, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(self, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Conversation, "read", interrupted)
+        assert run(arguments(loaded, tmp_path)) == 130
+    assert "stopped with 2 of 4" in capsys.readouterr().err
+    assert [row["sample"] for row in results_in(tmp_path)] == [0, 0]
 
 
 def test_killed_again_and_again(loaded: Loaded, tmp_path: Path) -> None:

@@ -86,18 +86,21 @@ class Runner:
             for number in sorted({self.plan.samples - 1, 0}, reverse=True)
         ]
         notes = []
-        for policy in self.plan.settings:
-            try:
-                self.ratios[policy] = self._distinct(policy)
-                for task, length, sample in samples:
-                    self._check(policy, task, length, sample)
-            except UserError as error:
-                if not skip:
+        with _said_once():
+            for policy in self.plan.settings:
+                try:
+                    self.ratios[policy] = self._distinct(policy)
+                    for task, length, sample in samples:
+                        self._check(policy, task, length, sample)
+                except _NothingEvicted:
                     raise
-                self.ratios.pop(policy, None)
-                notes.append(f"{policy} is left out: {error}")
+                except UserError as error:
+                    if not skip:
+                        raise
+                    self.ratios.pop(policy, None)
+                    notes.append(f"{policy} is left out: {error}")
         if not self.ratios:
-            raise UserError("no policy is left to run")
+            raise UserError(f"no policy is left to run: {notes[-1]}")
         return notes
 
     def _sample(self, task: Task, length: int, number: int) -> Sample:
@@ -124,7 +127,7 @@ class Runner:
             except UserError as error:
                 raise UserError(f"{policy} at {length} tokens: {error}") from error
             if budget.keeps_all and budget.ratio < 1:
-                raise UserError(
+                raise _NothingEvicted(
                     f"{task.name} of {length} tokens is one block of {budget.block_size}, of which "
                     f"nothing is evicted; use --block-size {max(1, length // BLOCKS)}"
                 )
@@ -147,7 +150,7 @@ class Runner:
             "tasks": [task.name for task in plan.tasks],
             "lengths": list(plan.lengths),
             "samples": plan.samples,
-            "seed": [source.seed, self.engine.seed],
+            "seed": source.seed,
             "policies": {
                 name: {**plan.settings[name], "ratios": r} for name, r in self.ratios.items()
             },
@@ -258,6 +261,10 @@ class Runner:
 
     def _predict(self, task: Task) -> int:
         return self.plan.predict or task.max_tokens
+
+
+class _NothingEvicted(UserError):
+    """Every policy would keep everything: there is nothing to compare."""
 
 
 def _failure(sample: Sample | None, error: LaserKVError) -> Row:
