@@ -266,6 +266,10 @@ class Output:
         """Numbers of the questions that have been answered."""
         return {*range(self._written), *self._waiting}
 
+    def __len__(self) -> int:
+        """How many questions have been answered."""
+        return self._written + len(self._waiting)
+
     @property
     def complete(self) -> bool:
         """Whether every question has its line."""
@@ -331,6 +335,7 @@ class Output:
             self.load()  # again: it may have gone on since
             self._hold(self.path)
             self._heal()
+            _settle(self.path.parent)
         except BaseException:
             self.__exit__()
             raise
@@ -365,7 +370,7 @@ class Output:
         Raises:
             OutputError: the disk is full, or gone.
         """
-        if index in self.done:
+        if index < self._written or index in self._waiting:
             raise ValueError(f"question {index} has its line already")
         if index == self._written:
             self._release([_encoded(line)])
@@ -399,7 +404,7 @@ class Output:
             with contextlib.suppress(OSError):
                 os.ftruncate(file, size)
             raise OutputError(
-                f"cannot write {path}: {error.strerror}; the {len(self.done)} answers so far are "
+                f"cannot write {path}: {error.strerror}; the {len(self)} answers so far are "
                 "kept: make room, and the same command goes on after them"
             ) from error
 
@@ -465,6 +470,16 @@ def _lock(file: int) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
+
+
+def _settle(folder: Path) -> None:
+    """Has the names of new files on disk too, where the system can."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def check_apart(output: Path, inputs: Sequence[Path]) -> None:

@@ -220,7 +220,11 @@ class LaserKV:
         self.close()
 
     def cancel(self) -> None:
-        """Stops the reading or answering under way, from any thread: it raises Cancelled."""
+        """Stops the reading or answering under way, from any thread: it raises Cancelled.
+
+        Calls of other threads that wait for their turn are not stopped, and with nothing under way
+        nothing is. The engine can be used as before.
+        """
         self._cancelled.set()
         if self._context:
             self._context.cancel()
@@ -266,13 +270,16 @@ class LaserKV:
         Args:
             question: what to ask.
             document: text of any length; None for none.
-            max_tokens: of the answer.
-            on_progress: called while reading.
+            system: system prompt; None for none.
+            max_tokens: of the answer, at least 1.
+            sampling: temperature and the like; None for greedy.
+            on_progress: called while reading, after every micro-batch.
             on_text: called with each piece of the answer as it comes.
 
         Raises:
             UserError: what is asked cannot be done with these settings.
             Cancelled: `cancel` was called.
+            LaserKVError: llama.cpp failed.
         """
         stream = self.stream(
             question,
@@ -298,7 +305,20 @@ class LaserKV:
         sampling: Sampling | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Answer:
-        """Like `ask`, as an iterator over pieces of text; `.reply` is complete at its end."""
+        """Like `ask`, as an iterator over pieces of text; `.reply` is complete at its end.
+
+        Reading begins when the first piece is asked for, and each piece is generated when it is.
+
+            for piece in engine.stream("Who is Jack's mother?", document=text):
+                print(piece, end="", flush=True)
+
+        Args:
+            question, document, system, max_tokens, sampling, on_progress: as of `ask`.
+
+        Raises:
+            UserError, Cancelled: as `ask`, while it is iterated over. `cancel` may come from any
+                thread; leaving the loop, or `Answer.close`, drops the answer as well.
+        """
         conversation = Conversation(
             self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
         )
@@ -316,9 +336,19 @@ class LaserKV:
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
     ) -> Talk:
-        """A conversation about a document, or several by name. One lives in the engine at a time.
+        """A conversation about a document, or several. One lives in the engine at a time.
 
         It has no end: what was said is compressed when it outgrows the cache (see `talk`).
+
+        Args:
+            document: text to talk about; None for none.
+            documents: texts by name, to drop and add later.
+            system: system prompt; None for none.
+            max_tokens: of one answer, at least 1.
+            sampling: as of `ask`.
+
+        Raises:
+            UserError: max_tokens below 1.
         """
         from laserkv_gguf.talk import Talk
 
@@ -778,7 +808,12 @@ class Conversation:
         yield from self._answer(self._opening(question).after, reply, started)
 
     def ask(self, question: str) -> Answer:
-        """The next turn. An answer that is stopped half-way is dropped with its question."""
+        """The next turn. An answer that is stopped half-way is dropped with its question.
+
+        Raises:
+            UserError: the context is full, or the engine was asked something else meanwhile.
+            Cancelled: `LaserKV.cancel` was called. Both while the answer is iterated over.
+        """
         return Answer(self, lambda reply: self._turn(question, reply))
 
     def _turn(self, question: str, reply: Reply) -> Iterator[str]:

@@ -76,7 +76,7 @@ def batch(
     named = document or []
     if [source, *named].count(documents.STANDARD_INPUT) > 1:
         raise UserError("--input and --document are both standard input, which can be read once")
-    with _Termination() as termination, _opened(source) as file:
+    with _Signals() as signals, _opened(source) as file:
         from laserkv_gguf.batch import Batch, Output, check_apart, read, summary
 
         files = [Path(name) for name in (source, *named) if name != documents.STANDARD_INPUT]
@@ -87,7 +87,7 @@ def batch(
         output = Output(Path(target), run, [item.id for item in questions.items])
         output.load()
         job: Batch | None = None
-        bar = _Bar(termination, quiet)
+        bar = _Bar(signals, quiet)
         if not output.complete:
             from laserkv_gguf.parallel import check
 
@@ -121,9 +121,10 @@ def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
     try:
         job.run()
     except (KeyboardInterrupt, SystemExit):
+        bar.signals.ending = True
         if not quiet:
             job.output.load()  # a line may have been written a moment ago
-            done, total = len(job.output.done), len(job.output.ids)
+            done, total = len(job.output), len(job.output.ids)
             terminal.note(f"stopped: {done} of {total} are answered; the same command goes on")
         raise
 
@@ -181,34 +182,48 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-class _Termination:
-    """SIGTERM ends the run with its exit code, after the line that is being written."""
+class _Signals:
+    """Ctrl-C and SIGTERM end the run, after the line that is being written.
+
+    What a handler raises is lost where native code had called Python back: `check` raises it again.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received: int | None = None
+        self.ending = False  # one is enough
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Termination:
-        self._before = signal.signal(signal.SIGTERM, self._stop)
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
-    def _stop(self, *_: object) -> None:
-        self.asked = True
-        self.check()
+    def _receive(self, number: int, _: object) -> None:
+        self.received = number
+        if not self.ending:
+            self.check()
 
     def check(self) -> None:
-        """Again: where llama.cpp had called Python back, what was raised is lost."""
-        if self.asked:
+        """Raises what was received.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: the latter with 143.
+        """
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received == signal.SIGTERM:
             raise SystemExit(TERMINATED)
 
 
 class _Bar:
     """How far the batch is; on a terminal."""
 
-    def __init__(self, termination: _Termination, quiet: bool) -> None:
-        self._termination = termination
+    def __init__(self, signals: _Signals, quiet: bool) -> None:
+        self.signals = signals
         self._bar = Progress(
             TextColumn("batch"),
             BarColumn(),
@@ -227,15 +242,15 @@ class _Bar:
             yield
 
     def reading(self, state: Read) -> None:
-        self._termination.check()
+        self.signals.check()
         self._bar.update(self._task, note=f"reading {state.read:,}/{state.total:,} tokens")
 
     def advance(self, job: Batch) -> None:
         """After a line."""
-        self._termination.check()
+        self.signals.check()
         speed = job.spent.tokens_per_second
         note = f"{speed:.1f} tok/s" if speed else ""
-        self._bar.update(self._task, completed=len(job.output.done), note=note)
+        self._bar.update(self._task, completed=len(job.output), note=note)
 
 
 def _warn_once() -> None:
