@@ -30,6 +30,7 @@ from laserkv_gguf.llama import rope, stored
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, checked
+from laserkv_gguf.policies.laser import Laser
 from laserkv_gguf.session import CONVERSATION_CELLS, Conversation, Reply
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.llama.sampler import Sampling
     from laserkv_gguf.session import LaserKV
 
+ATTENTION = 0.5  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
 LEAST_BLOCK = 64  # tokens; smaller blocks than this read too badly to be worth trying
 
@@ -260,6 +262,7 @@ class Talk(Conversation):
             queries = self._asked(policy, asked, [n for numbers, _ in choices for n in numbers])
             policy = policy if queries is not None else policies.make("keydiff")
         self._thin(policy, choices, queries)
+        self.thinnings += 1
         for number in aged:
             self.ledger.segments[number].whole = False
         self._move_down(prompt + self.max_tokens)
@@ -313,7 +316,6 @@ class Talk(Conversation):
             return
         with _uninterrupted():
             self._remove(stays)
-        self.thinnings += 1
 
     def _chosen(
         self,
@@ -339,6 +341,10 @@ class Talk(Conversation):
     def _policy(self) -> policies.Policy:
         """The run's own policy, or `laser` where that must see a block while it is decoded.
 
+        What the newest question does not attend to may be what a later one asks for: of `laser`'s
+        pool the half that attention leaves goes to keys least like the others, instead of to what
+        collides with the same question again.
+
         Raises:
             UserError: the run keeps everything.
         """
@@ -350,8 +356,11 @@ class Talk(Conversation):
                 "--ctx-size, or --policy laser"
             )
         if policy.needs.block_queries:
-            return policies.make("laser", seed=self.engine.seed & 0xFFFFFFFF)
-        return policy
+            policy = replace(self.engine.settings, policy="laser").make_policy(self.engine.seed)
+        if not isinstance(policy, Laser) or policy.name != "laser":
+            return policy
+        alpha = self.engine.settings.alpha
+        return replace(policy, alpha=ATTENTION if alpha is None else alpha, residual="keydiff")
 
     # where tokens stand
 

@@ -31,16 +31,14 @@ from laserkv_gguf.talk import Talk
 
 SYSTEM = "You are a helpful assistant. Answer in one short sentence."
 
-# what is told, what is asked, and what the answer must hold
+# What is told, what is asked, and what fills the gap: a few digits, or one of some names. Facts
+# that a very small model can repeat a few turns later; many it cannot.
+NAMES = "Biscuit Pepper Waffle Juno Olive Mango Pixie Hazel"
 FACTS = (
-    ("My cat is called {}.", "What is my cat called?", "Biscuit Pepper Waffle Juno Olive"),
-    ("My sister lives in {}.", "In which city does my sister live?", "Lisbon Oslo Nairobi Quito"),
-    ("The code of my locker is {}.", "What is the code of my locker?", "4821 7356 9142 6083"),
-    ("I play the {} in a band.", "Which instrument do I play?", "cello trumpet banjo oboe"),
-    ("My boat is painted {}.", "What colour is my boat?", "orange purple turquoise crimson"),
-    ("My teacher's name is {}.", "What is my teacher's name?", "Harlow Mendes Okafor Lindqvist"),
-    ("I am allergic to {}.", "What am I allergic to?", "walnuts shrimp strawberries mustard"),
-    ("My train leaves at {} o'clock.", "When does my train leave?", "seven eleven nine six"),
+    ("The code of my locker is {}.", "What is the code of my locker?", 4),
+    ("The number of my hotel room is {}.", "What is the number of my hotel room?", 3),
+    ("My cat is called {}.", "What is my cat called?", NAMES),
+    ("The code of my suitcase is {}.", "What is the code of my suitcase?", 5),
 )
 
 FILLERS = (
@@ -101,6 +99,7 @@ class Row:
     said: int
     cells: int
     longest_pause: float
+    fact: int
     kept_of_fact: int
 
 
@@ -131,7 +130,7 @@ class Shifted(Talk):
 WAYS: dict[str, tuple[type[Talk], dict[str, Any]]] = {
     "full": (Talk, {"policy": "full", "ctx_size": None}),
     "laser": (Talk, {}),
-    "laser, half keydiff": (Talk, {"alpha": 0.5, "policy_options": {"residual": "keydiff"}}),
+    "exact": (Talk, {"policy": "exact"}),
     "keydiff": (Talk, {"policy": "keydiff"}),
     "random": (Talk, {"policy": "random"}),
     "truncation": (Truncated, {}),
@@ -143,13 +142,16 @@ def conversation(sample: int, turns: int) -> tuple[list[str], str]:
     """What the user says, and the word that the last answer must hold."""
     random = Random(sample)
     told, asked, words = FACTS[sample % len(FACTS)]
-    word = random.choice(words.split())
+    if isinstance(words, int):
+        word = str(random.randrange(10 ** (words - 1), 10**words))
+    else:
+        word = random.choice(words.split())
     said: list[str] = []
     while len(said) < turns - 2:
         said += random.sample(FILLERS, len(FILLERS))
     said = said[: turns - 2]
     said.insert(1, f"Please remember this: {told.format(word)}")
-    return [*said, asked], word
+    return [*said, f"Earlier I told you something. {asked}"], word
 
 
 def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row:
@@ -173,7 +175,8 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
             cells = max(cells, talk.cells_used)
         # what the last question finds when it is asked, before anything is answered
         talk._make_room(talk._prompt(said[-1]))
-        fact = talk.ledger.count(talk.ledger.numbers("turn")[1])
+        fact = talk.ledger.numbers("turn")[1]
+        kept = talk.ledger.count(fact)
         likelihood = talk.log_likelihood(said[-1], word)
         answer = "".join(talk.ask(said[-1]))
         return Row(
@@ -187,7 +190,8 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
             talk.ledger.tokens_read,
             cells,
             pause,
-            fact,
+            len(talk.ledger.segments[fact].tokens),
+            kept,
         )
 
 
@@ -207,14 +211,15 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         by_way[row.way].append(row)
     lines = [
-        "| way | found | log-likelihood | tokens said | most cells | longest wait |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| way | found | log-likelihood | of the fact's turn kept | said | most cells | longest wait |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in WAYS:
         if found := by_way.get(way):
             mean = sum(row.log_likelihood for row in found) / len(found)
+            share = sum(row.kept_of_fact for row in found) / sum(row.fact for row in found)
             lines.append(
-                f"| {way} | {sum(row.found for row in found)} of {len(found)} | {mean:.2f} "
+                f"| {way} | {sum(row.found for row in found)} of {len(found)} | {mean:.2f} | {share:.0%} "
                 f"| {sum(row.said for row in found) // len(found):,} "
                 f"| {max(row.cells for row in found):,} "
                 f"| {max(row.longest_pause for row in found):.1f} s |"

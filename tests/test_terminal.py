@@ -46,7 +46,7 @@ def number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("terminal")
     for name, spec in (("quick", QUICK), ("slow", SLOW)):
@@ -76,7 +76,7 @@ class Screen(pyte.Screen):  # type: ignore[misc]
 class Terminal:
     """A program on a pseudo-terminal, and the screen it draws."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
         self.child = pexpect.spawn(
             sys.executable,
             ["-m", "laserkv_gguf", *map(str, arguments)],
@@ -86,6 +86,8 @@ class Terminal:
                 "OPENBLAS_NUM_THREADS": "1",
                 "TERM": "xterm-256color",
                 "LC_ALL": "C.UTF-8",
+                "XDG_STATE_HOME": "/dev/null/none",  # what is typed here is nobody's history
+                **environment,
             },
             dimensions=(ROWS, COLUMNS),
             encoding="utf-8",
@@ -170,8 +172,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str | Path) -> Iterator[Terminal]:
-    it = Terminal(*arguments)
+def terminal(*arguments: str | Path, **environment: str) -> Iterator[Terminal]:
+    it = Terminal(*arguments, **environment)
     try:
         yield it
     finally:

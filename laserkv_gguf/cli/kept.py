@@ -25,7 +25,7 @@ def show(talk: Talk, name: str, ask: Callable[[str], str]) -> None:
     Args:
         ask: shows a prompt and returns what is typed.
     """
-    coloured = terminal.console.is_terminal and not terminal.console.no_color
+    coloured = terminal.console.color_system is not None and not terminal.console.no_color
     text = Text()
     for part, pool in runs(talk, name):
         if coloured:
