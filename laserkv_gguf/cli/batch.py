@@ -8,7 +8,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from typer import Option
 
 from laserkv_gguf.cli import documents, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
     from laserkv_gguf.batch import Batch, Summary
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.parallel import Spent
 
 TERMINATED = 143
+PATIENCE = 1.0  # seconds
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -116,12 +118,18 @@ def batch(
 
 def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
     """Says where a run stands that was stopped from outside."""
+    signals = bar.signals
     job.on_progress, job.on_line = bar.reading, lambda _: bar.advance(job)
     bar.advance(job)
+    signals.cancel = job.engine.cancel
     try:
-        job.run()
+        try:
+            job.run()
+        except Cancelled:
+            signals.check()
+            raise
     except (KeyboardInterrupt, SystemExit):
-        bar.signals.ending = True
+        signals.ending = True
         if not quiet:
             job.output.load()  # a line may have been written a moment ago
             done, total = len(job.output), len(job.output.ids)
@@ -185,12 +193,15 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
 class _Signals:
     """Ctrl-C and SIGTERM end the run, after the line that is being written.
 
-    What a handler raises is lost where native code had called Python back: `check` raises it again.
+    While the engine works they cancel it: what a handler raises would be lost, and shown, where
+    native code had called Python back. Who asks again after a second is not made to wait.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.ending = False  # one is enough
+        self.cancel: Callable[[], None] | None = None
+        self.ending = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -203,9 +214,15 @@ class _Signals:
             signal.signal(number, before)
 
     def _receive(self, number: int, _: object) -> None:
-        self.received = number
-        if not self.ending:
-            self.check()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            if self.cancel:
+                self.cancel()
+                return
+        elif self.ending or now - self._since < PATIENCE:
+            return
+        self.check()
 
     def check(self) -> None:
         """Raises what was received.
