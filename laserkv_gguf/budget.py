@@ -313,9 +313,9 @@ def largest_ratio_that(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if passes(middle) else (low, middle)
-    # Rounding makes cells grow not quite steadily with the ratio: by up to 3 tokens a block, where
-    # a thousandth is at least L / 1500 tokens. Beyond that no larger ratio can pass.
-    reach = math.ceil(9000 / block_size + 9000 / max(tokens, 1)) + 1
+    # Rounding makes cells grow not quite steadily with the ratio: by up to a token a block, where
+    # a thousandth is at least L / 1500 tokens. Look twice as far.
+    reach = math.ceil(3000 / block_size + 3000 / max(tokens, 1)) + 1
     for thousandths in range(min(low + reach, 999), low, -1):
         if passes(thousandths):
             return thousandths / 1000

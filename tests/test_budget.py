@@ -285,6 +285,16 @@ def test_largest_ratio_is_the_largest(
         assert needed(round(most + 0.001, 3)) > cells
 
 
+@pytest.mark.parametrize(("tokens", "size"), [(500, 16), (60, 7)])
+def test_largest_ratio_is_the_largest_of_all(tokens: int, size: int) -> None:
+    """Many small blocks: rounding makes a smaller ratio need more cells than a larger one."""
+    needed = [Budget(tokens, size, i / 1000).cells(5, 2, 9) for i in range(1, 1001)]
+    assert sorted(needed) != needed
+    for cells in range(size, tokens + 20, tokens // 7):
+        most = max((i for i, need in enumerate(needed, 1) if need <= cells), default=0)
+        assert largest_ratio(tokens, size, 4, cells, prompt=5, drafts=2, reply=9) == most / 1000
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
