@@ -472,9 +472,8 @@ class LaserKV:
                 self.model.trained_context,
             )
         reader = self._reader_for(self.ctx_size or cells, compact)
-        if not budget.keeps_all and self._warming is None:
-            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
-            self._warming.start()
+        if not budget.keeps_all:
+            self._warm_up_beside()
         return _Run(budget, cells, reader, compact)
 
     def _ratio(
@@ -511,6 +510,11 @@ class LaserKV:
     @property
     def _probe(self) -> ProbeSettings:
         return ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
+
+    def _warm_up_beside(self) -> None:
+        if self._warming is None:
+            self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
+            self._warming.start()
 
     def _warm_up(self) -> None:
         """Compiles the policy's kernels while the first block is decoded."""

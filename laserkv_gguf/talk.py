@@ -126,6 +126,7 @@ class Talk(Conversation):
         self.ledger, self._turn_open = Ledger(), None
         reading = super()._read(tokens, question, reply, on_progress, **reserved)
         assert self._run is not None
+        self.engine._warm_up_beside()
         self._compact = self._run.compact
         self._settled = not self._compact
         pools = _pools(reading.budget)

@@ -211,7 +211,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         by_way[row.way].append(row)
     lines = [
-        "| way | found | log-likelihood | of the fact's turn kept | said | most cells | longest wait |",
+        "| way | found | log-likelihood | kept of its turn | said | most cells | longest wait |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in WAYS:
@@ -219,8 +219,8 @@ def table(rows: list[Row]) -> str:
             mean = sum(row.log_likelihood for row in found) / len(found)
             share = sum(row.kept_of_fact for row in found) / sum(row.fact for row in found)
             lines.append(
-                f"| {way} | {sum(row.found for row in found)} of {len(found)} | {mean:.2f} | {share:.0%} "
-                f"| {sum(row.said for row in found) // len(found):,} "
+                f"| {way} | {sum(row.found for row in found)} of {len(found)} | {mean:.2f} "
+                f"| {share:.0%} | {sum(row.said for row in found) // len(found):,} "
                 f"| {max(row.cells for row in found):,} "
                 f"| {max(row.longest_pause for row in found):.1f} s |"
             )
