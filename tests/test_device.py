@@ -246,7 +246,7 @@ def block_differences(
     one: Loaded, *, compact: bool = False, asked: bool = True, documents: int = 1, **options: Any
 ) -> list[float]:
     """How far each block's scores are from the host's."""
-    both = Both(policies.make("laser"))
+    both = Both(policies.make("laser", alpha=0.75))
     budget = both.budget(TOKENS, SIZE, 0.4, 4)
     with one.context(**options) as context:
         reader = Reader(context, both, ASKING, compact=compact, scoring="device")

@@ -496,7 +496,7 @@ def test_lookahead_probe_sees_question_and_drafts(
     settings: ProbeSettings, compact: bool, loaded: dict[str, Loaded]
 ) -> None:
     """Against `Cache`: the question right after the block, and its own argmax as drafts."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     budget = Budget(TOKENS, SIZE, RATIO)
     after_probe: list[list[int]] = []
     with one.context() as context:
@@ -522,7 +522,7 @@ def test_lookahead_probe_sees_question_and_drafts(
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str, Loaded]) -> None:
     """Of a text that says the same again, some stay and some change; `Cache` drafts all anew."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     tokens = np.tile(one.tokens[:12], TOKENS // 12)
     budget, settings = Budget(TOKENS, SIZE, RATIO), ProbeSettings(tokens=8, lookahead=16)
     with one.context() as context:
@@ -548,7 +548,7 @@ def assert_only_main(context: Context) -> None:
 
 def test_lookahead_probe_in_one_forward_pass(loaded: dict[str, Loaded]) -> None:
     """The same against `tiny.forward` with a mask, block by block, draft by draft."""
-    one, recorder = loaded["qwen2"], Recorder(policies.make("laser"))
+    one, recorder = loaded["qwen2"], Recorder(policies.make("laser", alpha=0.75))
     budget, evicted = Budget(TOKENS, SIZE, RATIO), {}
     with one.context() as context:
         Reader(context, recorder, SHORT).read(one.tokens, budget, one.question)
@@ -571,7 +571,7 @@ def test_drafts_end_where_the_answer_does(
     loaded: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token that ends the answer is not asked with, nor anything after it."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     ended: list[int] = []
 
     def ends(token: int) -> bool:
@@ -600,7 +600,7 @@ def test_without_a_question_the_block_asks(
     observation: int, compact: bool, loaded: dict[str, Loaded]
 ) -> None:
     """Against `Cache`: queries of the block's own last tokens; the last block has 36."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     budget, settings = Budget(TOKENS, SIZE, RATIO), ProbeSettings(observation=observation)
     with one.context() as context:
         Reader(context, recorder, settings, compact=compact).read(one.tokens, budget)
@@ -631,7 +631,7 @@ class Replay(Policy):
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_probing_leaves_the_sequence_as_it_was(compact: bool, loaded: dict[str, Loaded]) -> None:
     """Against the same choices made without any probe."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     budget, logits = Budget(TOKENS, SIZE, RATIO), []
     for policy in (recorder, Replay(recorder)):
         with one.context() as context:
@@ -700,7 +700,7 @@ class Faulty(Policy):
     needs = Needs(queries=True, keys=True, precise=True)
 
     def __init__(self, fault: Callable[[Candidates, int], Any] | None) -> None:
-        self.fault, self.inner = fault, policies.make("laser")
+        self.fault, self.inner = fault, policies.make("laser", alpha=0.75)
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         if self.fault and candidates.index == 1:
@@ -783,7 +783,7 @@ def assert_like_fresh(
 @pytest.mark.parametrize("at", [1, 16, 50, 96, 97, 150, 180])
 def test_cancelled_from_another_thread(at: int, loaded: dict[str, Loaded]) -> None:
     """While tokens are decoded; until `resume`, nothing else is decoded either."""
-    one, policy = loaded["llama"], policies.make("laser")
+    one, policy = loaded["llama"], policies.make("laser", alpha=0.75)
     budget = Budget(TOKENS, SIZE, RATIO)
     with one.context() as context:
         reader = Reader(context, policy, SHORT)
@@ -812,7 +812,7 @@ def test_interrupted_in_any_decode(
     number: int, kind: type[BaseException], loaded: dict[str, Loaded]
 ) -> None:
     """Blocks, questions and drafts: 1 is a block, 2 its question, 3 a draft, 6 a block …"""
-    one, policy = loaded["llama"], policies.make("laser")
+    one, policy = loaded["llama"], policies.make("laser", alpha=0.75)
     budget = Budget(TOKENS, SIZE, RATIO)
     with one.context() as context:
         reader = Reader(context, policy, SHORT)
@@ -832,7 +832,7 @@ def test_interrupted_in_any_decode(
 
 @pytest.mark.parametrize("at", [1, 49, 180])
 def test_interrupted_in_progress(at: int, loaded: dict[str, Loaded]) -> None:
-    one, policy = loaded["qwen2"], policies.make("laser")
+    one, policy = loaded["qwen2"], policies.make("laser", alpha=0.75)
     budget = Budget(TOKENS, SIZE, RATIO)
 
     def interrupt(progress: Progress) -> None:
@@ -873,7 +873,7 @@ def test_reading_tells_what_happened(loaded: dict[str, Loaded]) -> None:
     """Pools and progress, against the partition."""
     one, budget, seen = loaded["llama"], Budget(TOKENS, SIZE, RATIO), []
     with one.context() as context:
-        reading = Reader(context, policies.make("laser"), SHORT).read(
+        reading = Reader(context, policies.make("laser", alpha=0.75), SHORT).read(
             one.tokens, budget, one.question, on_progress=seen.append
         )
         full = Reader(context, policies.make("full")).read(
@@ -907,7 +907,7 @@ def test_reading_tells_what_happened(loaded: dict[str, Loaded]) -> None:
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_lengths_around_a_block(tokens: int, compact: bool, loaded: dict[str, Loaded]) -> None:
     """Logits after it, against `Cache`."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     budget = Budget(tokens, SIZE, 0.2)
     with one.context() as context:
         reading = Reader(context, recorder, SHORT, compact=compact).read(
@@ -928,7 +928,7 @@ def test_lengths_around_a_block(tokens: int, compact: bool, loaded: dict[str, Lo
 @pytest.mark.parametrize("divisor", [3, 4, 16])
 def test_ratios_near_none_and_all(ratio: float, divisor: int, loaded: dict[str, Loaded]) -> None:
     """Against the partition: no anchors, a window of one, pools of none or of all but one."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
     budget = Budget(TOKENS, SIZE, ratio, divisor)
     with one.context() as context:
         reading = Reader(context, recorder, SHORT).read(one.tokens, budget, one.question)
@@ -938,7 +938,7 @@ def test_ratios_near_none_and_all(ratio: float, divisor: int, loaded: dict[str, 
 
 def test_another_document_with_the_same_reader(loaded: dict[str, Loaded]) -> None:
     """Arrays kept from a longer read must not show in a shorter one, nor the other way round."""
-    one, policy = loaded["llama"], policies.make("laser")
+    one, policy = loaded["llama"], policies.make("laser", alpha=0.75)
     shapes = [(180, 0.4), (70, 0.3), (180, 0.9), (120, 0.1)]
     with one.context() as context:
         reader = Reader(context, policy, SHORT, compact=True)

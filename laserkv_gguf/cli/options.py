@@ -87,7 +87,7 @@ class EngineOptions:
     ] = 4
     alpha: Annotated[
         Optional[float],  # noqa: UP045
-        Option("--alpha", help="Share of the pool chosen by exact attention (0.75)."),
+        Option("--alpha", help="Share of the pool chosen by exact attention (1; the rest is hashed)."),
     ] = None
     lookahead: Annotated[
         Optional[int],  # noqa: UP045
@@ -99,7 +99,7 @@ class EngineOptions:
     ] = None
     pool: Annotated[
         Optional[int],  # noqa: UP045
-        Option("--pool", help="Neighbours that scores are averaged over (7); 1: none."),
+        Option("--pool", help="Neighbours that scores are averaged over (15); 1: none."),
     ] = None
     hash_bits: Annotated[
         Optional[int],  # noqa: UP045
