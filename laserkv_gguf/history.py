@@ -64,6 +64,8 @@ class Space:
         """
         left = self.capacity - self.system - self.prompt
         least = 2 * min(self.answer, SHORT_ANSWER)
+        if not self.whole and not self.aged and self.documents + self.answer <= left:
+            return None  # the turn a document was read for; there is no history to make room for
         if left < 2:
             raise UserError(
                 f"a question of {self.prompt} tokens does not fit into a context of "

@@ -279,7 +279,10 @@ def test_all_logits_with_evicted_tokens_hidden(
 
     And what it held is what the policy chose, by the rules of section 2 of DESIGN.md.
     """
-    one, recorder = loaded[name], Recorder(policies.make(policy))
+    one, recorder = (
+        loaded[name],
+        Recorder(policies.make(policy, **({"alpha": 0.75} if policy == "laser" else {}))),
+    )
     budget = recorder.budget(TOKENS, SIZE, RATIO, 4)
     with one.context() as context:
         context.collecting = True

@@ -357,6 +357,9 @@ def test_stored_rows_are_what_was_captured(
         (Space(1000, 20, 0, 400, (50, 60), 30, 900), Thinning(None, 0, 306)),
         # documents take all but 2 · 64: nothing of them goes
         (Space(1000, 20, 822, 0, (10,), 30, 900), None),
+        # the first turn after reading: nothing was said yet that would need room
+        (Space(1000, 20, 900, 0, (), 30, 50), None),
+        (Space(1000, 20, 901, 0, (), 30, 50), Thinning(850, 0, 0)),
         # one more must go, and the turn still fits
         (Space(1000, 20, 823, 0, (10,), 30, 900), Thinning(822, 0, 0)),
         # 475 less 40 for the next question: 381 stay

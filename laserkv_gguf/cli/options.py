@@ -87,7 +87,9 @@ class EngineOptions:
     ] = 4
     alpha: Annotated[
         Optional[float],  # noqa: UP045
-        Option("--alpha", help="Share of the pool chosen by exact attention (1; the rest is hashed)."),
+        Option(
+            "--alpha", help="Share of the pool chosen by exact attention (1; the rest is hashed)."
+        ),
     ] = None
     lookahead: Annotated[
         Optional[int],  # noqa: UP045
