@@ -107,6 +107,8 @@ class Plan:
         ctx_cells: cells the run needs; `kv_bytes` is what llama.cpp allocates for them, or for
             --ctx-size.
         full_kv_bytes: what all tokens of document, question and answer would take.
+        weights_bytes: of all tensors, once. Where llama.cpp repacks some for the CPU, that copy is
+            what it works on, and the system drops the file's pages when memory is short.
         compute_bytes: llama.cpp's buffers for what it computes, estimated.
         capture_bytes: keys and queries held on the host to choose by.
         gpu_layers: layers that fit on the card, counted as llama.cpp counts them: the output layer

