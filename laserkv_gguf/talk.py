@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.llama.sampler import Sampling
     from laserkv_gguf.session import LaserKV
 
-ATTENTION = 0.5  # share of what is kept of turns that the newest question's attention chooses
+ATTENTION = 0.25  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
 LEAST_BLOCK = 64  # tokens; smaller blocks than this read too badly to be worth trying
 
@@ -342,9 +342,9 @@ class Talk(Conversation):
     def _policy(self) -> policies.Policy:
         """The run's own policy, or `laser` where that must see a block while it is decoded.
 
-        What the newest question does not attend to may be what a later one asks for: of `laser`'s
-        pool the half that attention leaves goes to keys least like the others, instead of to what
-        collides with the same question again.
+        What the newest question does not attend to may be what a later one asks for: most of
+        `laser`'s pool goes to keys least like the others here, instead of to what attracts this
+        question.
 
         Raises:
             UserError: the run keeps everything.

@@ -130,6 +130,7 @@ class Shifted(Talk):
 WAYS: dict[str, tuple[type[Talk], dict[str, Any]]] = {
     "full": (Talk, {"policy": "full", "ctx_size": None}),
     "laser": (Talk, {}),
+    "laser, half attention": (Talk, {"alpha": 0.5}),
     "exact": (Talk, {"policy": "exact"}),
     "keydiff": (Talk, {"policy": "keydiff"}),
     "random": (Talk, {"policy": "random"}),

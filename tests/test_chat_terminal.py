@@ -78,7 +78,7 @@ def test_documents_come_and_go(folder: Path, tmp_path: Path) -> None:  # noqa: F
 
 
 def test_a_document_stopped_while_it_is_added(folder: Path) -> None:  # noqa: F811
-    with terminal(*chat(folder, "slow", "-n", "20")) as it:
+    with terminal(*chat(folder, "slow", "-n", "20", "-ub", "64")) as it:
         it.wait_for_prompt()
         first = answer_of(it.ask("hello"))
         used = stats(it)["cells_used"]
@@ -304,7 +304,7 @@ def test_history_stays_and_is_private(folder: Path, tmp_path: Path) -> None:  # 
 @pytest.mark.parametrize("when", ["prompt", "reading"])
 def test_sigterm(when: str, folder: Path) -> None:  # noqa: F811
     """The exit code is the one shells give, and the terminal is left as it was."""
-    given = ("-d", str(folder / "long.txt")) if when == "reading" else ()
+    given = ("-ub", "64", "-d", str(folder / "long.txt")) if when == "reading" else ()
     with terminal(*chat(folder, "slow", "-n", "4000", *given)) as it:
         if when == "reading":
             it.wait_for(r"reading .*?[\d,]+/72,0\d\d tokens")
