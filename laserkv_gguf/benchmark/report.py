@@ -173,7 +173,7 @@ def summary(results: Sequence[Result], command: str) -> str:
         for result in results
         if result["idle_probe"]
     ]
-    parts += ["The full cache had: " + "; ".join(_best(result) for result in results) + "."]
+    parts += ["The full cache had: " + "; ".join(fastest(result) for result in results) + "."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -181,7 +181,7 @@ def _shares(row: Result) -> list[str]:
     return [f"{(row.get(f'{step}_seconds') or 0) / row['prefill_seconds']:.1%}" for step in STEPS]
 
 
-def _best(result: Result) -> str:
+def fastest(result: Result) -> str:
     """The settings found for the full cache, where they differ by length each of them."""
     said: dict[str, list[str]] = {}
     for found in result["baselines"]:

@@ -141,7 +141,7 @@ def _print(result: dict[str, Any]) -> None:
     """One table for each length: medians, and in brackets the least and the most."""
     from rich.console import Console
 
-    from laserkv_gguf.benchmark.report import label
+    from laserkv_gguf.benchmark.report import fastest, label
 
     console = Console()
     for length in result["settings"]["lengths"]:
@@ -168,6 +168,10 @@ def _print(result: dict[str, Any]) -> None:
             f"a token at {found['ctx_cells']:,} cells takes {found['overhead']['loop']:+.1%} "
             "beside llama.cpp's bare loop"
         )
+    console.print(f"the full cache had: {fastest(result)}")
+    if result["idle_probe"]:
+        more = result["idle_probe"]["overhead"]
+        console.print(f"idle probe: reading {more['prefill']:+.2%}, a token {more['token']:+.2%}")
     for note in result["notes"]:
         console.print(note)
 
