@@ -207,6 +207,8 @@ def _warm_up(job: Job, model: Model, text: str) -> None:
 
 def policy(job: Job) -> Result:
     """The engine reads with a policy and answers."""
+    from laserkv_gguf.session import Conversation
+
     free = free_device_memory()
     question, predict = job["question"], job["predict"]
     with _loaded(job) as model:
@@ -216,7 +218,7 @@ def policy(job: Job) -> Result:
         with _engine(job, model, job["settings"]) as engine:
             reset_peak_rss()
             started = time.perf_counter()
-            conversation = engine.conversation(document=text, max_tokens=predict)
+            conversation = Conversation(engine, document=text, max_tokens=predict)
             reading = conversation.read(question=question)
             answer = _answered(conversation, question)
             context, account = engine.context, answer.reply.account
