@@ -172,6 +172,7 @@ class Reader:
         question: Prompt | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        park: Callable[[Block, int], None] | None = None,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -181,6 +182,7 @@ class Reader:
             question: the question with the template up to where the answer starts; None where it
                 is not known yet.
             on_progress: called after every micro-batch.
+            park: called with every block while it is whole, and the position it begins at.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
@@ -196,6 +198,8 @@ class Reader:
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
+                if park:
+                    park(block, self._position(state) - block.tokens)
                 if block.evicts:
                     queries = self._probe(state, block)  # 2
                     candidates = self._candidates(state, block, queries)  # 3
@@ -276,36 +280,52 @@ class Reader:
                 last = self._block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
-        asking = len(state.question)
-        if self.asking:
-            asking = min(self.asking + state.question.ending, asking)
-        queries = self._array("queries", asking + self.lookahead)
         with state.timings.spent("probe"):
             self.main.share_with(self.scratch)
-            try:
-                drafted = self._draft(state, state.question, asking, queries)
-            finally:
-                self.scratch.remove()
+            return self.ask(state.question, self._position(state))
+
+    def ask(
+        self, question: Prompt, position: int, *, lookahead: int | None = None
+    ) -> NDArray[np.float32]:
+        """Queries of a question in the scratch sequence, which is dropped whatever happens.
+
+        Args:
+            question: its end asks, and the drafts after it.
+            position: where it begins: right after the last token of the scratch sequence.
+            lookahead: tokens drafted; None for as many as the reader was made with.
+
+        Returns:
+            (layers, probe tokens, heads, head_dim) float32.
+        """
+        lookahead = self.lookahead if lookahead is None else lookahead
+        asking = len(question)
+        if self.asking:
+            asking = min(self.asking + question.ending, asking)
+        queries = self._array("queries", asking + lookahead)
+        try:
+            drafted = self._draft(position, question, asking, queries)
+        finally:
+            self.scratch.remove()
         return np.ascontiguousarray(queries[:, : asking + drafted])
 
     def _draft(
-        self, state: _State, question: Prompt, asking: int, queries: NDArray[np.float32]
+        self, position: int, question: Prompt, asking: int, queries: NDArray[np.float32]
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number."""
-        context, position = self.context, self._position(state)
+        context, lookahead = self.context, queries.shape[1] - asking
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
-            context.decode(question.tokens, position, PROBE, outputs=1 if self.lookahead else 0)
+            context.decode(question.tokens, position, PROBE, outputs=1 if lookahead else 0)
         position += len(question)
-        for index in range(self.lookahead):
+        for index in range(lookahead):
             token = int(context.logits().argmax())
             if context.model.ends_generation(token):
                 return index
             row = asking + index
             with context.probe.armed(queries=(queries[:, row : row + 1], 0)):
-                more = 1 if index + 1 < self.lookahead else 0
+                more = 1 if index + 1 < lookahead else 0
                 context.decode(np.array([token], np.int32), position, PROBE, outputs=more)
             position += 1
-        return self.lookahead
+        return lookahead
 
     # 3
 

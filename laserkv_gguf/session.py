@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Account, Budget, check_settings, largest_ratio
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama import rope, trial
+from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate, Opening, Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.recall import Recalled, Recaller, RecallSettings
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ class Settings:
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact only beyond the trained context.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
+        recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
+            of the document for every question of a conversation; "off" to lose them.
+        recall_mode, recall_file, recall_bits, recall_shortlist, recall_share, recall_first: see
+            `recall.RecallSettings`.
     """
 
     policy: str = "laser"
@@ -65,6 +71,25 @@ class Settings:
     probe_tokens: int | None = None
     positions: str = "auto"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    recall: str = "off"
+    recall_mode: str | None = None
+    recall_file: str | None = None
+    recall_bits: int = 128
+    recall_shortlist: float = 2.0
+    recall_share: str = "all"
+    recall_first: str = "keydiff"
+
+    @property
+    def recalling(self) -> RecallSettings:
+        return RecallSettings(
+            self.recall,
+            self.recall_mode,
+            self.recall_file,
+            self.recall_bits,
+            self.recall_shortlist,
+            self.recall_share,
+            self.recall_first,
+        )
 
     def check(self) -> None:
         """Refuses unusable values.
@@ -81,6 +106,7 @@ class Settings:
             raise UserError(f"--probe-tokens is {self.probe_tokens}; give a number, or 0 for all")
         if self.positions not in POSITIONS:
             raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
+        self.recalling.check()
 
     def make_policy(self, seed: int) -> policies.Policy:
         given = {
@@ -141,6 +167,7 @@ class LaserKV:
         self.settings = Settings(**settings)
         self.settings.check()
         self.policy = self.settings.make_policy(seed)
+        self.settings.recalling.check_policy(self.policy)
         self.options = context or ContextOptions()
         self.options.check()
         block_size = self.settings.block_size
@@ -163,6 +190,7 @@ class LaserKV:
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._reader: Reader | None = None
+        self._format: rows.Format | None = None  # of parked rows, once it has been tried
         self._lock = threading.Lock()
         # The answer that holds the lock; weakly, so that one nobody reads on ends by itself.
         self._active: weakref.ref[Answer] | None = None
@@ -174,6 +202,8 @@ class LaserKV:
         """Frees the context, and the model if it was loaded here."""
         if self._warming:
             self._warming.join()
+        if self._owner:
+            self._owner.forget_parked()
         if self._context:
             self._context.close()
             self._context = self._reader = self._owner = None
@@ -314,6 +344,7 @@ class LaserKV:
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         drafts = lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
+        cells = max(cells, budget.kept + self.recall_cells(budget) + reply)
         compact = self._compacts(budget, tokens + reply)
         if compact:
             rope.check(self.model, self.options)
@@ -381,7 +412,7 @@ class LaserKV:
                 self._context.close()
                 self._context = self._owner = None
             self._context = Context(self.model, cells, self.options)
-            self._reader = None
+            self._reader = self._format = None
             from laserkv_gguf import kernels
 
             kernels.set_threads(self._context.threads)
@@ -391,6 +422,39 @@ class LaserKV:
         if self._reader is None or self._reader.compact != compact:
             self._reader = Reader(self._context, self.policy, self._probe, compact=compact)
         return self._reader
+
+    def recall_cells(self, budget: Budget) -> int:
+        """Cells beside what is kept and the conversation that recalling needs; 0 without."""
+        if self.settings.recall == "off" or budget.keeps_all:
+            return 0
+        _, lookahead, _ = self._probe.completed(self.policy.needs)
+        mode = self.settings.recalling.mode_for(self.policy)
+        return Recaller.cells(budget, mode) - budget.kept + lookahead
+
+    def recaller(self, run: _Run) -> Recaller | None:
+        """What parks and recalls the document of a run; None without recall, or nothing to recall.
+
+        The context is empty afterwards.
+
+        Raises:
+            UserError: neither memory nor disk hold the rows, or they cannot be compacted.
+        """
+        if self.settings.recall == "off" or run.budget.keeps_all:
+            return None
+        run.reader.forget()
+        try:
+            self._format = self._format or rows.check(run.reader.context)
+        except rows.FormatError as error:
+            log.warning("recall is off: %s; evicted tokens are lost", error)
+            return None
+        return Recaller(run.reader, run.budget, self._format, self.settings.recalling)
+
+    def first_reader(self, run: _Run) -> Reader:
+        """The reader of a document before there is a question, where recall comes later."""
+        if self.policy.needs.recall:
+            return run.reader
+        policy = policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
+        return Reader(run.reader.context, policy, self._probe, compact=run.compact)
 
     @property
     def cell_bytes(self) -> int:
@@ -476,6 +540,8 @@ class Conversation:
         self._used = 0  # cells
         self._document_tokens: Tokens | None = None
         self._unread = False  # the document is left out, because reading it was stopped
+        self._recaller: Recaller | None = None
+        self._recalled: Recalled | None = None  # for the last question
 
     # reading
 
@@ -525,12 +591,13 @@ class Conversation:
     def _room(self, tokens: int) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
         engine = self.engine
-        kept = engine.policy.budget(
+        budget = engine.policy.budget(
             tokens,
             engine.settings.block_size,
             engine.settings.ratio,
             engine.settings.protection_divisor,
-        ).kept
+        )
+        kept = budget.kept + engine.recall_cells(budget)
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
@@ -550,11 +617,24 @@ class Conversation:
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
+        self.forget_parked()
+        if engine._owner:
+            engine._owner.forget_parked()
         engine._owner = None
         prompt = 0 if question is None else len(question)
         run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
-        reading = run.reader.read(tokens, run.budget, question, on_progress=on_progress)
-        self._run, self.reading, engine._owner = run, reading, self
+        recaller = engine.recaller(run)
+        reader = engine.first_reader(run) if recaller and question is None else run.reader
+        park = recaller and partial(recaller.park, reader=reader)
+        try:
+            reading = reader.read(tokens, run.budget, question, on_progress=on_progress, park=park)
+            if recaller:
+                recaller.settle(reading)
+        except BaseException:
+            if recaller:
+                recaller.close()
+            raise
+        self._recaller, self._run, self.reading, engine._owner = recaller, run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
         return reading
 
@@ -581,7 +661,39 @@ class Conversation:
         if self.reading is None:
             self._read_unasked()
         self._check_owner()
+        self._recall(self._prompt(question))
         yield from self._answer(self._prompt(question), reply, started)
+
+    def recall(self, question: str) -> Recalled | None:
+        """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
+
+        The conversation so far stays as it is. The document must have been read, or is read now.
+
+        Returns:
+            What was moved; None without recall, or where everything is in the cache anyway.
+        """
+        with self.engine._alone():
+            if self.reading is None:
+                self._read_unasked()
+            self._check_owner()
+            self._recall(self._prompt(question))
+            return self._recalled
+
+    def _recall(self, asked: Prompt) -> None:
+        self._recalled = None
+        if self._recaller is None or self.reading is None:
+            return
+        pending = np.array(self._pending, np.int32)
+        asked = Prompt(np.concatenate((pending, asked.tokens)), asked.ending)
+        recalled = self._recaller.recall(asked, self._position, self._used)
+        self._used += len(recalled.kept) - len(self.reading.kept)
+        self.reading.kept, self._recalled = recalled.kept, recalled
+
+    def forget_parked(self) -> None:
+        """Gives back the memory or file of parked rows; nothing can be recalled afterwards."""
+        if self._recaller:
+            self._recaller.close()
+        self._recaller = None
 
     def _check_owner(self) -> None:
         """Refuses to go on in cells that hold something else by now."""
@@ -726,6 +838,15 @@ class Conversation:
             positions="compact" if run.compact else "original",
             kept_per_block=reading.kept_per_block,
         )
+        if self._recaller:
+            reply.account.recall = self._recaller.store.kind
+            reply.account.recall_mode = self._recaller.mode
+            reply.account.parked_tokens = self._recaller.store.parked
+            reply.account.parked_bytes = self._recaller.bytes
+        if self._recalled:
+            reply.account.recalled_tokens = self._recalled.moved_in
+            reply.account.recall_calls = self._recalled.state_calls
+            reply.account.recall_seconds = self._recalled.seconds
 
     def reset(self) -> None:
         """Forgets the turns; the document stays as it was read."""
@@ -741,6 +862,7 @@ class Conversation:
         """Goes on without the document until `read` is called; nothing of it is in the cache."""
         self.reading, self.turns, self._pending = None, 0, []
         self._unread = True
+        self.forget_parked()
 
     @property
     def _owns_cells(self) -> bool:

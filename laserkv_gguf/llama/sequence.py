@@ -28,9 +28,13 @@ class Sequence:
     def __init__(self, context: Context, number: int) -> None:
         self.context, self.number = context, number
 
-    def share_with(self, other: Sequence) -> None:
-        """Makes all cells of this sequence belong to `other` too; copies nothing."""
-        L.llama_memory_seq_cp(self.context.memory, self.number, other.number, -1, -1)
+    def share_with(self, other: Sequence, start: int = -1, end: int = -1) -> None:
+        """Makes cells of this sequence belong to `other` too; copies nothing.
+
+        Args:
+            start, end: positions, half-open (-1: from the first, to the last).
+        """
+        L.llama_memory_seq_cp(self.context.memory, self.number, other.number, start, end)
 
     def remove(self, start: int = -1, end: int = -1) -> None:
         """Frees positions start … end - 1 (-1: from the first, to the last)."""
