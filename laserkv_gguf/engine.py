@@ -312,7 +312,8 @@ class Reader:
         self, position: int, question: Prompt, asking: int, queries: NDArray[np.float32]
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number."""
-        context, lookahead = self.context, queries.shape[1] - asking
+        context = self.context
+        lookahead = int(queries.shape[1]) - asking
         with context.probe.armed(queries=(queries[:, :asking], len(question) - asking)):
             context.decode(question.tokens, position, PROBE, outputs=1 if lookahead else 0)
         position += len(question)

@@ -82,7 +82,7 @@ class RecallSettings:
             raise UserError("--recall-file is where --recall disk parks rows; give that too")
         if self.bits < 64 or self.bits % 64:
             raise UserError(f"recall_bits is {self.bits}; give a multiple of 64")
-        if not 1 <= self.shortlist:
+        if not self.shortlist >= 1:
             raise UserError(f"recall_shortlist is {self.shortlist:g}; give 1 or more")
         if self.share not in SHARES:
             raise UserError(f"recall_share is {self.share!r}; give {' or '.join(SHARES)}")
@@ -284,6 +284,11 @@ class Recaller:
             self.index[name] = array if held is None else np.concatenate((held, array), axis=1)
         starts = np.arange(block.start, block.end, self.policy.unit)
         self.units = np.concatenate((self.units, starts))
+
+    def remember(self) -> None:
+        """Makes anew, from the parked rows, what finds them."""
+        for block in self.budget.blocks:
+            self._remember(block, None)
 
     def settle(self, reading: Reading) -> None:
         """Takes over what a reading has left in the cache.

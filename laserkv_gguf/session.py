@@ -299,9 +299,7 @@ class LaserKV:
         conversation = Conversation(
             self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
         )
-        return Answer(
-            conversation, lambda reply: conversation.first_turn(question, reply, on_progress)
-        )
+        return conversation.begin(question, on_progress=on_progress)
 
     def conversation(
         self,
@@ -318,7 +316,22 @@ class LaserKV:
 
     # what a run needs
 
-    def prepare(self, tokens: int, prompt: int, reply: int, *, asked: bool = True) -> _Run:
+    def budget(self, tokens: int) -> Budget:
+        settings = self.settings
+        return self.policy.budget(
+            tokens, settings.block_size, settings.ratio, settings.protection_divisor
+        )
+
+    def prepare(
+        self,
+        tokens: int,
+        prompt: int,
+        reply: int,
+        *,
+        asked: bool = True,
+        budget: Budget | None = None,
+        compact: bool | None = None,
+    ) -> _Run:
         """Plans a run and makes its reader.
 
         Args:
@@ -326,15 +339,14 @@ class LaserKV:
             prompt: the question's, with the template around it.
             reply: cells for what follows the document: question, answer, later turns.
             asked: whether the question is known while reading.
+            budget, compact: of a document that was read before; None for what the settings say.
 
         Raises:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
         settings = self.settings
-        budget = self.policy.budget(
-            tokens, settings.block_size, settings.ratio, settings.protection_divisor
-        )
+        budget = budget or self.budget(tokens)
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -345,7 +357,8 @@ class LaserKV:
         drafts = lookahead if probing else 0
         cells = budget.cells(probing, drafts, reply)
         cells = max(cells, budget.kept + self.recall_cells(budget) + reply)
-        compact = self._compacts(budget, tokens + reply)
+        if compact is None:
+            compact = self._compacts(budget, tokens + reply)
         if compact:
             rope.check(self.model, self.options)
         if compact and cells > self.model.trained_context:
@@ -443,11 +456,40 @@ class LaserKV:
             return None
         run.reader.forget()
         try:
-            self._format = self._format or rows.check(run.reader.context)
+            form = self.row_format(run.reader.context)
         except rows.FormatError as error:
             log.warning("recall is off: %s; evicted tokens are lost", error)
             return None
-        return Recaller(run.reader, run.budget, self._format, self.settings.recalling)
+        return Recaller(run.reader, run.budget, form, self.settings.recalling)
+
+    def row_format(self, context: Context) -> rows.Format:
+        """The form of the context's rows, tried once.
+
+        Raises:
+            FormatError: llama.cpp's state is not what `llama.rows` knows.
+        """
+        self._format = self._format or rows.check(context)
+        return self._format
+
+    def turn_recall_on(self, saved: Mapping[str, Any]) -> None:
+        """Recalls from now on, as a saved document's settings have it, unless it does already.
+
+        Raises:
+            UserError: not with this policy.
+        """
+        if self.settings.recall == "off":
+            names = ("recall_mode", "recall_bits", "recall_shortlist", "recall_share")
+            settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
+            settings.recalling.check_policy(self.policy)
+            self.settings = settings
+
+    def load(
+        self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
+    ) -> Conversation:
+        """A conversation about a document that `Conversation.save` wrote; see `saved.load`."""
+        from laserkv_gguf import saved
+
+        return saved.load(self, path, max_tokens=max_tokens, sampling=sampling)
 
     def first_reader(self, run: _Run) -> Reader:
         """The reader of a document before there is a question, where recall comes later."""
@@ -586,17 +628,11 @@ class Conversation:
 
     def _read_unasked(self, on_progress: Callable[[Progress], None] | None = None) -> Reading:
         tokens = self._sequence(self._opening("").before)
-        return self._read(tokens, None, self._room(len(tokens)), on_progress)
+        return self._read(tokens, None, self._room(self.engine.budget(len(tokens))), on_progress)
 
-    def _room(self, tokens: int) -> int:
+    def _room(self, budget: Budget) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few."""
-        engine = self.engine
-        budget = engine.policy.budget(
-            tokens,
-            engine.settings.block_size,
-            engine.settings.ratio,
-            engine.settings.protection_divisor,
-        )
+        engine, tokens = self.engine, budget.tokens
         kept = budget.kept + engine.recall_cells(budget)
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
@@ -625,7 +661,7 @@ class Conversation:
         run = engine.prepare(len(tokens), prompt, reply, asked=question is not None)
         recaller = engine.recaller(run)
         reader = engine.first_reader(run) if recaller and question is None else run.reader
-        park = recaller and partial(recaller.park, reader=reader)
+        park = partial(recaller.park, reader=reader) if recaller else None
         try:
             reading = reader.read(tokens, run.budget, question, on_progress=on_progress, park=park)
             if recaller:
@@ -639,6 +675,12 @@ class Conversation:
         return reading
 
     # turns
+
+    def begin(
+        self, question: str, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Answer:
+        """The first turn: reads with the question in mind and answers it."""
+        return Answer(self, lambda reply: self.first_turn(question, reply, on_progress))
 
     def first_turn(
         self,
@@ -688,6 +730,21 @@ class Conversation:
         recalled = self._recaller.recall(asked, self._position, self._used)
         self._used += len(recalled.kept) - len(self.reading.kept)
         self.reading.kept, self._recalled = recalled.kept, recalled
+
+    def save(self, path: str | Path) -> int:
+        """Writes the document as it was read, to be loaded in seconds; see `saved.save`."""
+        from laserkv_gguf import saved
+
+        return saved.save(self, path)
+
+    def _adopt(self, run: _Run, reading: Reading, recaller: Recaller | None) -> None:
+        """Takes over a document that lies in the context already."""
+        head = len(self.engine.template.opening("", system=self.system).before)
+        self._document_tokens = reading.tokens[head:]
+        self.document = self.engine.model.text(self._document_tokens)
+        self._recaller, self._run, self.reading = recaller, run, reading
+        self._position, self._used = reading.next_position, len(reading.kept)
+        self.engine._owner = self
 
     def forget_parked(self) -> None:
         """Gives back the memory or file of parked rows; nothing can be recalled afterwards."""

@@ -185,7 +185,7 @@ class DiskStore(Store):
         try:
             if self.path is None:
                 _folder().mkdir(parents=True, exist_ok=True)
-                return tempfile.TemporaryFile(dir=_folder(), buffering=0)  # type: ignore[return-value]
+                return tempfile.TemporaryFile(dir=_folder(), buffering=0)
             file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         except OSError as error:
             raise UserError(
@@ -203,7 +203,7 @@ class DiskStore(Store):
                 "give another --recall-file"
             )
         file.seek(0)
-        return file  # type: ignore[return-value]
+        return file
 
     def _write(self, keys: Bytes, values: Bytes) -> None:
         """With pwrite: on a full disk a mapped page would kill the process."""
@@ -272,7 +272,7 @@ def _reserve(handle: int, size: int) -> None:
 
 
 def _write_at(handle: int, rows: Bytes, at: int) -> None:
-    data = memoryview(rows).cast("B")
+    data = rows.reshape(-1).data
     if not hasattr(os, "pwrite"):  # Windows
         os.lseek(handle, at, os.SEEK_SET)
         while data:

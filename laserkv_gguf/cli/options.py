@@ -109,13 +109,25 @@ class EngineOptions:
         str,
         Option("--positions", help="auto, original or compact (re-rotate keys to close gaps)."),
     ] = "auto"
+    recall: Annotated[
+        str,
+        Option("--recall", help="ram or disk: park evicted tokens there, choose anew every turn."),
+    ] = "off"
+    recall_mode: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--recall-mode", help="replay (block by block) or shortlist (all at once, faster)."),
+    ] = None
+    recall_file: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--recall-file", help="Where --recall disk parks; else in your cache folder."),
+    ] = None
     debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
 
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
             "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
-            "hash_bits hash_tables positions"
+            "hash_bits hash_tables positions recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
 
@@ -128,6 +140,19 @@ class EngineOptions:
                 if settings[name] is None:  # a flag that was given wins
                     settings[name] = value
         return settings
+
+    def take_over(self, saved: dict[str, Any]) -> None:
+        """Where a flag was left at its default, what a saved document was read with."""
+        names = {"type_k": "cache_type_k", "type_v": "cache_type_v"}
+        for item in fields(self):
+            value = saved.get(
+                {flag: name for name, flag in names.items()}.get(item.name, item.name)
+            )
+            if value is not None and getattr(self, item.name) == item.default:
+                setattr(self, item.name, value)
+        options = saved.get("policy_options") or {}
+        if self.policy == saved.get("policy") and self.policy_option is None:
+            self.policy_option = [f"{key}={value}" for key, value in options.items()]
 
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.

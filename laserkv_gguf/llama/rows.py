@@ -116,7 +116,8 @@ def _hadamard(size: int) -> NDArray[np.float32]:
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    scaled: NDArray[np.float32] = (matrix / np.sqrt(size)).astype(np.float32)
+    return scaled
 
 
 @dataclass(frozen=True)
