@@ -346,7 +346,7 @@ class LaserKV:
                 positions do not fit what the model was trained for.
         """
         settings = self.settings
-        budget = budget or self.budget(tokens)
+        read, budget = budget is not None, budget or self.budget(tokens)
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -355,8 +355,9 @@ class LaserKV:
         probing = prompt if asked and self.policy.needs.queries else 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         drafts = lookahead if probing else 0
-        cells = budget.cells(probing, drafts, reply)
-        cells = max(cells, budget.kept + self.recall_cells(budget) + reply)
+        cells = budget.kept + self.recall_cells(budget) + reply
+        if not read:
+            cells = max(cells, budget.cells(probing, drafts, reply))
         if compact is None:
             compact = self._compacts(budget, tokens + reply)
         if compact:
