@@ -42,6 +42,8 @@ WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")
 SHARES = ("all", "block")
 
+_AT_ONCE = 512  # tokens signed at a time, so that they stay in the processor's cache
+
 Tokens = NDArray[np.int64]
 
 
@@ -101,6 +103,8 @@ class RecallSettings:
                     "add --recall ram, or --recall disk"
                 )
             return
+        if policy.budget(8, 2, 0.5, 4).keeps_all:  # `full`: there will be nothing to recall
+            return
         if not needs.queries:
             raise UserError(
                 f"--policy {name} does not look at the question, so nothing would be recalled "
@@ -120,6 +124,10 @@ class RecallSettings:
     def mode_for(self, policy: Policy) -> str:
         """The mode that was asked for, or the policy's own."""
         return self.mode or ("shortlist" if policy.unit else "replay")
+
+    def votes_for(self, policy: Policy) -> bool:
+        """Whether signatures find what a question needs."""
+        return self.where != "off" and self.mode_for(policy) == "shortlist" and not policy.unit
 
 
 class Signatures:
@@ -142,8 +150,11 @@ class Signatures:
         if self.centre is None:
             self.centre = np.stack([layer.mean(axis=0, dtype=np.float32) for layer in keys])
         for layer, (one, centre) in enumerate(zip(keys, self.centre, strict=True)):
-            signed = kernels.signatures(one - centre, self.planes, bits=64)
-            self.codes[layer, :, :, start : start + len(one)] = signed.transpose(1, 2, 0)
+            for first in range(0, len(one), _AT_ONCE):
+                part = np.subtract(one[first : first + _AT_ONCE], centre, dtype=np.float32)
+                signed = kernels.signatures(part, self.planes, bits=64).transpose(1, 2, 0)
+                at = start + first
+                self.codes[layer, :, :, at : at + len(part)] = signed
 
     def votes(self, queries: NDArray[np.float32]) -> NDArray[np.float64]:
         """Scores (tokens,) for queries (layers, n, heads, head_dim)."""
@@ -155,6 +166,13 @@ class Signatures:
         grouped = queries.reshape(layers, count, kv_heads, heads // kv_heads, dim)
         grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(layers, kv_heads, -1, dim)
         return hamming_votes(kernels.signatures(grouped, self.planes, bits=64), self.codes)
+
+
+def warm_up() -> None:
+    """Compiles what recall needs beside a policy's own kernels."""
+    signed = Signatures(1, 1, 8, 16, 64)
+    signed.add(0, np.ones((1, 16, 1, 8), np.float32))
+    signed.votes(np.ones((1, 2, 1, 8), np.float32))
 
 
 @dataclass(frozen=True)
@@ -199,6 +217,7 @@ class Recaller:
         self.reader, self.budget, self.form, self.settings = reader, budget, form, settings
         self.policy = reader.policy
         self.mode = settings.mode_for(self.policy)
+        self._rotation = rope.measure(reader.context) if reader.compact else None
         self.main, self.spare = reader.main, Sequence(reader.context, SPARE)
         quantised = reader.context.options.quantised_v
         sizes = budget.tokens, form.layers, form.key_bytes, form.value_bytes
@@ -208,7 +227,7 @@ class Recaller:
             else DiskStore(*sizes, quantised=quantised, path=settings.file)
         )
         self.signatures: Signatures | None = None
-        if self.mode == "shortlist" and not self.policy.unit:
+        if settings.votes_for(self.policy):
             self.signatures = Signatures(
                 form.layers, form.kv_heads, form.head_dim, budget.tokens, settings.bits
             )
@@ -218,7 +237,6 @@ class Recaller:
         # the position in the cache of every token of the document, -1 for those that are out
         self.where = np.full(budget.tokens, -1, np.int64)
         self.state_calls = 0
-        self._rotation = rope.measure(reader.context) if reader.compact else None
 
     def close(self) -> None:
         """Forgets the parked rows."""

@@ -333,15 +333,19 @@ def load(
 
 def settings(path: str | Path) -> dict[str, Any]:
     """The settings and context options a document was read with, by the names of their classes."""
-    about = _about_of(Path(path))
-    found: dict[str, Any] = about["settings"] | about["context"]
+    path = Path(path)
+    try:  # its digest is looked at when it is loaded
+        about = json.loads(_header(path)[1]["about"])
+        found: dict[str, Any] = about["settings"] | about["context"]
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(path) from None
     return found
 
 
-def _about_of(path: Path) -> dict[str, Any]:
-    """What a file says of itself, which is not to be trusted before its digest is."""
-    about: dict[str, Any] = json.loads(_header(path)[1]["about"])
-    return about
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged: it was cut off or changed since it was saved; read the document again"
+    )
 
 
 def _header(path: Path) -> tuple[bytes, dict[str, str]]:
@@ -357,7 +361,7 @@ def _header(path: Path) -> tuple[bytes, dict[str, str]]:
             file.seek(0)
             head = file.read(8 + length) if 8 + length <= size else b""
         metadata = json.loads(head[8:])["__metadata__"]
-        if metadata["format"] != FORMAT or "about" not in metadata or "digest" not in metadata:
+        if metadata["format"] != FORMAT or len(metadata["digest"]) != len(_NO_DIGEST):
             raise ValueError
     except FileNotFoundError:
         raise UserError(f"no saved document at {path}; --save FILE writes one") from None
@@ -380,10 +384,7 @@ def _checked(path: Path) -> dict[str, Any]:
         while piece := file.read(_CHUNK):
             digest.update(piece)
     if digest.hexdigest() != metadata["digest"]:
-        raise UserError(
-            f"{path} is damaged: it was cut off or changed since it was saved; "
-            "read the document again"
-        )
+        raise _damaged(path)
     about: dict[str, Any] = json.loads(metadata["about"])
     return about
 

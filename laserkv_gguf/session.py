@@ -29,7 +29,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
-from laserkv_gguf.recall import Recalled, Recaller, RecallSettings
+from laserkv_gguf.recall import Recalled, Recaller, RecallSettings, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -403,6 +403,8 @@ class LaserKV:
         """Compiles the policy's kernels while the first block is decoded."""
         try:
             self.policy.warm_up()
+            if self.settings.recalling.votes_for(self.policy):
+                warm_up()
         except Exception as error:  # the block loop will meet it too, and say so
             log.debug("cannot compile ahead: %s", error)
 

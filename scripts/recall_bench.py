@@ -64,6 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "read again": {"policy": "laser"},
     "no question": {"policy": "keydiff"},
     "replay": {"policy": "laser", "recall": "ram", "recall_mode": "replay"},
+    "replay after laser": {
+        "policy": "laser",
+        "recall": "ram",
+        "recall_mode": "replay",
+        "recall_first": "laser",
+    },
     "shortlist": {"policy": "laser", "recall": "ram", "recall_mode": "shortlist"},
     "shortlist, block": {
         "policy": "laser",

@@ -871,7 +871,6 @@ def test_votes_of_nothing_and_of_nonsense() -> None:
         ({"recall_shortlist": 0.5}, "1 or more"),
         ({"recall_share": "layer"}, "all or block"),
         ({"policy": "random"}, "does not look at the question"),
-        ({"policy": "full"}, "does not look at the question"),
         ({"policy": "lagkv"}, "does not look at the question"),
         ({"policy": "compactor"}, "laser"),
         ({"policy": "h2o"}, "laser"),
