@@ -340,6 +340,8 @@ class _Together:
         if engine.options.sequences >= needed:
             return
         engine.options = replace(engine.options, sequences=needed)
+        if engine._owner:
+            engine._owner.forget_parked()
         if engine._context:
             engine._context.close()
             engine._context = engine._owner = None

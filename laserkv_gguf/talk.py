@@ -145,7 +145,7 @@ class Talk(Conversation):
         return reading
 
     def save(self, path: str | Path) -> int:
-        """Writes documents and turns; see `saved_talk.save`. Returns the file's bytes."""
+        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes."""
         from laserkv_gguf import saved_talk
 
         saved_talk.save(self, path)

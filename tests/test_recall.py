@@ -34,6 +34,7 @@ from tiny import forward
 
 from laserkv_gguf import memory, policies, store
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.kernels import planes, pool, top_k
 from laserkv_gguf.kernels.hamming import hamming_votes
@@ -889,3 +890,22 @@ def test_the_policy_has_its_own_way() -> None:
     for name, mode in (("laser", "replay"), ("quest", "shortlist"), ("infllm", "shortlist")):
         assert RecallSettings("ram").mode_for(policies.make(name)) == mode
     assert RecallSettings("ram", "replay").mode_for(policies.make("quest")) == "replay"
+
+
+@pytest.mark.parametrize("command", [("chat",), ("bench",), ("eval", "passkey", "-o", "out")])
+def test_commands_that_cannot_recall_say_so(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*command, "--recall", "ram"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {command[0]} cannot recall yet: leave --recall out, or ")
+    assert error.count("\n") == 1
+
+
+def test_settings_turned_on_later_leave_a_conversation_of_talks_alone(loaded: Loaded) -> None:
+    """Its ledger says where tokens stand, so none may come and go."""
+    with recalling(loaded, recall="off") as engine:
+        talk = engine.conversation(document=DOCUMENT, max_tokens=4)
+        engine.configure(recall="ram")
+        talk.read()
+        assert turn(talk, QUESTIONS[0]).account.recall == "off"

@@ -279,7 +279,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from laserkv_gguf.llama.context import ContextOptions
-from laserkv_gguf.session import Conversation, LaserKV
+from laserkv_gguf.session import LaserKV
 model, target = sys.argv[1:]
 options = ContextOptions(128, 32, threads=1)
 with LaserKV(model, context=options, block_size=64, ratio=0.3, recall="ram") as engine:

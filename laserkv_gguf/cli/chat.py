@@ -46,7 +46,7 @@ def chat(
     """Talk with a model, about documents of any length or none; /help lists its commands."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
-    options.refuse_recall("chat", "ask each question with ask or batch")
+    options.refuse_recall("chat", "use batch, or ask --save and --load")
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
