@@ -540,7 +540,7 @@ def test_reading_again_starts_the_file_anew(loaded: Loaded, tmp_path: Path) -> N
 
 
 def test_memory_that_cannot_hold_the_rows(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "free_ram", lambda: 1 << 20)
     with recalling(loaded) as engine:
         talk = engine.conversation(document=DOCUMENT * 4)
         with pytest.raises(UserError) as raised:
