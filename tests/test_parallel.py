@@ -108,7 +108,8 @@ def test_recall_reads_once_and_asks_each_question_anew(mode: str, loaded: Loaded
         account = answers[index].account
         assert account.recall == "ram"
         assert account.parked_tokens == account.document_tokens
-        assert account.recalled_tokens == reply.account.recalled_tokens > 0
+        assert account.kept_tokens == reply.account.kept_tokens
+        assert account.recalled_tokens > 0
         assert account.recall_seconds > 0
 
 
