@@ -99,9 +99,9 @@ def answer(
     Greedy answers are those of `LaserKV.ask`, but for ties so close that the rounding of
     llama.cpp's kernels decides them: these differ for one token and for several.
 
-    Accounts are as of `ask`, and but for the seconds and what recalling moved depend on the questions and on `parallel`
-    alone: `kv_bytes` is what the planned `ctx_cells` take. Questions that share a reading all carry
-    its seconds in `prefill_seconds`, and `first_token_seconds` leaves it out;
+    Accounts are as of `ask`, and but for the seconds and what recalling moved depend on the
+    questions and on `parallel` alone: `kv_bytes` is what the planned `ctx_cells` take. Questions
+    that share a reading all carry its seconds in `prefill_seconds`, and `first_token_seconds` leaves it out;
     `decode_tokens_per_second` is what one answer got of the batch.
 
     Args:
