@@ -101,8 +101,8 @@ def answer(
 
     Accounts are as of `ask`, and but for the seconds and what recalling moved depend on the
     questions and on `parallel` alone: `kv_bytes` is what the planned `ctx_cells` take. Questions
-    that share a reading all carry its seconds in `prefill_seconds`, and `first_token_seconds` leaves it out;
-    `decode_tokens_per_second` is what one answer got of the batch.
+    that share a reading all carry its seconds in `prefill_seconds`, and `first_token_seconds`
+    leaves it out; `decode_tokens_per_second` is what one answer got of the batch.
 
     Args:
         questions: all of them, also those already answered: cells are planned for all.

@@ -660,7 +660,7 @@ class LaserKV:
     def load(
         self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
     ) -> Conversation:
-        """A conversation about a document that `Conversation.save` wrote; see `saved_document.load`."""
+        """A conversation about a document that `Conversation.save` wrote; see `saved_document`."""
         from laserkv_gguf import saved_document
 
         return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
@@ -1010,7 +1010,7 @@ class Conversation:
         self.reading.kept, self._recalled = recalled.kept, recalled
 
     def save(self, path: str | Path) -> int:
-        """Writes the document as it was read, to be loaded in seconds; see `saved_document.save`."""
+        """Writes the document as it was read, to be loaded in seconds; see `saved_document`."""
         from laserkv_gguf import saved_document
 
         return saved_document.save(self, path)
