@@ -331,7 +331,9 @@ class Account:
     `ctx_cells` are the cells the run was planned for; llama.cpp rounds its allocation up to a
     multiple of 256, and `kv_bytes` is that allocation. `full_kv_bytes` is what all tokens of
     document, question and answer would take. `first_token_seconds` runs from the start of reading
-    to the first token of the answer.
+    to the first token of the answer. `recall` says where rows of evicted tokens are parked, if they
+    are, and `parked_bytes` what they take with what finds them; `recalled_tokens` came in for this
+    question, in `recall_seconds` and `recall_calls` state calls.
     """
 
     policy: str = ""
@@ -365,6 +367,13 @@ class Account:
     positions: str = "original"
     scoring: str = "host"
     kept_per_block: list[int] = field(default_factory=list)
+    recall: str = "off"
+    recall_mode: str = ""
+    parked_tokens: int = 0
+    parked_bytes: int = 0
+    recalled_tokens: int = 0
+    recall_calls: int = 0
+    recall_seconds: float = 0.0
 
     @property
     def overhead_share(self) -> float:

@@ -189,6 +189,7 @@ class Reader:
         on_progress: Callable[[Progress], None] | None = None,
         whole: bool = False,
         start: int = 0,
+        park: Callable[[Block, int], None] | None = None,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -202,6 +203,8 @@ class Reader:
                 the context must hold `len(tokens)` cells beside whatever follows.
             start: the position of the first token. What stands before it in the main sequence
                 stays and is seen; with 0 the context is emptied first.
+            park: called with every block while it is whole, and the position it begins at. It may
+                use the spare sequence, so `whole` is not for it.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
@@ -219,6 +222,9 @@ class Reader:
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
+                if park:
+                    with state.timings.spent("park"):
+                        park(block, self._position(state) - block.tokens)
                 if block.evicts:
                     queries = self._probe(state, block)  # 2
                     if whole and budget.shape == "one-shot" and not self.compact:
@@ -371,21 +377,34 @@ class Reader:
             return self.ask(state.question, self._position(state), state.drafts)
 
     def ask(
-        self, question: Prompt, position: int, drafts: Drafts | None = None
+        self,
+        question: Prompt,
+        position: int,
+        drafts: Drafts | None = None,
+        *,
+        lookahead: int | None = None,
+        shared: bool = False,
     ) -> NDArray[np.float32]:
         """Queries of the question's end and of drafts after it, asked at a position.
 
+        In the scratch sequence, which is dropped whatever happens.
+
         Args:
+            position: right after the last token that is seen.
             drafts: of the time the same was asked before, replaced by this time's.
+            lookahead: most tokens drafted; None for as many as the reader was made with.
+            shared: the scratch sequence has what the question is to see; else it sees all.
 
         Returns:
             (layers, probe tokens, heads, head_dim) float32.
         """
+        lookahead = self.lookahead if lookahead is None else lookahead
         asking = len(question)
         if self.asking:
             asking = min(self.asking + question.ending, asking)
-        queries = self._array("queries", asking + self.lookahead)
-        self.main.share_with(self.scratch)
+        queries = self._array("queries", asking + lookahead)
+        if not shared:
+            self.main.share_with(self.scratch)
         try:
             drafted = self._draft(question, position, asking, queries, drafts or Drafts())
         finally:
@@ -406,11 +425,11 @@ class Reader:
         about the answer: the tokens that the model would draft again stay, and cost one batch
         instead of one decode each.
         """
-        context = self.context
+        context, lookahead = self.context, int(queries.shape[1]) - asking
         drafts: list[int] = []
         fed, first = question.tokens.tolist(), len(question) - asking
         while True:
-            left = min(self.lookahead - len(drafts), context.options.outputs - 1)
+            left = min(lookahead - len(drafts), context.options.outputs - 1)
             guess = before.following(drafts)[:left]
             row = asking + len(drafts) - 1 if drafts else 0
             rows = queries[:, row : row + len(fed) - first + len(guess)]
@@ -432,7 +451,7 @@ class Reader:
                 agreed += 1
             if guess:
                 before.trust = 2 + 2 * agreed
-            if not left or len(drafts) == self.lookahead:
+            if not left or len(drafts) == lookahead:
                 before.tokens = drafts
                 return len(drafts)
             if agreed < len(guess):

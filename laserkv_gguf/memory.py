@@ -32,7 +32,10 @@ def peak_rss() -> int | None:
 
 
 def free_ram() -> int | None:
-    """What this process may still take: free memory, or less where its control group has less."""
+    """What this process may still take: free memory, or less where its control group has less.
+
+    None where that cannot be told (not Linux).
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -41,7 +44,11 @@ def free_ram() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())  # "max" is none
-        found.append(limit - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        for line in (group / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):  # cached files, which make room when asked to
+                used -= int(line.split()[1])
+        found.append(max(0, limit - used))
     except (OSError, ValueError):
         pass
     return min(found, default=None)

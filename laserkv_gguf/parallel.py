@@ -93,15 +93,16 @@ def answer(
 
     The document is tokenised once, and read once where reading does not depend on the question:
     where the policy looks at no queries of a probe, or evicts nothing. Else it is read for each
-    question, with that question in mind, and one question is answered at a time.
+    question, with that question in mind, and one question is answered at a time. With recall it is
+    read once, without a question, and every question recalls its own tokens, one at a time.
 
     Greedy answers are those of `LaserKV.ask`, but for ties so close that the rounding of
     llama.cpp's kernels decides them: these differ for one token and for several.
 
-    Accounts are as of `ask`, and but for the seconds depend on the questions and on `parallel`
-    alone: `kv_bytes` is what the planned `ctx_cells` take. Questions that share a reading all carry
-    its seconds in `prefill_seconds`, and `first_token_seconds` leaves it out;
-    `decode_tokens_per_second` is what one answer got of the batch.
+    Accounts are as of `ask`, and but for the seconds and what recalling moved depend on the
+    questions and on `parallel` alone: `kv_bytes` is what the planned `ctx_cells` take. Questions
+    that share a reading all carry its seconds in `prefill_seconds`, and `first_token_seconds`
+    leaves it out; `decode_tokens_per_second` is what one answer got of the batch.
 
     Args:
         questions: all of them, also those already answered: cells are planned for all.
@@ -128,6 +129,8 @@ def answer(
         try:
             together.run(questions, read_once, answered)
         finally:
+            if engine._owner:
+                engine._owner.forget_parked()
             engine._owner = None
         return together.spent
 
@@ -152,6 +155,7 @@ class _Planned:
     before: Tokens
     prompt: Prompt
     asked: bool
+    recalls: bool
     compact: bool
     kept: int
 
@@ -234,7 +238,9 @@ class _Together:
         for (system, _), alike in kinds.items():
             waiting = [planned for planned in alike if planned.index not in answered]
             conversation = Conversation(self.engine, document=self.document, system=system)
-            if alike[0].asked:
+            if alike[0].recalls:
+                self._answer_recalling(conversation, alike, waiting)
+            elif alike[0].asked:
                 for planned in waiting:
                     self._answer(conversation, [planned], [planned])
             elif waiting:
@@ -249,11 +255,19 @@ class _Together:
             question.text, system=question.system, document=bool(self.document)
         )
         prompt, tokens = len(opening.after), len(opening.before) + len(self.tokens)
-        asked = engine.policy.needs.queries and not read_once
+        recalls = engine.settings.recall != "off"
+        asked = engine.policy.needs.queries and not read_once and not recalls
         plan = engine.plan(tokens, prompt, prompt + question.max_tokens, asked=asked)
         asked = asked and any(block.evicts for block in plan.budget.blocks)
         return _Planned(
-            index, question, opening.before, opening.after, asked, plan.compact, plan.budget.kept
+            index,
+            question,
+            opening.before,
+            opening.after,
+            asked,
+            recalls and not plan.budget.keeps_all,
+            plan.compact,
+            plan.budget.kept,
         )
 
     def _answer(
@@ -261,6 +275,31 @@ class _Together:
     ) -> None:
         """Reads, then answers all that are waiting; cells are planned for all that are alike."""
         cells, began = self._places(alike), time.perf_counter()
+        if self._is_ready(conversation, waiting, cells):
+            self._generate(conversation, waiting, len(cells), began if waiting[0].asked else None)
+
+    def _answer_recalling(
+        self, conversation: Conversation, alike: list[_Planned], waiting: list[_Planned]
+    ) -> None:
+        """Reads once; then each question recalls its own tokens and is answered alone."""
+        cells = [max(planned.cells for planned in alike)]
+        if not waiting or not self._is_ready(conversation, waiting, cells):
+            return
+        for planned in waiting:
+            began = time.perf_counter()
+            try:
+                conversation.recall_for(planned.prompt)
+            except Cancelled:
+                raise
+            except Exception as error:
+                self.on_reply(planned.index, error)
+                continue
+            self._generate(conversation, [planned], 1, began)
+
+    def _is_ready(
+        self, conversation: Conversation, waiting: list[_Planned], cells: list[int]
+    ) -> bool:
+        """Whether the document could be read; where not, the error is everyone's answer."""
         try:
             self._make_ready(conversation, waiting[0], cells)
         except Cancelled:
@@ -268,8 +307,8 @@ class _Together:
         except Exception as error:
             for planned in waiting:
                 self.on_reply(planned.index, error)
-            return
-        self._generate(conversation, waiting, len(cells), began if waiting[0].asked else None)
+            return False
+        return True
 
     def _places(self, alike: list[_Planned]) -> list[int]:
         """For each answer under way the cells it may need: the largest there are, in that order.
@@ -301,6 +340,8 @@ class _Together:
         if engine.options.sequences >= needed:
             return
         engine.options = replace(engine.options, sequences=needed)
+        if engine._owner:
+            engine._owner.forget_parked()
         if engine._context:
             engine._context.close()
             engine._context = engine._owner = None

@@ -13,26 +13,25 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import LOW_RATIO, Account, Budget, check_settings, largest_ratio
+from laserkv_gguf.budget import LOW_RATIO, Account, Budget, check_settings, largest_ratio_that
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama import rope, trial
+from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate, Opening, Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model, PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.recall import Recalled, Recaller, RecallSettings, warm_up
 from laserkv_gguf.timings import STEPS
-
-if TYPE_CHECKING:
-    from laserkv_gguf.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +58,10 @@ class Settings:
         positions: "original", "compact", or "auto": compact only beyond the trained context.
         scoring: where attention is computed: "host", or "device": where the cache is.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
+        recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
+            of the document for every question of a conversation; "off" to lose them.
+        recall_mode, recall_file, recall_bits, recall_shortlist, recall_share, recall_first: see
+            `recall.RecallSettings`.
     """
 
     policy: str = "laser"
@@ -74,6 +77,25 @@ class Settings:
     positions: str = "auto"
     scoring: str = "host"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+    recall: str = "off"
+    recall_mode: str | None = None
+    recall_file: str | None = None
+    recall_bits: int = 128
+    recall_shortlist: float = 2.0
+    recall_share: str = "all"
+    recall_first: str = "keydiff"
+
+    @property
+    def recalling(self) -> RecallSettings:
+        return RecallSettings(
+            self.recall,
+            self.recall_mode,
+            self.recall_file,
+            self.recall_bits,
+            self.recall_shortlist,
+            self.recall_share,
+            self.recall_first,
+        )
 
     def check(self) -> None:
         """Refuses unusable values.
@@ -92,6 +114,7 @@ class Settings:
             raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
         if self.scoring not in SCORING:
             raise UserError(f"--scoring {self.scoring} is unknown; use {', '.join(SCORING)}")
+        self.recalling.check()
 
     def make_policy(self, seed: int) -> policies.Policy:
         given = {
@@ -170,6 +193,7 @@ class LaserKV:
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._reader: Reader | None = None
+        self._format: rows.Format | None = None  # of parked rows, once it has been tried
         self._lock = threading.Lock()
         # The answer that holds the lock; weakly, so that one nobody reads on ends by itself.
         self._active: weakref.ref[Answer] | None = None
@@ -185,8 +209,9 @@ class LaserKV:
                 f"{self.options.batch_size} it is decoded in; "
                 f"use -b {settings.block_size}, or --block-size {self.options.batch_size}"
             )
-        self.policy = settings.make_policy(self.seed)
-        self.settings = settings
+        policy = settings.make_policy(self.seed)
+        settings.recalling.check_policy(policy)
+        self.policy, self.settings = policy, settings
 
     def configure(self, **changes: Any) -> None:
         """Changes settings; what was read stays readable only in the answers already given.
@@ -198,6 +223,8 @@ class LaserKV:
         """
         with self._alone():
             self._use(replace(self.settings, **changes))
+            if self._owner:
+                self._owner.forget_parked()
             self._reader = self._owner = None
             if self._warming:
                 self._warming.join()
@@ -207,6 +234,8 @@ class LaserKV:
         """Frees the context, and the model if it was loaded here."""
         if self._warming:
             self._warming.join()
+        if self._owner:
+            self._owner.forget_parked()
         if self._context:
             self._context.close()
             self._context = self._reader = self._owner = None
@@ -323,9 +352,7 @@ class LaserKV:
             self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
         )
         conversation.goes_on = False
-        return Answer(
-            conversation, lambda reply: conversation.first_turn(question, reply, on_progress)
-        )
+        return conversation.begin(question, on_progress=on_progress)
 
     def conversation(
         self,
@@ -335,10 +362,12 @@ class LaserKV:
         system: str | None = None,
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
-    ) -> Talk:
+    ) -> Conversation:
         """A conversation about a document, or several. One lives in the engine at a time.
 
-        It has no end: what was said is compressed when it outgrows the cache (see `talk`).
+        It has no end: what was said is compressed when it outgrows the cache (see `talk.Talk`).
+        With recall on every question recalls its own tokens of the documents instead, and the
+        conversation ends when the cells are full.
 
         Args:
             document: text to talk about; None for none.
@@ -350,8 +379,19 @@ class LaserKV:
         Raises:
             UserError: max_tokens below 1.
         """
+        from laserkv_gguf.llama.chat import SEPARATOR
         from laserkv_gguf.talk import Talk
 
+        if self.settings.recall != "off":
+            texts = [] if document is None else [document]
+            texts += (documents or {}).values()
+            return Conversation(
+                self,
+                document=SEPARATOR.join(texts) if texts else None,
+                system=system,
+                sampling=sampling,
+                max_tokens=max_tokens,
+            )
         return Talk(
             self,
             document=document,
@@ -363,6 +403,14 @@ class LaserKV:
 
     # what a run needs
 
+    def budget(self, tokens: int, protected: int = 0) -> Budget:
+        """What of so many tokens is kept, at the settings' ratio."""
+        settings = self.settings
+        budget = self.policy.budget(
+            tokens, settings.block_size, settings.ratio, settings.protection_divisor
+        )
+        return replace(budget, protected=protected)
+
     def plan(
         self,
         tokens: int,
@@ -372,6 +420,8 @@ class LaserKV:
         asked: bool = True,
         beside: int = 0,
         protected: int = 0,
+        budget: Budget | None = None,
+        compact: bool | None = None,
     ) -> _Plan:
         """What a run needs; nothing is made.
 
@@ -382,6 +432,7 @@ class LaserKV:
             asked: whether the question is known while reading.
             beside: cells for answers to other questions, generated at the same time.
             protected: first tokens that stay whole (a system prompt).
+            budget, compact: of a document that was read before; None for what the settings say.
 
         Returns:
             The budget, the cells, and whether positions are compacted.
@@ -395,6 +446,12 @@ class LaserKV:
         def make(*shape: Any) -> Budget:
             return replace(self.policy.budget(*shape), protected=protected)
 
+        def needed(budget: Budget) -> int:
+            return max(
+                0 if read else budget.cells(probing, drafts, reply),
+                budget.kept + self.recall_cells(budget) + reply,
+            )
+
         if prompt > settings.block_size:
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
@@ -403,28 +460,27 @@ class LaserKV:
         probing = prompt if asked and self.policy.needs.queries else 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         drafts = lookahead if probing else 0
-        budget = make(
-            tokens,
-            settings.block_size,
-            self._ratio(tokens, probing, drafts, reply, make)
-            if self.fills_cells
-            else settings.ratio,
-            settings.protection_divisor,
-        )
-        cells = budget.cells(probing, drafts, reply)
-        compact = self._compacts(budget, tokens + reply)
+        read = budget is not None
+        if budget is None and self.fills_cells:
+            budget = make(
+                tokens,
+                settings.block_size,
+                self._ratio(tokens, reply, needed, make),
+                settings.protection_divisor,
+            )
+        budget = budget or self.budget(tokens, protected)
+        cells = needed(budget)
+        if compact is None:
+            compact = self._compacts(budget, tokens + reply)
         if compact:
             rope.check(self.model, self.options)
         if compact and cells > self.model.trained_context:
-            most = largest_ratio(
+            most = largest_ratio_that(
+                lambda budget: needed(budget) <= self.model.trained_context,
                 tokens,
                 settings.block_size,
                 settings.protection_divisor,
-                self.model.trained_context,
-                prompt=probing,
-                drafts=drafts,
-                reply=reply,
-                make=make,
+                make,
             )
             if most:
                 remedy = f"use --ratio {most:g} or less"
@@ -455,13 +511,24 @@ class LaserKV:
         beside: int = 0,
         protected: int = 0,
         whole: bool = False,
+        budget: Budget | None = None,
+        compact: bool | None = None,
     ) -> _Run:
         """Plans a run and makes its reader; arguments and errors as of `plan`.
 
         Args:
             whole: with cells for all tokens beside the reply, if --ctx-size has them.
         """
-        plan = self.plan(tokens, prompt, reply, asked=asked, beside=beside, protected=protected)
+        plan = self.plan(
+            tokens,
+            prompt,
+            reply,
+            asked=asked,
+            beside=beside,
+            protected=protected,
+            budget=budget,
+            compact=compact,
+        )
         budget, cells, compact = plan.budget, plan.cells, plan.compact
         if whole and tokens + reply <= (self.ctx_size or tokens + reply):
             cells = max(cells, tokens + reply)
@@ -479,24 +546,20 @@ class LaserKV:
     def _ratio(
         self,
         tokens: int,
-        probing: int,
-        drafts: int,
         reply: int,
+        needed: Callable[[Budget], int],
         make: Callable[[int, int, float, int], Budget],
     ) -> float:
         """The largest ratio whose run fits --ctx-size; the least there is where none does."""
         cells, settings = self.ctx_size or 0, self.settings
         if settings.positions != "original" and tokens + reply > self.model.trained_context > 0:
             cells = min(cells, self.model.trained_context)
-        ratio = largest_ratio(
+        ratio = largest_ratio_that(
+            lambda budget: needed(budget) <= cells,
             tokens,
             settings.block_size,
             settings.protection_divisor,
-            cells,
-            prompt=probing,
-            drafts=drafts,
-            reply=reply,
-            make=make,
+            make,
         )
         if 0 < ratio < LOW_RATIO:
             log.warning(
@@ -520,6 +583,8 @@ class LaserKV:
         """Compiles the policy's kernels while the first block is decoded."""
         try:
             self.policy.warm_up()
+            if self.settings.recalling.votes_for(self.policy):
+                warm_up()
         except Exception as error:  # the block loop will meet it too, and say so
             log.debug("cannot compile ahead: %s", error)
 
@@ -535,7 +600,7 @@ class LaserKV:
                 self._context.close()
                 self._context = self._owner = None
             self._context = Context(self.model, cells, self.options)
-            self._reader = None
+            self._reader = self._format = None
         self._context.resume()
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
@@ -548,6 +613,68 @@ class LaserKV:
                 scoring=self.settings.scoring,
             )
         return self._reader
+
+    def recall_cells(self, budget: Budget) -> int:
+        """Cells beside what is kept and the conversation that recalling needs; 0 without."""
+        if self.settings.recall == "off" or budget.keeps_all:
+            return 0
+        _, lookahead, _ = self._probe.completed(self.policy.needs)
+        mode = self.settings.recalling.mode_for(self.policy)
+        return Recaller.cells(budget, mode) - budget.kept + lookahead
+
+    def recaller(self, run: _Run) -> Recaller | None:
+        """What parks and recalls the document of a run; None without recall, or nothing to recall.
+
+        The context is empty afterwards.
+
+        Raises:
+            UserError: neither memory nor disk hold the rows, or they cannot be compacted.
+        """
+        if self.settings.recall == "off" or run.budget.keeps_all:
+            return None
+        run.reader.forget()
+        try:
+            form = self.row_format(run.reader.context)
+        except rows.FormatError as error:
+            log.warning("recall is off: %s; evicted tokens are lost", error)
+            return None
+        return Recaller(run.reader, run.budget, form, self.settings.recalling)
+
+    def row_format(self, context: Context) -> rows.Format:
+        """The form of the context's rows, tried once.
+
+        Raises:
+            FormatError: llama.cpp's state is not what `llama.rows` knows.
+        """
+        self._format = self._format or rows.check(context)
+        return self._format
+
+    def turn_recall_on(self, saved: Mapping[str, Any]) -> None:
+        """Recalls from now on, as a saved document's settings have it, unless it does already.
+
+        Raises:
+            UserError: not with this policy.
+        """
+        if self.settings.recall == "off":
+            names = ("recall_mode", "recall_bits", "recall_shortlist", "recall_share")
+            settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
+            settings.recalling.check_policy(self.policy)
+            self.settings = settings
+
+    def load(
+        self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
+    ) -> Conversation:
+        """A conversation about a document that `Conversation.save` wrote; see `saved_document`."""
+        from laserkv_gguf import saved_document
+
+        return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
+
+    def first_reader(self, run: _Run) -> Reader:
+        """The reader of a document before there is a question, where recall comes later."""
+        if self.policy.needs.recall:
+            return run.reader
+        policy = policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
+        return Reader(run.reader.context, policy, self._probe, compact=run.compact)
 
     @property
     def context(self) -> Context | None:
@@ -577,12 +704,14 @@ class _Run:
 class Answer:
     """Pieces of an answer as they come; `reply` is complete when the iterator ends.
 
+    `conversation` is the one it belongs to.
+
     An answer that is not read to its end is dropped with its question when it is closed, when the
     same thread asks the next one, or at the end of a `with` block. Until then other threads wait.
     """
 
     def __init__(self, conversation: Conversation, start: Callable[[Reply], Iterator[str]]) -> None:
-        self.reply = Reply()
+        self.conversation, self.reply = conversation, Reply()
         self.thread = 0
         self._pieces = self._run(conversation.engine, start)
 
@@ -625,6 +754,8 @@ class Conversation:
         plain: read and ask without the chat template.
     """
 
+    recalls: ClassVar[bool] = True  # where the engine's settings say so
+
     def __init__(
         self,
         engine: LaserKV,
@@ -652,6 +783,8 @@ class Conversation:
         self._document_tokens = None if isinstance(document, str | None) else document
         self._unread = False  # the document is left out, because reading it was stopped
         self._protected = 0  # first tokens that reading never evicts: the system prompt
+        self._recaller: Recaller | None = None
+        self._recalled: Recalled | None = None  # for the last question
 
     # reading
 
@@ -743,20 +876,20 @@ class Conversation:
     def _read_unasked(self) -> Reading:
         return self._read(*self._wanted(None), None)
 
-    def _room(self, tokens: int) -> int:
-        """Cells for the turns: what --ctx-size leaves, else enough for a few."""
+    def _room(self, tokens: int, budget: Budget | None = None) -> int:
+        """Cells for the turns: what --ctx-size leaves, else enough for a few.
+
+        Args:
+            tokens: of the document and what stands before it.
+            budget: what was kept of them, where they were read before.
+        """
         engine = self.engine
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
-        if engine.fills_cells and engine.ctx_size is not None:
+        if budget is None and engine.fills_cells and engine.ctx_size is not None:
             # what is kept will take the rest
             return max(self.max_tokens, min(room, engine.ctx_size // 4))
-        budget = engine.policy.budget(
-            tokens,
-            engine.settings.block_size,
-            engine.settings.ratio,
-            engine.settings.protection_divisor,
-        )
-        kept = replace(budget, protected=self._protected).kept
+        budget = budget or engine.budget(tokens, self._protected)
+        kept = budget.kept + engine.recall_cells(budget)
         if engine.ctx_size is not None:
             return max(self.max_tokens, engine.ctx_size - kept)
         limit = engine.model.trained_context - kept
@@ -778,6 +911,9 @@ class Conversation:
     ) -> Reading:
         engine = self.engine
         self.reading, self.turns, self._pending = None, 0, []
+        self.forget_parked()
+        if engine._owner:
+            engine._owner.forget_parked()
         engine._owner = None
         prompt = 0 if question is None else len(question)
         run = engine.prepare(
@@ -789,15 +925,31 @@ class Conversation:
             protected=self._protected,
             whole=whole,
         )
-        whole = whole and run.reader.context.cells >= len(tokens) + reply
-        reading = run.reader.read(
-            tokens, run.budget, question, on_progress=on_progress, whole=whole
-        )
-        self._run, self.reading, engine._owner = run, reading, self
+        recaller = engine.recaller(run) if self.recalls else None
+        whole = whole and not recaller and run.reader.context.cells >= len(tokens) + reply
+        reader = engine.first_reader(run) if recaller and question is None else run.reader
+        park = partial(recaller.park, reader=reader) if recaller else None
+        try:
+            reading = reader.read(
+                tokens, run.budget, question, on_progress=on_progress, whole=whole, park=park
+            )
+            if recaller:
+                recaller.settle(reading)
+        except BaseException:
+            if recaller:
+                recaller.close()
+            raise
+        self._recaller, self._run, self.reading, engine._owner = recaller, run, reading, self
         self._position, self._used = reading.next_position, len(reading.kept)
         return reading
 
     # turns
+
+    def begin(
+        self, question: str, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Answer:
+        """The first turn: reads with the question in mind and answers it."""
+        return Answer(self, lambda reply: self.first_turn(question, reply, on_progress))
 
     def first_turn(
         self,
@@ -825,7 +977,62 @@ class Conversation:
         if self.reading is None:
             self._read_unasked()
         self._check_owner()
+        self._recall(self._prompt(question))
         yield from self._answer(self._prompt(question), reply, started)
+
+    def recall(self, question: str) -> Recalled | None:
+        """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
+
+        The conversation so far stays as it is. The document must have been read, or is read now.
+
+        Returns:
+            What was moved; None without recall, or where everything is in the cache anyway.
+        """
+        with self.engine._alone():
+            if self.reading is None:
+                self._read_unasked()
+            self._check_owner()
+            self._recall(self._prompt(question))
+            return self._recalled
+
+    def recall_for(self, asked: Prompt) -> None:
+        """As if nothing had been asked or recalled since the document was read."""
+        if self._recaller and self.reading:
+            self._recaller.begin_again()
+            self._used += len(self._recaller.kept) - len(self.reading.kept)
+            self.reading.kept = self._recaller.kept
+        self._recall(asked)
+
+    def _recall(self, asked: Prompt) -> None:
+        self._recalled = None
+        if self._recaller is None or self.reading is None:
+            return
+        pending = np.array(self._pending, np.int32)
+        asked = Prompt(np.concatenate((pending, asked.tokens)), asked.ending)
+        recalled = self._recaller.recall(asked, self._position, self._used)
+        self._used += len(recalled.kept) - len(self.reading.kept)
+        self.reading.kept, self._recalled = recalled.kept, recalled
+
+    def save(self, path: str | Path) -> int:
+        """Writes the document as it was read, to be loaded in seconds; see `saved_document`."""
+        from laserkv_gguf import saved_document
+
+        return saved_document.save(self, path)
+
+    def _adopt(self, run: _Run, reading: Reading, recaller: Recaller | None) -> None:
+        """Takes over a document that lies in the context already."""
+        head = len(self.engine.template.opening("", system=self.system).before)
+        self._document_tokens = reading.tokens[head:]
+        self.document = self.engine.model.text(self._document_tokens)
+        self._recaller, self._run, self.reading = recaller, run, reading
+        self._position, self._used = reading.next_position, len(reading.kept)
+        self.engine._owner = self
+
+    def forget_parked(self) -> None:
+        """Gives back the memory or file of parked rows; nothing can be recalled afterwards."""
+        if self._recaller:
+            self._recaller.close()
+        self._recaller = None
 
     def _check_owner(self) -> None:
         """Refuses to go on in cells that hold something else by now."""
@@ -1011,6 +1218,15 @@ class Conversation:
             scoring=run.reader.scoring,
             kept_per_block=reading.kept_per_block,
         )
+        if self._recaller:
+            reply.account.recall = self._recaller.store.kind
+            reply.account.recall_mode = self._recaller.mode
+            reply.account.parked_tokens = self._recaller.store.parked
+            reply.account.parked_bytes = self._recaller.bytes
+        if self._recalled:
+            reply.account.recalled_tokens = self._recalled.moved_in
+            reply.account.recall_calls = self._recalled.state_calls
+            reply.account.recall_seconds = self._recalled.seconds
 
     def reset(self) -> None:
         """Forgets the turns; the document stays as it was read."""
@@ -1026,6 +1242,7 @@ class Conversation:
         """Goes on without the document until `read` is called; nothing of it is in the cache."""
         self.reading, self.turns, self._pending = None, 0, []
         self._unread = True
+        self.forget_parked()
 
     @property
     def _owns_cells(self) -> bool:

@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,8 @@ class Talk(Conversation):
         system: system prompt; never compressed.
         max_tokens: of one answer.
     """
+
+    recalls: ClassVar[bool] = False  # the ledger knows nothing of tokens that come and go
 
     def __init__(
         self,
@@ -141,6 +144,13 @@ class Talk(Conversation):
             number = self.ledger.new(segment)
             self.ledger.append(number, reading.kept[inside] - start, position[inside])
         return reading
+
+    def save(self, path: str | Path) -> int:
+        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes."""
+        from laserkv_gguf import saved_talk
+
+        saved_talk.save(self, path)
+        return Path(path).stat().st_size
 
     def without_document(self) -> None:
         super().without_document()

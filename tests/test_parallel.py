@@ -89,6 +89,30 @@ def counts(account: Account) -> dict[str, Any]:
     return {key: value for key, value in account.as_dict().items() if "second" not in key}
 
 
+@pytest.mark.parametrize("mode", ["replay", "shortlist"])
+def test_recall_reads_once_and_asks_each_question_anew(mode: str, loaded: Loaded) -> None:
+    """As a conversation of its own for every question, whatever was asked before."""
+    questions = QUESTIONS[:4]
+    with loaded.engine(recall="ram", recall_mode=mode) as engine:
+        expected = []
+        for question in questions:
+            talk = engine.conversation(document=DOCUMENT, max_tokens=question.max_tokens)
+            talk.read()
+            expected.append(turn(talk, question.text))
+        again = answered(engine, questions, answered={0, 2})
+        answers = answered(engine, questions, parallel=3)
+    assert answers.spent.readings == 1
+    assert answers.tokens == [reply.tokens for reply in expected]
+    assert again.tokens == [expected[1].tokens, expected[3].tokens]
+    for index, reply in enumerate(expected):
+        account = answers[index].account
+        assert account.recall == "ram"
+        assert account.parked_tokens == account.document_tokens
+        assert account.kept_tokens == reply.account.kept_tokens
+        assert account.recalled_tokens > 0
+        assert account.recall_seconds > 0
+
+
 # ---- the same answers --------------------------------------------------------------------------
 
 

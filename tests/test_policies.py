@@ -93,17 +93,14 @@ def test_options() -> None:
         policies.parse("exact", ["alpha=0.5"])  # its alpha is what it is
 
 
-def test_infllm_says_what_it_waits_for() -> None:
-    with pytest.raises(UserError, match="recall"):
-        policies.make("infllm")
-
-
-@pytest.mark.parametrize("name", sorted(set(policies.available()) - {"infllm"}))
+@pytest.mark.parametrize("name", sorted(policies.available()))
 @pytest.mark.parametrize("asked", [True, False], ids=["asked", "unasked"])
 def test_every_policy_answers_at_its_budget(name: str, asked: bool, tmp_path: Path) -> None:
     """Through the whole engine: kept is what the budget says, and the cache holds just that."""
     options = ContextOptions(128, 64, threads=1)
-    with LaserKV(make(tmp_path).path, policy=name, block_size=64, ratio=0.4, context=options) as e:
+    settings = {"recall": "ram"} if policies.find(name).needs.recall else {}
+    settings |= {"policy": name, "block_size": 64, "ratio": 0.4}
+    with LaserKV(make(tmp_path).path, context=options, **settings) as e:
         talk = e.conversation(document=DOCUMENT, max_tokens=4)
         reading = talk.read(question="why?" if asked else None)
         if policies.find(name).flexible:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from itertools import chain
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 from typer import Option
 
@@ -30,6 +30,14 @@ def ask(
         Optional[str],  # noqa: UP045
         Option("-sys", "--system", help="System prompt."),
     ] = None,
+    save: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--save", help="Keep the read document in this file, for --load."),
+    ] = None,
+    load: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--load", help="A document that --save kept, instead of --document."),
+    ] = None,
     as_json: Annotated[
         bool, Option("--json", help="Print one object: answer, finish_reason, account.")
     ] = False,
@@ -37,19 +45,30 @@ def ask(
     """Ask one question, about documents of any length or none."""
     if not question or not question.strip():
         raise UserError('no question; use --question "…"')
+    if load and (document or system):
+        raise UserError("--load brings its own document and system prompt; leave the others out")
+    if save and not (document or load):
+        raise UserError("--save keeps a read document; give one with --document")
     text = documents.load(document or [])
+    _prepare_saved(options, save, load)
     bar = terminal.ReadingBar()
     with options.engine() as engine:
+        answer_with: dict[str, Any] = {
+            "max_tokens": sampling.predict,
+            "sampling": sampling.sampling(options.seed),
+        }
         try:
             with bar.shown() as on_progress:
-                stream = engine.stream(
-                    question,
-                    document=text,
-                    system=system,
-                    max_tokens=sampling.predict,
-                    sampling=sampling.sampling(options.seed),
-                    on_progress=on_progress,
-                )
+                if load:
+                    stream = engine.load(load, **answer_with).ask(question)
+                else:
+                    stream = engine.stream(
+                        question,
+                        document=text,
+                        system=system,
+                        on_progress=on_progress,
+                        **answer_with,
+                    )
                 first = next(iter(stream), "")
             for piece in chain([first], stream):
                 if not as_json:
@@ -61,6 +80,8 @@ def ask(
                 print(flush=True)
             raise
         reply = stream.reply
+        if save:
+            stream.conversation.save(save)
     if as_json:
         answer = {"answer": reply.text, "finish_reason": reply.finish_reason}
         print(json.dumps({**answer, "account": reply.account.as_dict()}, ensure_ascii=False))
@@ -68,3 +89,15 @@ def ask(
     print(flush=True)
     if sys.stderr.isatty():
         terminal.dim(terminal.account_line(reply.account))
+
+
+def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -> None:
+    """Refuses files that cannot be written or read before anything long is done."""
+    if not (save or load):
+        return
+    from laserkv_gguf import saved_document
+
+    if save:
+        saved_document.check_target(save)
+    if load:
+        options.take_over(saved_document.settings(load))

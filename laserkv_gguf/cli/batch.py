@@ -153,11 +153,13 @@ def _identity(
     model = models.find(options.model)
     check_file(model)
     names = ("cache_type_k", "cache_type_v", "flash_attn", "seed")
+    settings = {**options.settings(), "recall": options.recall != "off"}
+    del settings["recall_file"]
     return {
         "input": questions,
         "document": document and digest_of(document),
         "model": fingerprint(model),
-        **options.settings(),
+        **settings,
         **{name: getattr(options, name) for name in names},
         **asdict(sampling),
         "system": system,

@@ -69,6 +69,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure speed and memory of policies against the full cache, in the same run."""
+    options.refuse_recall("bench", "ask with it")
     from laserkv_gguf import models
     from laserkv_gguf.benchmark import report
     from laserkv_gguf.benchmark.plan import Benchmark, Plan

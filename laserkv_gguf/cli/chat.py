@@ -46,10 +46,14 @@ def chat(
     """Talk with a model, about documents of any length or none; /help lists its commands."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
+    options.refuse_recall("chat", "use batch, or ask --save and --load")
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
-        talk = engine.conversation(
+        from laserkv_gguf.talk import Talk
+
+        talk = Talk(
+            engine,
             documents=texts,
             system=system,
             max_tokens=sampling.predict,

@@ -101,6 +101,7 @@ def evaluate(
     from laserkv_gguf.evaluation.runner import Plan, Runner
     from laserkv_gguf.evaluation.samples import Source
 
+    options.refuse_recall("eval", "ask with it")
     preset = presets.PRESETS.get(options.preset or "")
     if preset:
         options = replace(options, preset=None, block_size=options.block_size or preset.block_size)

@@ -119,13 +119,25 @@ class EngineOptions:
         str,
         Option("--scoring", help="host, or device (attention where the cache is: on the GPU)."),
     ] = "host"
+    recall: Annotated[
+        str,
+        Option("--recall", help="ram or disk: park evicted tokens there, choose anew every turn."),
+    ] = "off"
+    recall_mode: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--recall-mode", help="replay (block by block) or shortlist (all at once, faster)."),
+    ] = None
+    recall_file: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--recall-file", help="Where --recall disk parks; else in your cache folder."),
+    ] = None
     debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
 
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
             "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
-            "hash_bits hash_tables positions scoring"
+            "hash_bits hash_tables positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
 
@@ -149,6 +161,28 @@ class EngineOptions:
             "flash_attn": self.flash_attn,
             "threads": self.threads or None,
         }
+
+    def take_over(self, saved: dict[str, Any]) -> None:
+        """Where a flag was left at its default, what a saved document was read with."""
+        names = {"type_k": "cache_type_k", "type_v": "cache_type_v"}
+        for item in fields(self):
+            value = saved.get(
+                {flag: name for name, flag in names.items()}.get(item.name, item.name)
+            )
+            if value is not None and getattr(self, item.name) == item.default:
+                setattr(self, item.name, value)
+        options = saved.get("policy_options") or {}
+        if self.policy == saved.get("policy") and self.policy_option is None:
+            self.policy_option = [f"{key}={value}" for key, value in options.items()]
+
+    def refuse_recall(self, command: str, instead: str) -> None:
+        """For commands that cannot recall.
+
+        Raises:
+            UserError: --recall was given.
+        """
+        if self.recall != "off":
+            raise UserError(f"{command} cannot recall yet: leave --recall out, or {instead}")
 
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.

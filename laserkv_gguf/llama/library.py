@@ -180,6 +180,11 @@ def can_offload() -> bool:
     )
 
 
+def version() -> str:
+    """Which llama.cpp this is, in words."""
+    return f"llama-cpp-python {llama_cpp.__version__}"
+
+
 @cache
 def build_identity() -> str:
     """A digest of the shared libraries and the processor: what a crash depends on."""

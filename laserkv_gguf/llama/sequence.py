@@ -29,7 +29,11 @@ class Sequence:
         self.context, self.number = context, number
 
     def share_with(self, other: Sequence, start: int = -1, end: int = -1) -> None:
-        """Makes cells of this sequence (all, or start … end - 1) belong to `other` too."""
+        """Makes cells of this sequence belong to `other` too; copies nothing.
+
+        Args:
+            start, end: positions, half-open (-1: from the first, to the last).
+        """
         L.llama_memory_seq_cp(self.context.memory, self.number, other.number, start, end)
 
     def remove(self, start: int = -1, end: int = -1) -> None:

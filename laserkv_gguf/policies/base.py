@@ -6,7 +6,7 @@ A policy never touches the engine. It is a frozen dataclass; its fields are its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ class Needs:
         lookahead: tokens drafted after the question that ask along.
         observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
             2404.14469).
+        recall: evicted tokens that can come back (`--recall`), without which it is not the method.
     """
 
     queries: bool = False
@@ -45,6 +46,7 @@ class Needs:
     probe_tokens: int = 0
     lookahead: int = 0
     observation: int = 32
+    recall: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,36 @@ class Policy(ABC):
         Returns:
             `budget` distinct numbers in 0 … count - 1, in any order; fewer if `flexible`.
         """
+
+    # A policy that knows whole documents by units of neighbouring tokens, so that no key need be
+    # looked at again when a question comes, says so here; the others score tokens by their keys.
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a unit; 0 for a policy that keeps no index."""
+        return 0
+
+    def index(self, block: Candidates) -> dict[str, NDArray[Any]]:
+        """What to remember of a block when its tokens are parked.
+
+        Args:
+            block: all of the block's tokens with their keys, and block queries if the policy needs
+                them and the block was read with them.
+
+        Returns:
+            Arrays whose second axis is the block's units: every `unit` tokens from its first one.
+        """
+        raise NotImplementedError
+
+    def look_up(
+        self, queries: NDArray[np.float32], index: Mapping[str, NDArray[Any]]
+    ) -> NDArray[Any]:
+        """Scores (units,) for a question's queries (layers, tokens, heads, head_dim).
+
+        Args:
+            index: what `index` returned for the blocks, one after the other along the second axis.
+        """
+        raise NotImplementedError
 
     def warm_up(self) -> None:
         """Chooses once among next to nothing, so that what Numba must compile is compiled.
