@@ -167,7 +167,7 @@ class Paper:
         room, keys = self.budget.kept - len(ends), self.keys
         for drafts in (0, 2):
             queries = self.queries(asked, self.kept, drafts)
-            votes = pool(self.votes(queries, keys), 7)
+            votes = pool(self.votes(queries, keys), 15)
             spans = [(anchors, end, room)]
             if self.share == "block":
                 spans, left = [], room
