@@ -99,7 +99,7 @@ class RecallSettings:
         if self.where == "off":
             if needs.recall:
                 raise UserError(
-                    f"--policy {name} fetches evicted tokens back for every question; "
+                    f"--policy {name} needs recall: it fetches evicted tokens for every question; "
                     "add --recall ram, or --recall disk"
                 )
             return
