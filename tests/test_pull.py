@@ -206,7 +206,8 @@ def test_a_part_that_is_too_long_is_begun_anew(
 
 
 CHILD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from pathlib import Path
 from laserkv_gguf import models
 from laserkv_gguf.cli.app import run
