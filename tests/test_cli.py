@@ -550,7 +550,7 @@ def test_chat_with_a_first_question(files: Files) -> None:
 
 
 def test_a_full_chat_says_what_to_do(files: Files) -> None:
-    given = fill("chat -m {model} -t 1 -n 100 -c 150", files)
+    given = fill("chat -m {model} -t 1 -n 100 -c 150 --policy full", files)
     result = process(*given, input="one\ntwo\n/reset\none\n")
     assert result.returncode == 0
     assert re.search(r"error: .*150 cells.*/reset.*--ctx-size", result.stderr)
