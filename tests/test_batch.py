@@ -617,15 +617,24 @@ def start():
     finally:
         os._exit(99)
 
-for _ in range(int(kills)):
+killed = finished = 0
+while killed < int(kills):
     child, before = start(), size()
     more = before + dice.choice((0, 1, 1, 1000, 2500))
-    while size() < more and os.waitpid(child, os.WNOHANG)[0] == 0:
+    while size() < more:
         time.sleep(0.0005)
-    time.sleep(dice.random() * dice.choice((0.002, 0.02)))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    print(size() - before, flush=True)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:  # this one was quicker: begin anew
+            assert status == 0
+            finished += 1
+            files[0].rename(f"{out}.{finished}")
+            files[1].unlink()
+            break
+    else:
+        time.sleep(dice.random() * dice.choice((0.002, 0.02)))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        print(size() - before, flush=True)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 """
 
@@ -644,9 +653,10 @@ def test_killed_twenty_times_and_finished(model: Path, folder: Path) -> None:
     result = subprocess.run(driver, capture_output=True, text=True, env=environment(), check=False)
     assert (result.returncode, result.stderr) == (0, "")
     grown = [int(line) for line in result.stdout.split()]
-    assert len(grown) == 20
+    assert len(grown) >= 20
     assert sum(size > 0 for size in grown) >= 5  # it came further, and was killed all the same
-    assert timeless(folder / "out.jsonl") == expected
+    for output in (folder / "out.jsonl", *folder.glob("out.jsonl.[0-9]*")):
+        assert timeless(output) == expected
 
 
 @pytest.fixture
