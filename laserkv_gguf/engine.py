@@ -232,8 +232,9 @@ class Reader:
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
-                with state.timings.spent("evict"):
-                    self._hold(state, block)
+                if not state.last(block) and not budget.keeps_all:
+                    with state.timings.spent("evict"):
+                        self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
                 state.timings.end_block()
         except BaseException:
@@ -517,8 +518,6 @@ class Reader:
 
         In an accumulating run these are the new window's, else those of all that was kept.
         """
-        if state.last(block) or state.budget.keeps_all:
-            return
         start = block.end - state.budget.window if state.budget.accumulates else 0
         held = state.kept[np.searchsorted(state.kept, start) :]
         rows = np.searchsorted(state.held, held)

@@ -257,7 +257,13 @@ class _Together:
         prompt, tokens = len(opening.after), len(opening.before) + len(self.tokens)
         recalls = engine.settings.recall != "off"
         asked = engine.policy.needs.queries and not read_once and not recalls
-        plan = engine.plan(tokens, prompt, prompt + question.max_tokens, asked=asked)
+        plan = engine.plan(
+            tokens,
+            prompt,
+            prompt + question.max_tokens,
+            asked=asked,
+            protected=len(opening.before) if question.system else 0,
+        )
         asked = asked and any(block.evicts for block in plan.budget.blocks)
         return _Planned(
             index,
@@ -324,6 +330,7 @@ class _Together:
     def _make_ready(self, conversation: Conversation, planned: _Planned, cells: list[int]) -> None:
         """Has what belongs to the document in the main sequence, for a question or for all."""
         self._reserve()
+        conversation._protected = len(planned.before) if conversation.system else 0
         reading = conversation._read(
             np.concatenate((planned.before, self.tokens)).astype(np.int32),
             planned.prompt if planned.asked else None,

@@ -199,7 +199,8 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     item = FLOAT if needs.precise else 2
     per_key = header.layers * max(header.kv_heads) * header.key_dim
     per_query = header.layers * header.heads * header.key_dim
-    total = (needs.keys + needs.values) * budget.rows * per_key * item
+    keys = needs.keys or needs.attention
+    total = (keys + needs.values) * budget.rows * per_key * item
     if needs.queries:
         total += (run.asking() + run.drafts) * per_query * FLOAT
     if needs.block_queries:

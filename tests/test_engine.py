@@ -525,7 +525,7 @@ def test_lookahead_probe_sees_question_and_drafts(
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str, Loaded]) -> None:
     """Of a text that says the same again, some stay and some change; `Cache` drafts all anew."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75))
+    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75, pool=7))
     tokens = np.tile(one.tokens[:12], TOKENS // 12)
     budget, settings = Budget(TOKENS, SIZE, RATIO), ProbeSettings(tokens=8, lookahead=16)
     with one.context() as context:

@@ -14,7 +14,7 @@ CODE = """
 import sys
 sys.path.insert(0, {root!r})
 from laserkv_gguf.cli.app import app, run
-names = sorted(command.callback.__name__ for command in app.registered_commands)
+names = sorted(one.name or one.callback.__name__ for one in app.registered_commands)
 for arguments in [["--help"], ["--version"], *([name, "--help"] for name in names)]:
     assert run(arguments) == 0, arguments
     heavy = [name for name in {heavy!r} if name in sys.modules]
