@@ -62,8 +62,25 @@ class Watching(Policy):
     seen: ClassVar[list[tuple[int, Candidates, NDArray[np.int64]]]] = []
     now: ClassVar[Callable[[], int]] = lambda: 0
 
+    def warm_up(self) -> None:
+        """Nothing is to be seen but conversations."""
+
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         chosen = policies.make("laser").select(candidates, budget)
+        self.seen.append((Watching.now(), candidates, np.sort(chosen)))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Looking(Watching):
+    """Asks for no queries."""
+
+    name: ClassVar[str] = "looking"
+    needs: ClassVar[Needs] = Needs(keys=True, precise=True)
+    seen: ClassVar[list[tuple[int, Candidates, NDArray[np.int64]]]] = []
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        chosen = policies.make("keydiff").select(candidates, budget)
         self.seen.append((Watching.now(), candidates, np.sort(chosen)))
         return chosen
 
@@ -167,7 +184,10 @@ def standing_before(decodes: list[Decode]) -> list[int]:
 def test_moved_positions(loaded: Loaded, decodes: list[Decode]) -> None:
     """Logits are the moving NumPy cache's, which keeps the tokens the ledger says are there."""
     cache, read, compared = Cache(loaded), 0, 0  # type: ignore[arg-type]
-    with loaded.engine(ctx_size=300, lookahead=2, positions="compact") as engine:
+    Looking.seen.clear()
+    Watching.now = lambda: len(decodes)
+    policy = f"{__name__}:Looking"
+    with loaded.engine(ctx_size=300, policy=policy, positions="compact") as engine:
         talk = engine.conversation(system=SYSTEM, max_tokens=6)
         talk.read()
         for question in QUESTIONS:
@@ -180,8 +200,13 @@ def test_moved_positions(loaded: Loaded, decodes: list[Decode]) -> None:
             ).tolist()
             assert first + "".join(pieces)
         assert talk.thinnings > 4
-    for decode in decodes:
+    looked = {at: candidates for at, candidates, _ in Looking.seen}
+    for at, decode in enumerate(decodes):
         held = len(decode.before)
+        if at in looked:  # keys where they stand before this turn's eviction
+            rows = looked[at].tokens
+            stand = np.stack([cache.turned(raw[rows], cache.positions[rows]) for raw in cache.raw])
+            assert error(looked[at].keys, stand) < 1e-3
         assert decode.before == list(range(held)) == list(range(decode.start))
         if decode.held:
             assert len(decode.held) == held
@@ -192,10 +217,23 @@ def test_moved_positions(loaded: Loaded, decodes: list[Decode]) -> None:
             assert error(decode.logits, logits[-1]) < 1e-3  # keys are turned again and again
             compared += 1
     assert compared == 6 * len(QUESTIONS)
+    assert len(looked) > 4
 
 
-@pytest.mark.parametrize("policy", ["laser", "streamingllm", "h2o", "lagkv", "random"])
-@pytest.mark.parametrize("positions", ["auto", "original"])
+def test_more_cells_than_positions(short: Loaded) -> None:
+    """What the model was trained for is all there is."""
+    with short.engine(ctx_size=900) as engine:
+        talk = engine.conversation(max_tokens=300)
+        for question in QUESTIONS:
+            assert len(turn(talk, question).tokens) > 150
+            assert Sequence(engine._context, MAIN).last < SHORT.ctx_train
+        assert talk.thinnings > 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "positions"),
+    [("laser", "auto"), ("laser", "original"), ("h2o", "auto"), ("lagkv", "auto")],
+)
 def test_a_hundred_turns(policy: str, positions: str, short: Loaded) -> None:
     """One context, never more cells than it has, and the positions that the model knows."""
     with short.engine(policy=policy, ctx_size=256, positions=positions) as engine:
@@ -329,12 +367,13 @@ def test_stored_rows_are_what_was_captured(
     options = replace(OPTIONS, type_k=kind, type_v=kind, flash_attn=flash)
     tokens = np.arange(40, dtype=np.int32) + 5
     with one.model, Context(one.model, 256, options) as context:
-        keys, values = context.probe.new("keys", 40), context.probe.new("values", 40)
-        with context.probe.armed(keys=(keys, 0), values=(values, 0)):
+        keys, values = context.probe.new("keys", 44), context.probe.new("values", 44)
+        with context.probe.armed(keys=(keys[:, :40], 0), values=(values[:, :40], 0)):
             context.decode(tokens, 0, MAIN)
         Sequence(context, MAIN).remove(3, 9)
-        context.decode(tokens[:4], 40, MAIN)  # goes into the hole: cells are out of order
-        wanted = np.array([0, 2, 11, 12, 30])
+        with context.probe.armed(keys=(keys[:, 40:], 0), values=(values[:, 40:], 0)):
+            context.decode(tokens[:4], 40, MAIN)  # goes into the hole: cells are out of order
+        wanted = np.array([0, 2, 11, 12, 30, 41, 43])
         found = stored.read(context, MAIN, wanted)
         assert found.positions.tolist() == wanted.tolist()
         assert error(found.keys, keys[:, wanted]) < tolerance
@@ -552,14 +591,14 @@ def test_the_context_grows_for_a_document(loaded: Loaded) -> None:
         before = engine._context
         assert before is not None
         cells = before.cells
-        talk.add("long.txt", OTHER * 6)
+        talk.add("long.txt", OTHER * 5)
         assert engine._context is not None
         assert engine._context.cells > cells
         grown = turn(talk, "two?").tokens
-    with loaded.engine(policy="full", ctx_size=8192) as engine:
+    with loaded.engine(policy="full", ctx_size=4096) as engine:
         talk = engine.conversation(max_tokens=6)
         assert turn(talk, "one?").tokens == first
-        talk.add("long.txt", OTHER * 6)
+        talk.add("long.txt", OTHER * 5)
         assert turn(talk, "two?").tokens == grown
 
 
