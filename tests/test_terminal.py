@@ -22,7 +22,7 @@ pyte: Any = pytest.importorskip("pyte")
 pytest.importorskip("llama_cpp")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS, COLUMNS = 100, 130
+ROWS, COLUMNS = 200, 140
 PATIENCE = 60.0  # for what takes a second on an idle machine
 CTRL_C, CTRL_D = "\x03", "\x04"
 CHATML = (
