@@ -22,6 +22,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.timings import OVERHEAD
 
 MIN_DIVISOR = 3
+RATIO = 0.25  # kept where nobody says otherwise, as in the paper
 LOW_RATIO = 0.05  # below this answers suffer
 
 
@@ -101,7 +102,7 @@ class Budget:
 
     tokens: int
     block_size: int = 4096
-    ratio: float = 0.25
+    ratio: float = RATIO
     divisor: int = 4
     shape: str = "accumulating"
     sinks: int = 0

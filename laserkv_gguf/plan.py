@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from laserkv_gguf.budget import LOW_RATIO, Budget, largest_ratio_that
+from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, largest_ratio_that
 from laserkv_gguf.header import Header
 from laserkv_gguf.policies import Policy
 
@@ -18,7 +18,6 @@ PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
 QUESTION = 64  # tokens of a question with the template around it, where nobody says
 ENDING = 5  # tokens of the template after a question: Llama 3's
-RATIO = 0.25
 ENDLESS = 1 << 26  # tokens nobody has
 FLOAT = 4
 

@@ -21,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import LOW_RATIO, Account, Budget, check_settings, largest_ratio_that
+from laserkv_gguf.budget import (
+    LOW_RATIO,
+    RATIO,
+    Account,
+    Budget,
+    check_settings,
+    largest_ratio_that,
+)
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import rope, rows, trial
@@ -65,7 +72,7 @@ class Settings:
     """
 
     policy: str = "laser"
-    ratio: float = 0.25
+    ratio: float = RATIO
     block_size: int = 4096
     protection_divisor: int = 4
     alpha: float | None = None
@@ -853,9 +860,7 @@ class Conversation:
             settings = replace(self.engine.settings, ratio=ratio)
             settings.check()
             self.engine.settings = settings
-            budget = self.engine.policy.budget(
-                len(self.reading.tokens), settings.block_size, ratio, settings.protection_divisor
-            )
+            budget = self.engine.budget(len(self.reading.tokens), self._protected)
             self.reading = self._run.reader.choose_again(budget)
             self._run = replace(self._run, budget=budget)
             self.turns, self._pending = 0, []

@@ -140,6 +140,12 @@ REFUSED = {
     "bench ratio": ("bench -m {model} --ratios 0.2,2", "--ratio is 2", "at most 1"),
     # settings
     "ratio 0": ("{ask} --ratio 0", "--ratio is 0", "above 0 and at most 1"),
+    "bench ratio 0": ("bench -m {model} --ratio 0", "--ratio is 0", "above 0 and at most 1"),
+    "eval ratio 0": (
+        "eval niah_single_1 -m {model} --ratio 0 --lengths 600 --policies laser -o {folder}/out",
+        "--ratio is 0",
+        "above 0 and at most 1",
+    ),
     "ratio -1": ("{ask} --ratio -1", "--ratio is -1", "above 0 and at most 1"),
     "ratio 1.5": ("{ask} --ratio 1.5", "--ratio is 1.5", "above 0 and at most 1"),
     "ratio nan": ("{ask} --ratio nan", "--ratio is nan", "above 0 and at most 1"),

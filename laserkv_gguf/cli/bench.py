@@ -86,7 +86,7 @@ def bench(
         configurations=tuple(
             replace(options, policy=policy, ratio=ratio).settings()
             for policy in _parts(policies) or [options.policy]
-            for ratio in _numbers("--ratios", ratios, float) or (options.ratio or 0.25,)
+            for ratio in _numbers("--ratios", ratios, float) or (options.known_ratio,)
             if policy != "full"
         ),
         predict=predict,

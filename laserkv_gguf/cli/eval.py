@@ -115,7 +115,7 @@ def evaluate(
     plan = Plan(
         known.find(tasks or (preset.tasks if preset else ())),
         _lengths(lengths) or (preset.lengths if preset else (4096,)),
-        _ratios(ratios) or (preset.ratios if preset else (options.ratio or 0.25,)),
+        _ratios(ratios) or (preset.ratios if preset else (options.known_ratio,)),
         _positive("--samples", count),
         _settings(options, names, preset),
         options.block_size,

@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV, Sampling
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0},
-}
-"""Settings by name; `paper` is LASER-KV as published (arXiv 2602.02199)."""
-
-
 @dataclass
 class EngineOptions:
     """Model, context and compression."""
@@ -133,6 +127,13 @@ class EngineOptions:
     ] = None
     debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
 
+    @property
+    def known_ratio(self) -> float:
+        """The ratio, for commands that do not derive it from --ctx-size."""
+        from laserkv_gguf.budget import RATIO
+
+        return RATIO if self.ratio is None else self.ratio
+
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
@@ -140,13 +141,14 @@ class EngineOptions:
             "hash_bits hash_tables positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
+        from laserkv_gguf.policies.laser import PAPER
 
         settings = {name: getattr(self, name) for name in names.split()}
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
         if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise UserError(f"--preset {self.preset} is unknown; use {' or '.join(PRESETS)}")
-            for name, value in PRESETS[self.preset].items():
+            if self.preset != "paper":
+                raise UserError(f"--preset {self.preset} is unknown; use paper")
+            for name, value in PAPER.items():
                 if settings[name] is None:  # a flag that was given wins
                     settings[name] = value
         return settings
