@@ -26,6 +26,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.trial import extra_buffers_work
+from laserkv_gguf.policies.laser import PAPER
 
 # What each step beyond the paper, and each setting, is worth: one change at a time from `laser` as
 # it was before this table chose its defaults.
@@ -61,7 +62,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "analytic": {"policy_options": {"rule": "analytic"}},
     "residual keydiff": {"policy_options": {"residual": "keydiff"}},
     "residual leverage": {"policy_options": {"residual": "leverage"}},
-    "paper": {"lookahead": 0, "pool": 1, "probe_tokens": 0},
+    "paper": PAPER,
 }
 LABELS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 ASK = "Answer with one word, the name of the place."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.evaluation.background import read_text
+from laserkv_gguf.hub import digest
+from laserkv_gguf.policies.laser import PAPER
 
 if TYPE_CHECKING:
     from laserkv_gguf.evaluation.runner import Plan
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 Figures = Mapping[tuple[str, str, int], float]
 """(task, policy, length) -> accuracy from 0 to 1."""
-
-_PAPER: Mapping[str, Any] = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ _LASER: dict[str, Any] = {
     "ratios": (0.25,),
     "policies": ("full", "laser", "exact", "magicpig", "finch"),
     "settings": {
-        "laser": _PAPER,
-        "exact": _PAPER,
-        "magicpig": _PAPER,
+        "laser": PAPER,
+        "exact": PAPER,
+        "magicpig": PAPER,
         "finch": {"block_size": 1024},
     },
     "claims": (
@@ -102,7 +101,7 @@ def is_expected(preset: Preset, model: Path) -> bool:
             continue
         if entry.size is not None and model.stat().st_size != entry.size:
             continue
-        if entry.sha256 is None or _sha256(model) == entry.sha256:
+        if entry.sha256 is None or digest(model) == entry.sha256:
             return True
     return False
 
@@ -143,14 +142,6 @@ def label(preset: Preset, model: Path, plan: Plan, source: Source, changed: bool
     if reasons:
         return [f"NOT a reproduction of {preset.source}: {'; '.join(reasons)}", *said]
     return [f"reproduction of {preset.source} with a quantised model, {model.name}", *said]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_published(path: Path) -> Figures:

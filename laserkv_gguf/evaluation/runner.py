@@ -111,10 +111,7 @@ class Runner:
         budgets: dict[Budget, float] = {}
         for ratio in self.plan.ratios:
             self._configure(policy, ratio, max(self.plan.lengths))
-            settings = self.engine.settings
-            budget = self.engine.policy.budget(
-                10**6, settings.block_size, ratio, settings.protection_divisor
-            )
+            budget = self.engine.budget(10**6)
             budgets.setdefault(budget, budget.ratio if budget.keeps_all else ratio)
         return list(budgets.values())
 

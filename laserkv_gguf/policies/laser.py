@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
+# LASER-KV as it was published, in the terms of `session.Settings`
+PAPER = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
 RULES = ("fraction", "magicpig", "analytic")
 RESIDUALS = ("lsh", "keydiff", "leverage")
 
