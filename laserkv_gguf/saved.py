@@ -1,6 +1,8 @@
-"""Files that hold a cache: arrays and facts about them, in safetensors, with a digest.
+"""Files that hold a cache: arrays and facts about them, in safetensors, under one digest.
 
-Nothing in such a file is ever executed. It is written beside its name and renamed when it is whole.
+The facts say what the file was made with: it is refused where its digest, the model, the build or
+the cache's types are not the same. Nothing in such a file is ever executed. It is written beside
+its name and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -8,127 +10,269 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 
+from laserkv_gguf import __version__
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.llama import library
+from laserkv_gguf.store import human
+
+if TYPE_CHECKING:
+    from laserkv_gguf.llama.model import Model
+    from laserkv_gguf.session import LaserKV
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_KEY = "laserkv_gguf"
-_ENDS = 1 << 20  # bytes of a model's beginning and end that tell it from others
+DOCUMENT, CONVERSATION = KINDS = ("document", "conversation")
+_FORMAT = "laserkv-gguf {} 2"
+_NO_DIGEST = "0" * 64
+_TYPES = {"int8": "I8", "int32": "I32", "int64": "I64", "uint8": "U8", "uint64": "U64"} | {
+    "float16": "F16",
+    "float32": "F32",
+}
+_CHUNK = 1 << 24
+_SAMPLES, _SAMPLE = 64, 1 << 16  # of a model's file, to tell it from others
 
 
-def write(path: str | Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
-    """Writes a file that `read` takes.
+@dataclass(frozen=True)
+class Tensor:
+    """An array to be written, as the parts it comes in."""
 
-    Args:
-        arrays: by name.
-        metadata: anything JSON can say.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Iterator[NDArray[Any]]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def whole(name: str, array: NDArray[Any]) -> Tensor:
+    """An array in one part."""
+    return Tensor(name, str(array.dtype), array.shape, iter((array,)))
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def check_target(path: str | Path) -> Path:
+    """A path that a file can be written to, before hours are spent on what goes into it.
 
     Raises:
-        UserError: the place cannot be written to. What was there before stays.
-        LaserKVError: the disk is full, or fails.
+        UserError: no such folder, or one that cannot be written to.
     """
-    from safetensors.numpy import save_file
-
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file to write")
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    said = json.dumps(metadata, sort_keys=True)
-    facts = {_KEY: said, "sha256": _digest(arrays, said)}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            save_file(dict(arrays), beside, metadata=facts)
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another place") from error
-    except Exception as error:  # the library's own errors too: a full disk is one of them
-        if _has_no_folder(path):
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}") from error
-        raise LaserKVError(f"cannot write {path}: {error}; nothing was saved") from error
+        raise UserError(f"cannot save to {path}: it is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot save to {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot save to {path}: {path.parent} cannot be written to")
+    return path
 
 
-def _has_no_folder(path: Path) -> bool:
-    return not path.absolute().parent.is_dir()
-
-
-def read(path: str | Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays and metadata of a file that `write` made.
-
-    Raises:
-        UserError: missing, cut short, altered, or something else.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    try:
-        with path.open("rb"):
-            pass
-        with safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"no file at {path}; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the file to load") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is no saved cache, or not all of it: {error}; save it again"
-        ) from error
-    if _KEY not in facts:
-        raise UserError(f"{path} was not saved by laserkv-gguf; name a file that was")
-    if facts.get("sha256") != _digest(arrays, facts[_KEY]):
-        raise UserError(f"{path} was altered since it was saved; save it again")
-    return arrays, json.loads(facts[_KEY])
-
-
-def _digest(arrays: Arrays, said: str) -> str:
-    digest = hashlib.sha256(said.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def model_identity(path: Path) -> str:
-    """A digest that tells a model's file from others without reading all of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size}\n".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_ENDS))
-        file.seek(max(size - _ENDS, 0))
-        digest.update(file.read(_ENDS))
-    return digest.hexdigest()
-
-
-def check_identity(path: str | Path, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuses a cache that another model, build or context made.
+def write(path: str | Path, kind: str, tensors: Iterable[Tensor], about: Mapping[str, Any]) -> int:
+    """Writes a file beside its name, then renames it: an old one stays until the new one is whole.
 
     Args:
-        found, here: what the file says and what is here, by what people call it.
+        kind: one of `KINDS`.
+        about: anything JSON can say.
+
+    Returns:
+        Bytes written.
 
     Raises:
-        UserError: names what differs.
+        UserError: the place cannot be written to.
+        LaserKVError: the disk is full; nothing is left behind.
     """
-    for what, wanted in here.items():
-        if found.get(what) != wanted:
-            said = found.get(what)
-            short = (f" ({said}, not {wanted})") if len(f"{said}{wanted}") < 40 else ""
-            raise UserError(
-                f"{path} was saved with another {what}{short}; "
-                "load it with the one it was made with, or read the documents again"
-            )
+    path, tensors = check_target(path), list(tensors)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            _write(file, _FORMAT.format(kind), tensors, about)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        Path(name).replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            Path(name).unlink()
+        if isinstance(error, OSError):
+            needed = human(sum(tensor.bytes for tensor in tensors))
+            raise LaserKVError(
+                f"cannot save {needed} to {path}: {error.strerror}; nothing was saved"
+            ) from error
+        raise
+    return size
+
+
+def _write(file: BinaryIO, form: str, tensors: list[Tensor], about: Mapping[str, Any]) -> None:
+    header: dict[str, Any] = {
+        "__metadata__": {"format": form, "digest": _NO_DIGEST, "about": json.dumps(about)}
+    }
+    end = 0
+    # the wide ones first: safetensors wants no gaps, and readers want aligned numbers
+    tensors.sort(key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes
+        kind = _TYPES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    file.write(head)
+    for tensor in tensors:
+        for part in tensor.parts:
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            for first in range(0, len(data), _CHUNK):
+                piece = data[first : first + _CHUNK].tobytes()
+                digest.update(piece)
+                file.write(piece)
+    at = head.index(_NO_DIGEST.encode())
+    file.seek(at)
+    file.write(digest.hexdigest().encode())
+    file.seek(0, os.SEEK_END)
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def kind(path: str | Path) -> str:
+    """Which of `KINDS` a file is, as its beginning says."""
+    return _header(Path(path))[2]
+
+
+def settings(path: str | Path) -> dict[str, Any]:
+    """The settings and context options a file was made with, by the names of their classes."""
+    path = Path(path)
+    try:  # its digest is looked at when it is loaded
+        about = json.loads(_header(path)[1]["about"])
+        found: dict[str, Any] = about["settings"] | about["context"]
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(path) from None
+    return found
+
+
+def checked(path: str | Path, kind: str, engine: LaserKV) -> dict[str, Any]:
+    """What a file says of itself, after its digest has been found right, and what made it the same.
+
+    Raises:
+        UserError: no such file, one of another kind, damaged, or of another model, build or cache.
+    """
+    path = Path(path)
+    head, metadata, found = _header(path)
+    if found != kind:
+        raise UserError(f"{path} holds a {found}, not a {kind}; ask --load {path} takes both")
+    digest = hashlib.sha256(head.replace(metadata["digest"].encode(), _NO_DIGEST.encode(), 1))
+    with path.open("rb") as file:
+        file.seek(len(head))
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    if digest.hexdigest() != metadata["digest"]:
+        raise _damaged(path)
+    about: dict[str, Any] = json.loads(metadata["about"])
+    _compare(path, about, engine)
+    return about
+
+
+def read(path: str | Path, kind: str, engine: LaserKV) -> tuple[dict[str, NDArray[Any]], Any]:
+    """All arrays of a file and what it says of itself; as `checked`."""
+    about = checked(path, kind, engine)
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+
+
+def _header(path: Path) -> tuple[bytes, dict[str, str], str]:
+    """A file's first bytes up to the data, its metadata, and its kind.
+
+    Raises:
+        UserError: nothing that `write` wrote.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            file.seek(0)
+            head = file.read(8 + length) if 8 + length <= size else b""
+        metadata = json.loads(head[8:])["__metadata__"]
+        kind = {_FORMAT.format(kind): kind for kind in KINDS}[metadata["format"]]
+        if len(metadata["digest"]) != len(_NO_DIGEST):
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"no saved file at {path}; ask --save and chat's /save write one") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a saved file") from error
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(
+            f"{path} is not a file that --save or /save wrote with this version, or its beginning "
+            "is damaged; read the document again"
+        ) from None
+    return head, metadata, kind
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged: it was cut off or changed since it was saved; read the document again"
+    )
+
+
+# ---- identity ----------------------------------------------------------------------------------
+
+
+def made_with(engine: LaserKV) -> dict[str, Any]:
+    """What a file must agree with to be loaded, and the settings it was made with."""
+    options = engine.options
+    return {
+        "version": __version__,
+        "model": model_identity(engine.model),
+        "build": library.version(),
+        "cache": options.said(engine.model.gpu_layers != 0),
+        "settings": asdict(engine.settings) | {"recall_file": None},
+        "context": {name: getattr(options, name) for name in ("type_k", "type_v", "flash_attn")},
+    }
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """Name, size and a digest of samples of a model's file: of 5 GB, reading all takes seconds."""
+    digest = hashlib.sha256()
+    with model.path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for sample in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return {"name": model.name, "bytes": size, "samples": digest.hexdigest()}
+
+
+def _compare(path: Path, about: dict[str, Any], engine: LaserKV) -> None:
+    here, saved = made_with(engine), about["model"]
+    model = here["model"]
+    if (model["samples"], model["bytes"]) != (saved["samples"], saved["bytes"]):
+        raise UserError(
+            f"{path} was saved with another model: {saved['name']} of {saved['bytes']} bytes, not "
+            f"{model['name']} of {model['bytes']}; give that one with --model"
+        )
+    if about["build"] != here["build"]:
+        raise UserError(
+            f"{path} was saved with {about['build']}, this is {here['build']}, whose rows may "
+            "differ; read the document again"
+        )
+    if about["cache"] != here["cache"]:
+        raise UserError(
+            f"{path} was saved with {about['cache']}, this is {here['cache']}; load it with the "
+            "types it was saved with"
+        )

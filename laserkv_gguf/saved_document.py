@@ -1,38 +1,29 @@
-"""Read documents that stay: one safetensors file, refused unless it fits in every respect.
+"""Read documents that stay, in a file of `saved`.
 
-The file holds the tokens, which of them are kept, the rows of all parked tokens (or, without
-recall, of the kept ones) with the positions their keys are turned for, signatures, and as metadata
-what it was made with: model, build, row format, settings, account. A digest over all of it stands
-in the metadata; nothing in the file is ever executed.
+It holds the tokens, which of them are kept, the rows of all parked tokens (or, without recall, of
+the kept ones) with the positions their keys are turned for, signatures, and as metadata what it was
+made with and its account.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import safe_open
 
-from laserkv_gguf import __version__
+from laserkv_gguf import saved
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Reading
-from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library, rows
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
-from laserkv_gguf.llama.model import CACHE_TYPES, Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.recall import Recaller
-from laserkv_gguf.store import human
 from laserkv_gguf.timings import STEPS, Timings
 
 if TYPE_CHECKING:
@@ -40,46 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "laserkv-gguf document 1"
-_NO_DIGEST = "0" * 64
-_TYPES = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint64": "U64"} | {
-    "float16": "F16",
-    "float32": "F32",
-}
 _CHUNK = 1 << 24
 _INDEX = "index."
-_SAMPLES, _SAMPLE = 64, 1 << 16  # of a model's file, to tell it from others
-
-
-def check_target(path: str | Path) -> Path:
-    """A path that a file can be written to, before hours are spent on what goes into it.
-
-    Raises:
-        UserError: no such folder, or one that cannot be written to.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--save {path} is a folder; give a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--save {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--save {path}: {path.parent} cannot be written to")
-    return path
 
 
 # ---- saving ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: Iterator[NDArray[Any]]
-
-    @property
-    def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 def save(conversation: Conversation, path: str | Path) -> int:
@@ -94,43 +50,21 @@ def save(conversation: Conversation, path: str | Path) -> int:
         UserError: nothing has been read, or the target cannot be written to.
         LaserKVError: the disk is full; nothing is left behind.
     """
-    path = check_target(path)
+    saved.check_target(path)
     with conversation.engine._alone():
         if conversation.reading is None:
             raise UserError("there is no read document to save; read one first")
         conversation._check_owner()
-        tensors = list(_tensors(conversation))
-        about = _about(conversation)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                _write(file, tensors, about)
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
-            Path(name).replace(path)
-        except BaseException as error:
-            with suppress(OSError):
-                Path(name).unlink()
-            if isinstance(error, OSError):
-                needed = sum(tensor.bytes for tensor in tensors)
-                raise LaserKVError(
-                    f"cannot save {human(needed)} to {path}: {error.strerror}"
-                ) from error
-            raise
-    return size
+        return saved.write(path, saved.DOCUMENT, _tensors(conversation), _about(conversation))
 
 
 def _about(conversation: Conversation) -> dict[str, Any]:
-    """What a file must agree with to be loaded, and what else was known."""
+    """What the file says of the document."""
     reading, run, engine = conversation.reading, conversation._run, conversation.engine
     assert reading is not None
     assert run is not None
     return {
-        "version": __version__,
-        "model": model_identity(engine.model),
-        "build": library.version(),
-        "rows": asdict(_form(conversation)),
+        **saved.made_with(engine),
         "budget": asdict(reading.budget),
         "compact": run.compact,
         "system": conversation.system,
@@ -138,10 +72,6 @@ def _about(conversation: Conversation) -> dict[str, Any]:
         "next_position": reading.next_position,
         "kept_per_block": reading.kept_per_block,
         "timings": {step: getattr(reading.timings, step) for step in (*STEPS, "total")},
-        "settings": asdict(engine.settings) | {"recall_file": None},
-        "context": {
-            name: getattr(engine.options, name) for name in ("type_k", "type_v", "flash_attn")
-        },
     }
 
 
@@ -152,35 +82,31 @@ def _form(conversation: Conversation) -> rows.Format:
     return conversation.engine.row_format(conversation._run.reader.context)
 
 
-def _tensors(conversation: Conversation) -> Iterator[_Tensor]:
+def _tensors(conversation: Conversation) -> Iterator[saved.Tensor]:
     reading, recaller = conversation.reading, conversation._recaller
     assert reading is not None
-    yield _whole("tokens", reading.tokens)
-    yield _whole("kept", reading.kept)
+    yield saved.whole("tokens", reading.tokens)
+    yield saved.whole("kept", reading.kept)
     form = _form(conversation)
     if recaller is None:
         yield from _cached(conversation, form)
         return
     store = recaller.store
-    yield _whole("held", np.arange(store.tokens))
-    yield _whole("positions", store.positions)
+    yield saved.whole("held", np.arange(store.tokens))
+    yield saved.whole("positions", store.positions)
     for name, array in (("keys", store._keys), ("values", store._values)):
-        yield _Tensor(name, "uint8", array.shape, iter(array))
+        yield saved.Tensor(name, "uint8", array.shape, iter(array))
     if recaller.signatures is not None and recaller.signatures.centre is not None:
-        yield _whole("centre", recaller.signatures.centre)
+        yield saved.whole("centre", recaller.signatures.centre)
         codes = recaller.signatures.codes
-        yield _Tensor("signatures", "uint64", codes.shape, iter(codes))
+        yield saved.Tensor("signatures", "uint64", codes.shape, iter(codes))
     if recaller.index:
-        yield _whole("units", recaller.units)
+        yield saved.whole("units", recaller.units)
         for name, array in recaller.index.items():
-            yield _whole(_INDEX + name, array)
+            yield saved.whole(_INDEX + name, array)
 
 
-def _whole(name: str, array: NDArray[Any]) -> _Tensor:
-    return _Tensor(name, str(array.dtype), array.shape, iter((array,)))
-
-
-def _cached(conversation: Conversation, form: rows.Format) -> Iterator[_Tensor]:
+def _cached(conversation: Conversation, form: rows.Format) -> Iterator[saved.Tensor]:
     """The kept rows, taken out of the cache."""
     reading, run = conversation.reading, conversation._run
     assert reading is not None
@@ -207,57 +133,10 @@ def _cached(conversation: Conversation, form: rows.Format) -> Iterator[_Tensor]:
         into = slice(first, first + len(part))
         keys[:, into] = taken.keys[:, order]
         values[:, into] = taken.values[:, order].reshape(form.layers, len(part), -1)
-    yield _whole("held", reading.kept)
-    yield _whole("positions", positions.astype(np.int32))
-    yield _whole("keys", keys)
-    yield _whole("values", values)
-
-
-def _write(file: BinaryIO, tensors: list[_Tensor], about: dict[str, Any]) -> None:
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "digest": _NO_DIGEST, "about": json.dumps(about)}
-    }
-    end = 0
-    # the wide ones first: safetensors wants no gaps, and readers want aligned numbers
-    tensors.sort(key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
-    for tensor in tensors:
-        start, end = end, end + tensor.bytes
-        kind = _TYPES[tensor.dtype]
-        header[tensor.name] = {
-            "dtype": kind,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(head)
-    file.write(head)
-    for tensor in tensors:
-        for part in tensor.parts:
-            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            for first in range(0, len(data), _CHUNK):
-                piece = data[first : first + _CHUNK].tobytes()
-                digest.update(piece)
-                file.write(piece)
-    at = head.index(_NO_DIGEST.encode())
-    file.seek(at)
-    file.write(digest.hexdigest().encode())
-    file.seek(0, os.SEEK_END)
-
-
-# ---- identity ----------------------------------------------------------------------------------
-
-
-def model_identity(model: Model) -> dict[str, Any]:
-    """Name, size and a digest of samples of a model's file: of 5 GB, reading all takes seconds."""
-    digest = hashlib.sha256()
-    with model.path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for sample in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return {"name": model.name, "bytes": size, "samples": digest.hexdigest()}
+    yield saved.whole("held", reading.kept)
+    yield saved.whole("positions", positions.astype(np.int32))
+    yield saved.whole("keys", keys)
+    yield saved.whole("values", values)
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -276,19 +155,18 @@ def load(
     there, unless the engine says otherwise; the engine's policy chooses what is recalled.
 
     Raises:
-        UserError: no such file, a damaged one, one of another model, build or row format, or one
+        UserError: no such file, a damaged one, one of another model, build or cache type, or one
             that does not fit the context; the message says which.
     """
     from laserkv_gguf.session import Conversation
 
     path = Path(path)
-    about = _checked(path)
-    _compare(path, about, engine.model)
+    about = saved.checked(path, saved.DOCUMENT, engine)
     if about["parked"]:
         engine.turn_recall_on(about["settings"])
     elif engine.settings.recall != "off":
         log.warning("%s holds no parked rows: nothing can be recalled", path)
-    budget, form = Budget(**about["budget"]), rows.Format(**about["rows"])
+    budget = Budget(**about["budget"])
     conversation = Conversation(
         engine, system=about["system"], max_tokens=max_tokens, sampling=sampling
     )
@@ -310,11 +188,7 @@ def load(
         )
         context = run.reader.context
         run.reader.forget()
-        if (here := engine.row_format(context)) != form:
-            raise UserError(
-                f"{path} holds rows of {_said(form)}, this context makes {_said(here)}; "
-                "load it with the -ctk, -ctv and -fa it was saved with"
-            )
+        form = engine.row_format(context)
         recaller = engine.recaller(run) if about["parked"] else None
         try:
             if recaller:
@@ -330,90 +204,6 @@ def load(
             raise
         conversation._adopt(run, reading, recaller)
     return conversation
-
-
-def settings(path: str | Path) -> dict[str, Any]:
-    """The settings and context options a document was read with, by the names of their classes."""
-    path = Path(path)
-    try:  # its digest is looked at when it is loaded
-        about = json.loads(_header(path)[1]["about"])
-        found: dict[str, Any] = about["settings"] | about["context"]
-    except (ValueError, KeyError, TypeError):
-        raise _damaged(path) from None
-    return found
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(
-        f"{path} is damaged: it was cut off or changed since it was saved; read the document again"
-    )
-
-
-def _header(path: Path) -> tuple[bytes, dict[str, str]]:
-    """A file's first bytes up to the data, and its metadata.
-
-    Raises:
-        UserError: not a saved document.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            file.seek(0)
-            head = file.read(8 + length) if 8 + length <= size else b""
-        metadata = json.loads(head[8:])["__metadata__"]
-        if metadata["format"] != FORMAT or len(metadata["digest"]) != len(_NO_DIGEST):
-            raise ValueError
-    except FileNotFoundError:
-        raise UserError(f"no saved document at {path}; --save FILE writes one") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(
-            f"{path} is not a document that --save wrote with this version, or its beginning is "
-            "damaged; read the document again"
-        ) from None
-    return head, metadata
-
-
-def _checked(path: Path) -> dict[str, Any]:
-    """What the file says of itself, after its digest has been found right."""
-    head, metadata = _header(path)
-    digest = hashlib.sha256(head.replace(metadata["digest"].encode(), _NO_DIGEST.encode(), 1))
-    with path.open("rb") as file:
-        file.seek(len(head))
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    if digest.hexdigest() != metadata["digest"]:
-        raise _damaged(path)
-    about: dict[str, Any] = json.loads(metadata["about"])
-    return about
-
-
-def _compare(path: Path, about: dict[str, Any], model: Model) -> None:
-    here = model_identity(model)
-    if here["samples"] != about["model"]["samples"] or here["bytes"] != about["model"]["bytes"]:
-        saved = about["model"]
-        raise UserError(
-            f"{path} was saved with another model: {saved['name']} of {saved['bytes']} bytes, not "
-            f"{here['name']} of {here['bytes']}; give that one with --model"
-        )
-    if about["build"] != library.version():
-        raise UserError(
-            f"{path} was saved with {about['build']}, this is {library.version()}, whose rows may "
-            "differ; read the document again"
-        )
-
-
-def _said(form: rows.Format) -> str:
-    """A row format in words."""
-    names = {number: name for name, number in CACHE_TYPES.items()}
-    order = "transposed values" if form.element else "values in rows"
-    return (
-        f"{form.layers} layers, {names.get(form.key_type, form.key_type)} keys of "
-        f"{form.key_bytes} bytes and {names.get(form.value_type, form.value_type)} values of "
-        f"{form.value_bytes}, {order}"
-    )
 
 
 def _park(path: Path, recaller: Recaller, file: Any, about: dict[str, Any]) -> None:

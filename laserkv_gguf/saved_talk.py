@@ -13,7 +13,7 @@ from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.ledger import TURN, Ledger, Segment
-from laserkv_gguf.llama import library, stored
+from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.sequence import MAIN
 from laserkv_gguf.session import _Run
 from laserkv_gguf.talk import Talk
@@ -21,8 +21,6 @@ from laserkv_gguf.timings import Timings
 
 if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV
-
-KIND = "conversation 1"
 
 
 def save(talk: Talk, path: str | Path) -> None:
@@ -50,8 +48,7 @@ def save(talk: Talk, path: str | Path) -> None:
         for number, text in enumerate(talk.texts.values()):
             arrays[f"text {number}"] = np.frombuffer(text.encode("utf-8"), np.uint8)
         metadata = {
-            "kind": KIND,
-            "identity": _identity(talk.engine),
+            **saved.made_with(talk.engine),
             "segments": [
                 (n, s.kind, s.name, len(s.tokens), len(s.pools), s.whole) for n, s in segments
             ],
@@ -66,7 +63,8 @@ def save(talk: Talk, path: str | Path) -> None:
             "budget": asdict(talk.reading.budget),
             "max_tokens": talk.max_tokens,
         }
-    saved.write(path, arrays, metadata)
+    tensors = [saved.whole(name, array) for name, array in arrays.items()]
+    saved.write(path, saved.CONVERSATION, tensors, metadata)
 
 
 def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
@@ -79,10 +77,7 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
         UserError: no such file, altered or cut short, of another model, build or cache type, or
             larger than --ctx-size. The conversation so far goes on then.
     """
-    arrays, found = saved.read(path)
-    if found.get("kind") != KIND:
-        raise UserError(f"{path} holds no conversation that this version knows")
-    saved.check_identity(path, found["identity"], _identity(engine))
+    arrays, found = saved.read(path, saved.CONVERSATION, engine)
     rows = arrays["rows"]
     cells = engine.ctx_size or found["cells"]
     if rows.shape[1] + 2 > cells:
@@ -132,15 +127,3 @@ def _ledger(segments: list[Any], arrays: saved.Arrays) -> Ledger:
         token, pool = token + tokens, pool + pools
     ledger.segment, ledger.index, ledger.position = arrays["rows"].astype(np.int64)
     return ledger
-
-
-def _identity(engine: LaserKV) -> dict[str, str]:
-    """What must be the same for a cache to be of use."""
-    options = engine.options
-    offloaded = engine.model.gpu_layers != 0
-    return {
-        "model": saved.model_identity(engine.model.path),
-        "build of llama.cpp": library.build_identity(),
-        "cache type": f"-ctk {options.type_k} -ctv {options.type_v}",
-        "flash attention": str(options.flash_type(offloaded)),
-    }

@@ -671,9 +671,21 @@ class LaserKV:
     def load(
         self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
     ) -> Conversation:
-        """A conversation about a document that `Conversation.save` wrote; see `saved_document`."""
-        from laserkv_gguf import saved_document
+        """A document or a conversation that `Conversation.save`, `ask --save` or `/save` wrote.
 
+        A document is as it was read, no turn of it was saved (`saved_document`); a conversation
+        goes on after its last turn (`saved_talk`).
+
+        Raises:
+            UserError: no such file, a damaged one, one of another model, build or cache type, or
+                one that does not fit the context; the message says which.
+        """
+        from laserkv_gguf import saved, saved_document, saved_talk
+
+        if saved.kind(path) == saved.CONVERSATION:
+            if self.settings.recall != "off":
+                log.warning("%s holds no parked rows: nothing can be recalled", path)
+            return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)
         return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
 
     def first_reader(self, run: _Run) -> Reader:

@@ -179,7 +179,7 @@ def test_saved_and_loaded(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["talk"]
     with terminal(*chat(folder, "quick", "-n", "20")) as it:
         it.wait_for_prompt()
-        assert "no saved cache" in it.ask(f"/load {folder / 'short.md'}")
+        assert "not a file that --save or /save wrote" in it.ask(f"/load {folder / 'short.md'}")
         assert "loaded: 1 turns, short.md" in it.ask(f"/load {file}")
         assert answer_of(it.ask("and then?")) == expected
         assert "kept" in it.ask("/docs")

@@ -19,12 +19,13 @@ import pytest
 from safetensors import safe_open
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, in_cache, turn
 
-from laserkv_gguf import saved_document as saved
+from laserkv_gguf import saved, saved_document, saved_talk
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library, rows
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.session import Conversation, LaserKV
+from laserkv_gguf.talk import Talk
 
 QUESTIONS = ("What is ore?", "Where is tin9?")
 READ: dict[str, Any] = {"block_size": 64, "ratio": 0.3, "lookahead": 2}
@@ -201,14 +202,14 @@ def test_every_changed_byte_is_noticed(kept: Path, loaded: Loaded, tmp_path: Pat
 
 
 def test_other_files(loaded: Loaded, tmp_path: Path) -> None:
-    refused(loaded, tmp_path / "nothing", "no saved document at")
+    refused(loaded, tmp_path / "nothing", "no saved file at")
     refused(loaded, tmp_path, "cannot read")
     (tmp_path / "text").write_text("Call me Ishmael. Some years ago, never mind how long")
-    refused(loaded, tmp_path / "text", "not a document that --save wrote")
+    refused(loaded, tmp_path / "text", "not a file that --save or /save wrote")
     header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
     (tmp_path / "other").write_bytes(struct.pack("<Q", len(header)) + header)
-    refused(loaded, tmp_path / "other", "not a document that --save wrote")
-    refused(loaded, loaded.path, "not a document that --save wrote")
+    refused(loaded, tmp_path / "other", "not a file that --save or /save wrote")
+    refused(loaded, loaded.path, "not a file that --save or /save wrote")
 
 
 def test_another_model_build_format_or_context(
@@ -218,15 +219,75 @@ def test_another_model_build_format_or_context(
     refused(other, kept, r"saved with another model: tiny-llama-0 of \d+ bytes.*--model")
     other.model.close()
     for options, said in (
-        ({"type_k": "f16"}, "f32 keys.*f16 keys.*-ctk"),
-        ({"type_v": "f16"}, "f32 values.*f16 values"),
-        ({"flash_attn": "on", "type_v": "f16", "type_k": "f16"}, "transposed values.*in rows"),
+        ({"type_k": "f16"}, "-ctk f32 .* is -ctk f16 .*the types it was saved with"),
+        ({"type_v": "f16"}, "-ctv f32 .* is .*-ctv f16 "),
+        ({"flash_attn": "on"}, "-fa off, this is .*-fa on;"),
     ):
         refused(loaded, kept, said, context=replace(OPTIONS, **options))
     refused(loaded, kept, r"--ctx-size 150 is too small.*use --ctx-size \d+", ctx_size=150)
     monkeypatch.setattr(library, "version", lambda: "llama-cpp-python 9.9")
     with engine_of(loaded) as engine, pytest.raises(UserError, match=r"with llama-cpp.*9\.9"):
         engine.load(kept)
+
+
+# ---- conversations ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talked(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """What a chat's /save writes after its first turn, and the tokens of its second one."""
+    path = tmp_path_factory.mktemp("talked") / "talk.laserkv"
+    with engine_of(loaded) as engine:
+        talk = engine.conversation(document=DOCUMENT, system="Be brief.", max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        assert talk.save(path) == path.stat().st_size
+        return path, turn(talk, QUESTIONS[1]).tokens
+
+
+def test_load_takes_conversations_too(
+    talked: tuple[Path, list[int]], kept: Path, loaded: Loaded, tmp_path: Path
+) -> None:
+    """Which it is stands in the file, not in its name; what was said is remembered."""
+    path, expected = talked
+    other = Path(shutil.copy(path, tmp_path / kept.name))
+    with engine_of(loaded) as engine:
+        talk = engine.load(other, max_tokens=6)
+        assert isinstance(talk, Talk)
+        assert (talk.turns, talk.system) == (1, "Be brief.")
+        assert turn(talk, QUESTIONS[1]).tokens == expected
+        document = engine.load(kept, max_tokens=6)
+        assert not isinstance(document, Talk)
+        assert document.turns == 0
+        with pytest.raises(UserError, match="cache is gone"):
+            turn(talk, QUESTIONS[0])
+        with pytest.raises(UserError, match="holds a document, not a conversation"):
+            saved_talk.load(engine, kept)
+        with pytest.raises(UserError, match="holds a conversation, not a document"):
+            saved_document.load(engine, path)
+        assert len(turn(document, QUESTIONS[0]).tokens) == 6  # it stayed
+
+
+def test_a_conversation_is_refused_as_a_document_is(
+    talked: tuple[Path, list[int]],
+    loaded: Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, expected = talked
+    other = Loaded(tmp_path, replace(SPEC, seed=7))
+    refused(other, path, r"saved with another model: tiny-llama-0 of \d+ bytes.*--model")
+    other.model.close()
+    refused(loaded, path, "-ctv f32 ", context=replace(OPTIONS, type_v="f16"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "changed").write_bytes(data)
+    refused(loaded, tmp_path / "changed", "damaged")
+    with engine_of(loaded, recall="ram") as engine:
+        assert turn(engine.load(path, max_tokens=6), QUESTIONS[1]).tokens == expected
+    assert "no parked rows: nothing can be recalled" in caplog.text
+    monkeypatch.setattr(library, "version", lambda: "llama-cpp-python 9.9")
+    refused(loaded, path, r"with llama-cpp.*9\.9")
 
 
 # ---- saving -------------------------------------------------------------------------------------
@@ -337,13 +398,37 @@ def test_ask_saves_and_loads(
     assert answers[0] == answers[1]
 
 
+def test_ask_goes_on_with_a_chat(
+    talked: tuple[Path, list[int]],
+    loaded: Loaded,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the block size it was made with; what it adds is saved with the rest."""
+    path, more = talked[0], tmp_path / "more"
+    model = ("-m", str(loaded.path), "-q", QUESTIONS[1])
+    types = ("-ctk", "f32", "-ctv", "f32")
+    code, first, error = ask(*model, "--load", str(path), "--save", str(more), capsys=capsys)
+    assert (code, error) == (0, "")
+    assert first["account"]["generated_tokens"] == 5
+    assert first["account"]["block_size"] == READ["block_size"]
+    with engine_of(loaded) as engine:
+        talk = engine.load(more)
+        assert talk.turns == 2
+        reply = turn(engine.load(path, max_tokens=5), QUESTIONS[1])
+        assert first["answer"] == reply.text
+    code, _, error = ask(*model, "--load", str(path), "-ctk", "q8_0", *types[2:], capsys=capsys)
+    assert code == 2
+    assert re.fullmatch("error: .*saved with -ctk f32.*-ctk q8_0.*load it with.*\n", error)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--save", "nowhere/file", "-d", "TEXT"), "no folder nowhere"),
         (("--save", "file"), "give one with --document"),
         (("--load", "file", "-d", "TEXT"), "--load brings its own document"),
-        (("--load", "file"), "no saved document at file"),
+        (("--load", "file"), "no saved file at file"),
         (("--recall", "tape", "-d", "TEXT"), "--recall tape is unknown"),
     ],
 )

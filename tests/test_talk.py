@@ -675,20 +675,20 @@ def test_a_saved_conversation_is_refused(loaded: Loaded, short: Loaded, tmp_path
         talk = talking(engine)
         turn(talk, "one?")
         for data, message in (
-            (bytes(altered), "altered"),
-            (whole[:-9], "not all of it"),
-            (whole[:100], "not all of it"),
-            (b"", "not all of it"),
-            (b"hello" * 9, "no saved cache"),
+            (bytes(altered), "changed since it was saved"),
+            (whole[:-9], "cut off"),
+            (whole[:100], "its beginning is damaged"),
+            (b"", "its beginning is damaged"),
+            (b"hello" * 9, "not a file that --save or /save wrote"),
         ):
             broken = tmp_path / "broken"
             broken.write_bytes(data)
             with pytest.raises(UserError, match=message) as caught:
                 load(engine, broken)
             assert "\n" not in str(caught.value)
-        with pytest.raises(UserError, match="no file"):
+        with pytest.raises(UserError, match="no saved file"):
             load(engine, tmp_path / "none")
-        with pytest.raises(UserError, match="folder"):
+        with pytest.raises(UserError, match="Is a directory"):
             load(engine, tmp_path)
         with pytest.raises(UserError, match="folder"):
             save(talk, tmp_path / "none" / "talk")
@@ -700,7 +700,7 @@ def test_a_saved_conversation_is_refused(loaded: Loaded, short: Loaded, tmp_path
     half = replace(OPTIONS, type_k="f16", type_v="f16")
     with (
         LaserKV(loaded.model, context=half, block_size=64) as engine,
-        pytest.raises(UserError, match="another cache type"),
+        pytest.raises(UserError, match=r"saved with -ctk f32 -ctv f32 .*-ctk f16 -ctv f16 "),
     ):
         load(engine, file)
 

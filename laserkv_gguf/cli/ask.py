@@ -36,7 +36,7 @@ def ask(
     ] = None,
     load: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--load", help="A document that --save kept, instead of --document."),
+        Option("--load", help="What --save or chat's /save kept, instead of --document."),
     ] = None,
     as_json: Annotated[
         bool, Option("--json", help="Print one object: answer, finish_reason, account.")
@@ -95,9 +95,9 @@ def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -
     """Refuses files that cannot be written or read before anything long is done."""
     if not (save or load):
         return
-    from laserkv_gguf import saved_document
+    from laserkv_gguf import saved
 
     if save:
-        saved_document.check_target(save)
+        saved.check_target(save)
     if load:
-        options.take_over(saved_document.settings(load))
+        options.take_over(saved.settings(load))

@@ -86,6 +86,12 @@ class ContextOptions:
             return int(L.LLAMA_FLASH_ATTN_TYPE_DISABLED)
         return int(L.LLAMA_FLASH_ATTN_TYPE_AUTO)
 
+    def said(self, offloaded: bool) -> str:
+        """The flags that decide how llama.cpp lays out the cache, with the flash attention used."""
+        names = {L.LLAMA_FLASH_ATTN_TYPE_ENABLED: "on", L.LLAMA_FLASH_ATTN_TYPE_DISABLED: "off"}
+        flash = names.get(self.flash_type(offloaded), "auto")
+        return f"-ctk {self.type_k} -ctv {self.type_v} -fa {flash}"
+
 
 def default_threads() -> int:
     """Physical cores this process may use, as llama.cpp counts them."""
