@@ -44,7 +44,9 @@ def _list() -> None:
 
     from laserkv_gguf import models
 
-    table = Table("name", "size", "context", "licence", "here")
+    # a name cut off at 80 columns could not be copied
+    table = Table("name", "size", "context", "licence", "here", show_edge=False, pad_edge=False)
+    table.columns[0].no_wrap = True
     for entry in models.entries().values():
         here = "yes" if models.present(entry) else "begun" if models.unfinished(entry) else ""
         size = terminal.size(entry.size) if entry.size else "?"
