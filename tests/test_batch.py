@@ -29,7 +29,7 @@ from tiny import make
 
 pytest.importorskip("llama_cpp")
 
-from laserkv_gguf import batch, models
+from laserkv_gguf import batch
 from laserkv_gguf.batch import Input, Output, OutputError
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
@@ -739,37 +739,3 @@ def test_the_bar_on_a_terminal(model: Path, folder: Path) -> None:
     terminal.wait(lambda: not terminal.pump(), "end")
     assert re.fullmatch(r"[\d,]+ tokens generated in .* s", terminal.text)
     assert terminal.child.wait() == 0
-
-
-# ---- README ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
-def test_the_readme_s_example(tmp_path: Path) -> None:
-    """As a reader would, in an empty folder; with the embedded model."""
-    try:
-        models.find(None)
-    except UserError:
-        pytest.skip("the embedded model is not installed")
-    text = (ROOT / "README.md").read_text("utf-8")
-    section = text[text.index("## Batches") :]
-    example = re.search(r"\n\n((?:    .*\n|\n)+)", section)
-    assert example is not None
-    script = re.sub("^    ", "", example[1], flags=re.MULTILINE)
-    assert "laserkv_gguf batch" in script
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    result = subprocess.run(
-        ["sh", "-e", "-c", script],
-        cwd=tmp_path,
-        env=environment(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    answers = lines_of(tmp_path / "answers.jsonl")
-    asked = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in answers] == [line["id"] for line in asked]
-    assert all(line["answer"].strip() for line in answers)
-    assert f"of {sum('expected' in line for line in asked)} " in result.stderr

@@ -11,7 +11,6 @@ import pytest
 from tiny import make
 
 from laserkv_gguf import LaserKV, policies
-from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.policies import Candidates, Needs, Policy
@@ -42,22 +41,6 @@ def test_every_file_is_a_policy_that_says_where_it_comes_from() -> None:
 def test_the_readme_lists_every_policy() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert set(policies.available()) <= set(table)
-
-
-def test_the_readme_s_own_policy_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a reader would: the file as it stands in README, in the folder one is in."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    source = next(block for block in blocks if "KeyNorm" in block)
-    assert len(source.splitlines()) < 25
-    (tmp_path / "keynorm.py").write_text(source, "utf-8")
-    (tmp_path / "book.txt").write_text(DOCUMENT, "utf-8")
-    model = make(tmp_path).path
-    monkeypatch.chdir(tmp_path)
-    arguments = ["ask", "-m", str(model), "-t", "1", "-q", "why?", "-n", "4", "-d", "book.txt"]
-    assert run([*arguments, "--block-size", "64", "--policy", "keynorm:KeyNorm", "--json"]) == 0
-    assert '"policy": "keynorm"' in capsys.readouterr().out
 
 
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
