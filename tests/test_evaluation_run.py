@@ -717,13 +717,13 @@ def test_interrupted(
 
 def test_killed_again_and_again(loaded: Loaded, tmp_path: Path) -> None:
     """No sample is lost or run twice, and every row is what an uninterrupted run gives."""
-    given = "niah_single_1 fidelity --lengths 700 --samples 2 --ratios 0.5,0.25"
+    given = "niah_single_1 fidelity --lengths 700 --samples 2 --ratios 0.25"
     more = [*given.split(), "--policies", "full,laser,snapkv"]
     assert run(arguments(loaded, tmp_path / "whole", *more)) == 0
     out, kills = tmp_path / "killed", 0
     path, draw = out / "results.jsonl", random.Random(4)
     command = [sys.executable, "-m", "laserkv_gguf", *arguments(loaded, out, *more)]
-    while kills < 3:
+    while kills < 2:
         there = path.stat().st_size if path.exists() else 0
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -737,9 +737,9 @@ def test_killed_again_and_again(loaded: Loaded, tmp_path: Path) -> None:
             break
         assert process.returncode == -signal.SIGKILL, said
         kills += 1
-        if kills == 2:  # as if the machine had gone down in the middle of a line
+        if kills == 1:  # as if the machine had gone down in the middle of a line
             path.write_bytes(path.read_bytes()[:-17])
-    assert kills >= 2
+    assert kills == 2
     assert run(arguments(loaded, out, *more)) == 0
 
     def without_time(folder: Path) -> list[dict[str, Any]]:

@@ -429,12 +429,14 @@ from laserkv_gguf.session import LaserKV
 import llama_cpp
 
 model = Model({str(loaded.path)!r}, gpu_layers=0, extra_buffers=False)
-engine = LaserKV(model, context=ContextOptions(128, 32, threads=1), block_size=64, ratio=0.4)
+engine = LaserKV(model, context=ContextOptions(512, 512, threads=1), block_size=512, policy="full")
 conversation = engine.conversation(document="tin " * 20, max_tokens=6)
 conversation.read()
 pieces = iter(conversation.ask("what?"))
 next(pieces)
-engine.ask("what?", document="tin " * 2400, max_tokens=6)
+before = engine._context
+engine.ask("what?", document="tin " * 640, max_tokens=6)
+assert engine._context is not before
 # else whether it crashes depends on what malloc made of the memory
 real, known = llama_cpp.llama_memory_seq_rm, engine._context.memory
 def checked(memory, *arguments):
