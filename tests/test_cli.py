@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -42,6 +44,9 @@ AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 
 def prompt_tokens(question: str) -> int:
     return len("\n\n" + question + AFTER)
+
+
+Inside = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Files(NamedTuple):
@@ -95,6 +100,21 @@ def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
         options["capture_output"] = True
     command = [sys.executable, "-m", "laserkv_gguf", *map(str, arguments)]
     return subprocess.run(command, text=True, encoding="utf-8", check=False, **options)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Inside]:
+    """As `process`, but in this one: for what is said, not for how a process starts and ends."""
+    terminated = signal.getsignal(signal.SIGTERM)
+
+    def inside(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:  # noqa: A002
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        capsys.readouterr()
+        code = run(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    yield inside
+    signal.signal(signal.SIGTERM, terminated)
 
 
 # ---- what cannot work --------------------------------------------------------------------------
@@ -547,26 +567,28 @@ def test_chat_from_a_pipe(files: Files) -> None:
         assert answer not in lines
 
 
-def test_chat_with_a_first_question(files: Files) -> None:
+def test_chat_with_a_first_question(files: Files, here: Inside) -> None:
     given = fill("{model} -t 1 -n 6 -d {book} --block-size 512 -q hi", files)
-    result = process("chat", "-m", *given, input="")
-    alone = process("ask", "-m", *given)
+    result = here("chat", "-m", *given, input="")
+    alone = here("ask", "-m", *given, input="")
     assert (result.returncode, alone.returncode) == (0, 0)
     assert result.stdout == alone.stdout
 
 
-def test_a_full_chat_says_what_to_do(files: Files) -> None:
+def test_a_full_chat_says_what_to_do(files: Files, here: Inside) -> None:
     given = fill("chat -m {model} -t 1 -n 100 -c 150 --policy full", files)
-    result = process(*given, input="one\ntwo\n/reset\none\n")
+    result = here(*given, input="one\ntwo\n/reset\none\n")
     assert result.returncode == 0
     assert re.search(r"error: .*150 cells.*/reset.*--ctx-size", result.stderr)
     first, again, end = result.stdout.split("\n")
     assert (again, end) == (first, "")
 
 
-def test_a_question_that_cannot_be_read_for_does_not_end_the_chat(files: Files) -> None:
+def test_a_question_that_cannot_be_read_for_does_not_end_the_chat(
+    files: Files, here: Inside
+) -> None:
     given = fill("chat -m {model} -t 1 -n 6 -d {book} --block-size 128", files)
-    result = process(*given, input=f"/read {'why? ' * 50}\nhello\n")
+    result = here(*given, input=f"/read {'why? ' * 50}\nhello\n")
     assert result.returncode == 0
     assert re.search("error: the question has .* block of 128", result.stderr)
     assert len(result.stdout) > 1
