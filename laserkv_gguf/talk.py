@@ -29,7 +29,7 @@ from laserkv_gguf.history import SHORT_ANSWER, Space
 from laserkv_gguf.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.llama import rope, stored
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
-from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
+from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.laser import Laser
 from laserkv_gguf.session import CONVERSATION_CELLS, Conversation, Reply
@@ -404,14 +404,10 @@ class Talk(Conversation):
             self._place()
 
     def _settle(self) -> None:
-        """llama.cpp re-rotates moved keys with its next batch: decodes one that leaves nothing."""
+        """Lets llama.cpp turn keys that were moved."""
         if self._settled:
             return
-        spare = Sequence(self._context, SPARE)
-        try:
-            self._context.decode(np.zeros(1, np.int32), 0, SPARE)
-        finally:
-            spare.remove()
+        stored.settle(self._context)
         self._settled = True
 
     # documents
