@@ -273,14 +273,6 @@ class Recaller:
             beside += self.signatures.codes.nbytes
         return self.store.bytes + beside
 
-    @staticmethod
-    def cells(budget: Budget, mode: str) -> int:
-        """Cells that recalling needs for the document, while a block goes in whole."""
-        if mode != "replay":
-            return budget.kept
-        whole = (block.kept_before + block.tokens for block in budget.blocks if block.evicts)
-        return max(budget.kept, max(whole, default=0) + budget.window)
-
     @property
     def beside(self) -> int:
         """Cells that recalling needs beside the `most` tokens that it leaves."""
@@ -631,7 +623,7 @@ class Recaller:
         targets = np.arange(len(kept))
         window = kept >= self._protected[1]
         count = np.count_nonzero(window)
-        targets[window] = self.cells(self.budget, self.mode) - count + np.arange(count)
+        targets[window] = self.budget.cells_to_recall(self.mode) - count + np.arange(count)
         return kept, self.offset + targets
 
     def _arrange(self, wanted: tuple[Tokens, Tokens]) -> None:

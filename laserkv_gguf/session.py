@@ -618,7 +618,7 @@ class LaserKV:
             return 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         mode = self.settings.recalling.mode_for(self.policy)
-        return Recaller.cells(budget, mode) - budget.kept + lookahead
+        return budget.cells_to_recall(mode) - budget.kept + lookahead
 
     def recaller(self, run: _Run, offset: int = 0, number: int = 0) -> Recaller | None:
         """What parks and recalls the document of a run; None without recall, or nothing to recall.
