@@ -988,7 +988,8 @@ class Conversation:
     def recall(self, question: str) -> Recalled | None:
         """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
 
-        The conversation so far stays as it is. The document must have been read, or is read now.
+        The document must have been read, or is read now. The conversation so far stays as it is; a
+        `Talk` makes room for the question first.
 
         Returns:
             What was moved; None without recall, or where everything is in the cache anyway.

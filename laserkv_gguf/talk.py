@@ -189,7 +189,10 @@ class Talk(Conversation):
         )
 
     def save(self, path: str | Path) -> int:
-        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes."""
+        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes.
+
+        Parked rows are not written; `Conversation.save` writes a document with its own.
+        """
         from laserkv_gguf import saved_talk
 
         saved_talk.save(self, path)
