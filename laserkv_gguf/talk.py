@@ -139,10 +139,10 @@ class Talk(Conversation):
         on_progress: Callable[[Progress], None] | None,
         **reserved: Any,
     ) -> Reading:
-        self.ledger, self._turn_open = Ledger(), None
         later = [] if self._unread or not self._recalls else list(self.texts.items())[1:]
         if later:
             reserved["compact"] = self._compacts_with(later, len(tokens) + reply)
+        self.ledger, self._turn_open = Ledger(), None
         reading = super()._read(tokens, question, reply, on_progress, **reserved)
         assert self._run is not None
         self.engine._warm_up_beside()
@@ -171,7 +171,7 @@ class Talk(Conversation):
             raise
         return reading
 
-    def _compacts_with(self, later: list[tuple[str, str]], tokens: int) -> bool | None:
+    def _compacts_with(self, later: list[tuple[str, str]], tokens: int) -> bool:
         """Whether positions move in a reading of several documents, one after the other.
 
         Raises:

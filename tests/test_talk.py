@@ -1005,6 +1005,13 @@ def test_several_documents_from_the_start(loaded: Loaded, tmp_path: Path) -> Non
         talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
         with pytest.raises(UserError, match="give --ratio too"):
             talk.read()
+        talk = engine.conversation(documents={"a": DOCUMENT}, max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        talk.add("b", OTHER[:150])
+        with pytest.raises(UserError, match="give --ratio too"):
+            talk.read()
+        turn(talk, QUESTIONS[1])  # what was read before is still there
+        agrees(talk, engine)
 
 
 def test_a_document_that_cannot_be_added_leaves_the_others(short: Loaded) -> None:
