@@ -432,9 +432,10 @@ def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert "Traceback" not in it.raw
 
 
-def test_recall_stopped(folder: Path) -> None:  # noqa: F811
+def test_recall_stopped(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """Ctrl-C while a question recalls: the turn is dropped, and asked again it has its answer."""
-    given = ("-d", str(folder / "short.md"), "--block-size", "128", "-n", "5", "--lookahead", "24")
+    (tmp_path / "dogs.txt").write_text(SENTENCE * 16)
+    given = ("-d", str(tmp_path / "dogs.txt"), "--block-size", "64", "-n", "5", "--lookahead", "24")
     with terminal(*chat(folder, "slow", *given, "--recall", "ram")) as it:
         it.wait_for_prompt()
         first = answer_of(it.ask("hello"))
