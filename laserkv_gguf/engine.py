@@ -250,8 +250,7 @@ class Reader:
                         self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
                 if state.last(block) and not self.holds_whole:
-                    with state.timings.spent("evict"):
-                        self._gather(state)
+                    self._gather(state)
                 state.timings.end_block()
         except BaseException:
             self._forget_from(start)
@@ -552,9 +551,10 @@ class Reader:
         taken = len(state.kept)
         if taken in (0, len(state.tokens)) or taken > WORTH_GATHERING * self.context.cells:
             return
-        if self.compact:
-            stored.settle(self.context)
-        stored.gather(self.context, MAIN, self._positions(state))
+        with state.timings.spent("evict"):
+            if self.compact:
+                stored.settle(self.context)
+            stored.gather(self.context, MAIN, self._positions(state))
 
     # where tokens stand
 

@@ -892,14 +892,16 @@ class Conversation:
             return max(self.max_tokens, min(room, engine.ctx_size // 4))
         budget = budget or engine.budget(tokens, self._protected)
         kept = budget.kept + engine.recall_cells(budget)
-        if engine.ctx_size is not None:
-            return max(self.max_tokens, engine.ctx_size - kept)
-        limit = engine.model.trained_context - kept
-        return (
-            room
-            if limit <= 0 or tokens + room <= engine.model.trained_context
-            else min(room, max(limit, self.max_tokens))
-        )
+        cells = room if engine.ctx_size is None else engine.ctx_size - kept
+        trained = engine.model.trained_context
+        if trained > 0:
+            # no position need move where there is room for a few turns behind all that is read
+            unmoved = trained - tokens
+            if min(cells, room) <= unmoved:
+                cells = min(cells, unmoved)
+            elif engine.settings.positions != "original":
+                cells = min(cells, trained - kept)
+        return max(cells, self.max_tokens)
 
     def _read(
         self,
