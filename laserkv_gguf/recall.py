@@ -251,6 +251,7 @@ class Recaller:
         self.index: dict[str, NDArray[Any]] = {}
         self.units = np.empty(0, np.int64)  # first tokens of the policy's units
         self.kept: Tokens = np.empty(0, np.int64)
+        self.tokens = np.empty(0, np.int32)
         self.read = self.kept  # what the reading kept, before any question
         # the position in the cache of every token of the document, -1 for those that are out
         self.where = np.full(budget.tokens, -1, np.int64)
@@ -364,7 +365,7 @@ class Recaller:
         Compacted tokens are put anew, turned once from where they were parked, with room between
         them and the window for a block to stand in.
         """
-        self.kept = self.read = reading.kept
+        self.tokens, self.kept, self.read = reading.tokens, reading.kept, reading.kept
         if self._rotation is None:
             self.where[self.kept] = self.offset + self.kept
             return
@@ -481,6 +482,7 @@ class Recaller:
             if pool:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
+                drafts.seen = self.tokens[inside[: len(self.tokens)]]
                 queries = reader.ask(question, position, drafts, shared=True)
                 tokens = first + np.flatnonzero(inside[first:last])
                 seen = Candidates(
