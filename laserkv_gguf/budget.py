@@ -226,6 +226,16 @@ class Budget:
         """The true fraction, which differs from `ratio` where n is not 4."""
         return self.kept / self.tokens if self.tokens else 1.0
 
+    def cells_to_recall(self, mode: str) -> int:
+        """Cells that recalling ("replay" or "shortlist") needs for the tokens themselves.
+
+        In replay a block goes in whole, beside what was kept before it and the last window.
+        """
+        if mode != "replay":
+            return self.kept
+        whole = (block.kept_before + block.tokens for block in self.blocks if block.evicts)
+        return max(self.kept, max(whole, default=0) + self.window)
+
     def cells(self, prompt: int, drafts: int, reply: int) -> int:
         """Cells of the KV cache a run needs at most.
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.llama import device, rope
+from laserkv_gguf.llama import device, rope, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
@@ -28,6 +28,8 @@ from laserkv_gguf.policies import Candidates, Needs, Policy, checked
 from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
+
+WORTH_GATHERING = 0.9  # of the cells are taken: above that there is little to gain
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,31 @@ class Drafts:
     Attributes:
         tokens: the drafts.
         trust: the most that are guessed at a time.
+        seen: tokens that an answer may copy from: those that the question sees.
     """
 
     tokens: list[int] = field(default_factory=list)
     trust: int = sys.maxsize
+    seen: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
 
     def following(self, drafts: list[int]) -> list[int]:
-        """What came after the last two tokens of these drafts, or after the last one."""
+        """What may come next: what followed the last of these drafts before, or in the text."""
         if not drafts:
             return self.tokens[: self.trust]
-        for width in (2, 1):
-            for end in range(width, len(self.tokens)):
-                if self.tokens[end - width : end] == drafts[-width:]:
-                    return self.tokens[end : end + self.trust]
+        before = np.array(self.tokens, np.int32)
+        for text, width in ((before, 2), (self.seen, 3), (self.seen, 2), (before, 1)):
+            found = _after(text, drafts[-width:]) if len(drafts) >= width else -1
+            if found >= 0:
+                return [int(token) for token in text[found : found + self.trust]]
         return []
+
+
+def _after(text: Tokens, words: list[int]) -> int:
+    """Where the text goes on after the last time that these tokens stand in it; -1 if nowhere."""
+    ends = np.arange(len(words), len(text))
+    for back, token in enumerate(reversed(words), 1):
+        ends = ends[text[ends - back] == token]
+    return int(ends[-1]) if len(ends) else -1
 
 
 @dataclass
@@ -236,6 +249,8 @@ class Reader:
                     with state.timings.spent("evict"):
                         self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
+                if state.last(block) and not self.holds_whole:
+                    self._gather(state)
                 state.timings.end_block()
         except BaseException:
             self._forget_from(start)
@@ -374,6 +389,7 @@ class Reader:
                 last = self._block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
+        state.drafts.seen = state.tokens[state.kept]
         with state.timings.spent("probe"):
             return self.ask(state.question, self._position(state), state.drafts)
 
@@ -529,6 +545,16 @@ class Reader:
                 shifts = state.shifts[np.searchsorted(state.kept, held)]
                 self._rotation.turn(array[:, : len(rows)], shifts[:, None])
         state.held, state.shifts = held, None
+
+    def _gather(self, state: _State) -> None:
+        """Closes the gaps that eviction left among the cells: generation is faster without."""
+        taken = len(state.kept)
+        if taken in (0, len(state.tokens)) or taken > WORTH_GATHERING * self.context.cells:
+            return
+        with state.timings.spent("evict"):
+            if self.compact:
+                stored.settle(self.context)
+            stored.gather(self.context, MAIN, self._positions(state))
 
     # where tokens stand
 

@@ -52,9 +52,13 @@ class Ledger:
     def next_position(self) -> int:
         return int(self.position[-1]) + 1 if len(self) else 0
 
+    @property
+    def next_number(self) -> int:
+        return max(self.segments, default=-1) + 1
+
     def new(self, segment: Segment) -> int:
         """Adds a segment without rows; returns its number."""
-        number = max(self.segments, default=-1) + 1
+        number = self.next_number
         self.segments[number] = segment
         return number
 
@@ -76,6 +80,14 @@ class Ledger:
         """Drops the other rows; what they were is still in the segments."""
         self.segment, self.index = self.segment[stays], self.index[stays]
         self.position = self.position[stays]
+
+    def put(self, number: int, index: NDArray[np.int64], position: NDArray[np.int64]) -> None:
+        """Makes these the rows of a segment, wherever they stand."""
+        self.keep(self.segment != number)
+        self.append(number, index, position)
+        order = np.argsort(self.position, kind="stable")
+        self.segment, self.index = self.segment[order], self.index[order]
+        self.position = self.position[order]
 
     def forget(self, number: int) -> None:
         """Drops a segment with its rows."""

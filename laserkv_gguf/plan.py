@@ -54,6 +54,9 @@ class Run:
         ctx_size: most cells; None for what the run needs.
         gpu_layers: None for as many as fit.
         probe_tokens, lookahead: None for the policy's own.
+        recall: where rows are parked: "ram", "disk", or "off".
+        recall_mode: "replay" or "shortlist", where there is recall.
+        signature_bits: of a parked token, per layer and kv head.
     """
 
     policy: Policy
@@ -71,6 +74,9 @@ class Run:
     probe_tokens: int | None = None
     lookahead: int | None = None
     positions: str = "auto"
+    recall: str = "off"
+    recall_mode: str = ""
+    signature_bits: int = 0
 
     def budget(self, tokens: int, ratio: float) -> Budget:
         return self.policy.budget(tokens, self.block_size, ratio, self.divisor)
@@ -87,9 +93,22 @@ class Run:
 
     def cells(self, budget: Budget) -> int:
         """Cells the run needs; as `session.LaserKV.prepare` counts them."""
-        return budget.cells(
-            self.question if self.policy.needs.queries else 0, self.drafts, self.reply
+        return max(
+            budget.cells(
+                self.question if self.policy.needs.queries else 0, self.drafts, self.reply
+            ),
+            budget.kept + self.recall_cells(budget) + self.reply,
         )
+
+    def recall_cells(self, budget: Budget) -> int:
+        """Cells of these that recalling needs beside what is kept; 0 without."""
+        if not self.parks(budget):
+            return 0
+        return budget.cells_to_recall(self.recall_mode) - budget.kept + self.drafts
+
+    def parks(self, budget: Budget) -> bool:
+        """Whether there is anything to recall."""
+        return self.recall != "off" and not budget.keeps_all
 
     def asking(self) -> int:
         """Tokens of the question whose queries are captured."""
@@ -109,7 +128,10 @@ class Plan:
         weights_bytes: of all tensors, once. Where llama.cpp repacks some for the CPU, that copy is
             what it works on, and the system drops the file's pages when memory is short.
         compute_bytes: llama.cpp's buffers for what it computes, estimated.
+        recall_cells: of `ctx_cells`, what --recall needs while it looks at parked tokens again.
         capture_bytes: keys and queries held on the host to choose by.
+        parked_bytes: rows of all tokens that --recall holds in RAM or on disk, with signatures;
+            without what `quest` and `infllm` note to find pages and chunks by.
         gpu_layers: layers that fit on the card, counted as llama.cpp counts them: the output layer
             is one more; 0 without a card.
         device_bytes: of all that, what must fit into `memory_bytes`; with a card what lies on it.
@@ -133,11 +155,13 @@ class Plan:
     kept_fraction: float
     positions: str
     ctx_cells: int
+    recall_cells: int
     kv_bytes: int
     full_kv_bytes: int
     weights_bytes: int
     compute_bytes: int
     capture_bytes: int
+    parked_bytes: int
     gpu_layers: int
     layers: int
     device_bytes: int
@@ -251,11 +275,13 @@ class _Planner:
             kept_fraction=budget.kept_fraction,
             positions="compact" if self._compacts(budget) else "original",
             ctx_cells=cells,
+            recall_cells=run.recall_cells(budget),
             kv_bytes=self._allocated(cells) * cell,
             full_kv_bytes=(tokens + run.reply) * cell,
             weights_bytes=header.weights,
             compute_bytes=self._compute(cells),
             capture_bytes=capture_bytes(header, run, budget),
+            parked_bytes=self._parked(budget),
             gpu_layers=layers,
             layers=header.layers,
             device_bytes=self.device_bytes(budget, layers),
@@ -283,8 +309,23 @@ class _Planner:
         """Whether positions pass what the model was trained for, unless they are compacted."""
         return budget.tokens + self.run.reply > self.header.context > 0
 
+    def _parked(self, budget: Budget) -> int:
+        """What is parked: a cell a token, and its signatures."""
+        header, run = self.header, self.run
+        if not run.parks(budget):
+            return 0
+        signatures = sum(header.kv_heads) * run.signature_bits // 8
+        return budget.tokens * (sum(header.cell_bytes(run.type_k, run.type_v)) + signatures)
+
+    def _cannot_park(self, budget: Budget) -> bool:
+        """Whether keys would have to be turned that cannot be."""
+        run = self.run
+        return run.parks(budget) and self._compacts(budget) and run.type_k not in ("f16", "f32")
+
     def _cells_fit(self, budget: Budget) -> bool:
         cells, run = self.run.cells(budget), self.run
+        if self._cannot_park(budget):
+            return False
         if self._compacts(budget) or (run.positions != "original" and self._beyond(budget)):
             positions = budget.tokens + run.reply if budget.keeps_all else cells
             if positions > self.header.context:
@@ -306,7 +347,8 @@ class _Planner:
         by_layer, compute = header.cell_bytes(run.type_k, run.type_v), self._compute(cells)
         if not self.memory.card:
             kv = self._allocated(cells) * sum(by_layer)
-            return header.weights + kv + compute + capture_bytes(header, run, budget)
+            parked = self._parked(budget) if run.recall == "ram" else 0
+            return header.weights + kv + compute + capture_bytes(header, run, budget) + parked
         if layers <= 0:
             return 0
         first = max(header.layers + 1 - layers, 0)
@@ -348,6 +390,11 @@ class _Planner:
         cells, fits = run.cells(budget), self.fits(budget)
         if run.ctx_size is not None and cells > run.ctx_size:
             notes.append(f"needs {cells} cells, more than --ctx-size {run.ctx_size}")
+        elif self._cannot_park(budget):
+            notes.append(
+                "rows of quantised keys cannot be parked with compacted positions; use -ctk f16, "
+                "--positions original or --recall off"
+            )
         elif not self._cells_fit(budget):
             notes.append(
                 f"needs more positions than the {self.header.context} the model was trained for"

@@ -17,18 +17,24 @@ does not depend on the questions before it.
 Compacted positions: keys lie turned for the position at which they were parked. They are put back
 from there every time, turned once (float16 and float32 keys only), so errors never add up; but they
 are not bit for bit what moving them inside llama.cpp would give.
+
+A document that was added to a conversation begins at a position above 0, its `offset`. What stands
+before and after it is the conversation's, and every question sees it. Of a document after it replay
+shows only anchors and window, as of the blocks after the one that is chosen from: what was chosen
+there for another question leaves no trace.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from laserkv_gguf import policies
 from laserkv_gguf.budget import Block, Budget
 from laserkv_gguf.engine import Drafts, Reader, Reading
 from laserkv_gguf.errors import UserError
@@ -201,24 +207,35 @@ class Recaller:
         budget: of the document.
         form: the rows' format, from `rows.check`.
         settings: see RecallSettings; not off.
+        offset: the position where the document begins.
+
+    Attributes:
+        most: tokens that a question may leave in the cache; below the budget's where the
+            conversation needs the room.
 
     Raises:
         UserError: memory or disk cannot hold the rows, or these keys cannot be compacted.
     """
 
     def __init__(
-        self, reader: Reader, budget: Budget, form: rows.Format, settings: RecallSettings
+        self,
+        reader: Reader,
+        budget: Budget,
+        form: rows.Format,
+        settings: RecallSettings,
+        offset: int = 0,
     ) -> None:
         if reader.compact and not form.exact:
             raise UserError(
                 "rows of quantised keys cannot be parked with compacted positions; "
                 "use -ctk f16, --positions original or --recall off"
             )
-        self.reader, self.budget, self.form, self.settings = reader, budget, form, settings
+        self.budget, self.form, self.settings = budget, form, settings
+        self.offset, self.most = offset, budget.kept
         self.policy = reader.policy
         self.mode = settings.mode_for(self.policy)
         self._rotation = rope.measure(reader.context) if reader.compact else None
-        self.main, self.spare = reader.main, Sequence(reader.context, SPARE)
+        self.use(reader)
         quantised = reader.context.options.quantised_v
         sizes = budget.tokens, form.layers, form.key_bytes, form.value_bytes
         self.store: Store = (
@@ -234,10 +251,16 @@ class Recaller:
         self.index: dict[str, NDArray[Any]] = {}
         self.units = np.empty(0, np.int64)  # first tokens of the policy's units
         self.kept: Tokens = np.empty(0, np.int64)
+        self.tokens = np.empty(0, np.int32)
         self.read = self.kept  # what the reading kept, before any question
         # the position in the cache of every token of the document, -1 for those that are out
         self.where = np.full(budget.tokens, -1, np.int64)
         self.state_calls = 0
+
+    def use(self, reader: Reader) -> None:
+        """Goes on in a reader's context, which holds what the one before held."""
+        self.reader, self.main = reader, reader.main
+        self.spare = Sequence(reader.context, SPARE)
 
     def close(self) -> None:
         """Forgets the parked rows."""
@@ -251,13 +274,31 @@ class Recaller:
             beside += self.signatures.codes.nbytes
         return self.store.bytes + beside
 
-    @staticmethod
-    def cells(budget: Budget, mode: str) -> int:
-        """Cells that recalling needs for the document, while a block goes in whole."""
-        if mode != "replay":
-            return budget.kept
-        whole = (block.kept_before + block.tokens for block in budget.blocks if block.evicts)
-        return max(budget.kept, max(whole, default=0) + budget.window)
+    @property
+    def beside(self) -> int:
+        """Cells that recalling needs beside the `most` tokens that it leaves."""
+        if self.mode != "replay":
+            return 0
+        before = whole = 0
+        for block in self.budget.blocks:
+            before = before if self.budget.accumulates else block.kept_before
+            pool = self._pool(block)
+            if pool < block.count:
+                whole = max(whole, before + block.tokens)
+                before -= block.count - pool
+            before += block.tokens
+        return max(0, whole + self.budget.window - self.most)
+
+    @property
+    def least(self) -> int:
+        """Anchors and window: what every question leaves."""
+        first, last = self._protected
+        return self.budget.tokens - (last - first)
+
+    def _pool(self, block: Block) -> int:
+        """A block's pool; its share of what there is room for, where that is less."""
+        inner = self.budget.kept - self.least
+        return block.pool if inner <= 0 else block.pool * (self.most - self.least) // inner
 
     # while the document is read
 
@@ -324,16 +365,16 @@ class Recaller:
         Compacted tokens are put anew, turned once from where they were parked, with room between
         them and the window for a block to stand in.
         """
-        self.kept = self.read = reading.kept
+        self.tokens, self.kept, self.read = reading.tokens, reading.kept, reading.kept
         if self._rotation is None:
-            self.where[self.kept] = self.kept
+            self.where[self.kept] = self.offset + self.kept
             return
         self.restore(self.kept)
         reading.next_position = self.next_position
 
     def restore(self, kept: Tokens) -> None:
-        """Puts the given tokens into an empty main sequence."""
-        self.main.remove()
+        """Puts the given tokens into a main sequence that holds nothing from `offset` on."""
+        self.main.remove(self.offset, -1)
         self.where[:] = -1
         self._arrange(self._final(kept))
         self.kept = self.read = kept
@@ -343,15 +384,29 @@ class Recaller:
         """Where the conversation about the document begins."""
         return int(self.where[self.budget.tokens - 1]) + 1
 
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Positions between anchors and window, half-open: where tokens come and go."""
+        first, last = self._protected
+        start = int(self.where[first - 1]) + 1 if first else self.offset
+        return start, int(self.where[last])
+
     # when a question comes
 
-    def recall(self, question: Prompt, position: int, cells: int) -> Recalled:
+    def recall(
+        self,
+        question: Prompt,
+        position: int,
+        cells: int,
+        hidden: Iterable[tuple[int, int]] = (),
+    ) -> Recalled:
         """Brings the tokens into the cache that the question needs, and others out.
 
         Args:
             question: with whatever of the conversation is not decoded yet in front.
             position: where it will stand: right after the last token of the main sequence.
             cells: taken by the main sequence.
+            hidden: positions, half-open, that replay hides: `inner` of documents after this one.
 
         Raises:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt: the cache holds what it held.
@@ -359,11 +414,11 @@ class Recaller:
         started, before, calls = time.perf_counter(), self.kept, self.state_calls
         try:
             if self.mode == "replay":
-                kept = self._replay(question, position, cells - len(before))
+                kept = self._replay(question, position, cells - len(before), tuple(hidden))
             else:
                 kept = self._shortlist(question, position)
         except BaseException:
-            self._back_to(before)
+            self.go_back(before)
             raise
         self.kept = kept
         return Recalled(
@@ -374,16 +429,31 @@ class Recaller:
             time.perf_counter() - started,
         )
 
-    def _back_to(self, kept: Tokens) -> None:
+    def go_back(self, kept: Tokens) -> None:
         """Makes the cache what it was, wherever the work was stopped."""
         self.reader.scratch.remove()
         self.spare.remove()
         first, last = self._protected
         if last > first:
-            start = int(self.where[first - 1]) + 1 if first else 0
-            self.main.remove(start, int(self.where[last]))
+            self.main.remove(*self.inner)
             self.where[first:last] = -1
             self._arrange(self._final(kept))
+        self.kept = kept
+
+    def shrink(self) -> None:
+        """Leaves `most` tokens for now: beside anchors and window keys least like the others."""
+        if len(self.kept) <= self.most:
+            return
+        first, last = self._protected
+        inside = (self.kept >= first) & (self.kept < last)
+        tokens, room = self.kept[inside], self.most - self.least
+        if room:
+            policy = policies.make("keydiff")
+            seen = Candidates(tokens, (first, last), keys=self._keys(tokens))
+            tokens = tokens[checked(policy, policy.select(seen, room), seen, room)]
+        kept = np.sort(np.concatenate((self.kept[~inside], tokens[:room])))
+        self._arrange(self._final(kept))
+        self.kept = kept
 
     @property
     def _protected(self) -> tuple[int, int]:
@@ -393,7 +463,9 @@ class Recaller:
 
     # the block loop over parked rows
 
-    def _replay(self, question: Prompt, position: int, others: int) -> Tokens:
+    def _replay(
+        self, question: Prompt, position: int, others: int, hidden: tuple[tuple[int, int], ...]
+    ) -> Tokens:
         """The block loop of `Reader.read`, with rows that are parked in place of decoding."""
         budget, reader = self.budget, self.reader
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
@@ -402,13 +474,15 @@ class Recaller:
         probing = len(question) + reader.lookahead + others
         for block in budget.blocks:
             inside[block.start : block.end] = True
-            if not block.evicts:
+            pool = self._pool(block)
+            if pool >= block.count:
                 continue
             first, last = block.candidates
             chosen = np.empty(0, np.int64)
-            if block.pool:
+            if pool:
                 self._bring(inside, block, probing)
-                self._show(block)
+                self._show(block, hidden)
+                drafts.seen = self.tokens[inside[: len(self.tokens)]]
                 queries = reader.ask(question, position, drafts, shared=True)
                 tokens = first + np.flatnonzero(inside[first:last])
                 seen = Candidates(
@@ -419,7 +493,7 @@ class Recaller:
                     keys=self._keys(tokens),
                     memory=memory,
                 )
-                chosen = self._select(seen, block.pool)
+                chosen = self._select(seen, pool)
             inside[first:last] = False
             inside[chosen] = True
         kept = np.flatnonzero(inside)
@@ -441,21 +515,24 @@ class Recaller:
             wanted |= later
         tokens = np.flatnonzero(wanted)
         if self._rotation is None:
-            self._arrange((tokens, tokens))
+            self._arrange((tokens, self.offset + tokens))
         else:
-            ranks = np.arange(len(tokens))
+            ranks = self.offset + np.arange(len(tokens))
             window = tokens >= self._protected[1]
             ranks[window] = self.where[tokens[window]]
             self._arrange((tokens, ranks))
 
-    def _show(self, block: Block) -> None:
+    def _show(self, block: Block, hidden: tuple[tuple[int, int], ...]) -> None:
         """Makes the scratch sequence what the question sees with this block."""
         scratch = self.reader.scratch
         if self._rotation is not None:
             self.main.share_with(scratch)
-            return
-        self.main.share_with(scratch, 0, block.end)
-        self.main.share_with(scratch, max(block.end, self._protected[1]), -1)
+        else:
+            window = self.offset + max(block.end, self._protected[1])
+            self.main.share_with(scratch, 0, self.offset + block.end)
+            self.main.share_with(scratch, window, -1)
+        for start, end in hidden:
+            scratch.remove(start, end)
 
     # shortlist
 
@@ -474,7 +551,7 @@ class Recaller:
     def _choose(self, queries: NDArray[np.float32]) -> Tokens:
         """As many tokens as a reading leaves between the anchors and the last window."""
         first, last = self._protected
-        room = self.budget.kept - (self.budget.tokens - (last - first))
+        room = self.most - self.least
         if room >= last - first:
             return np.arange(first, last)
         if room <= 0:
@@ -544,12 +621,12 @@ class Recaller:
     def _final(self, kept: Tokens) -> tuple[Tokens, Tokens]:
         """Tokens to keep and where they stand when nothing is being probed."""
         if self._rotation is None:
-            return kept, kept
+            return kept, self.offset + kept
         targets = np.arange(len(kept))
         window = kept >= self._protected[1]
         count = np.count_nonzero(window)
-        targets[window] = self.cells(self.budget, self.mode) - count + np.arange(count)
-        return kept, targets
+        targets[window] = self.budget.cells_to_recall(self.mode) - count + np.arange(count)
+        return kept, self.offset + targets
 
     def _arrange(self, wanted: tuple[Tokens, Tokens]) -> None:
         """Makes the document's part of the main sequence just these tokens at these positions.

@@ -193,6 +193,7 @@ def load(
         try:
             if recaller:
                 _park(path, recaller, file, about)
+                recaller.tokens = reading.tokens
                 recaller.restore(reading.kept)
                 reading.next_position = recaller.next_position
             else:

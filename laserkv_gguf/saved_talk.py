@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def save(talk: Talk, path: str | Path) -> None:
     """Writes a conversation: what was read and said, and what its cells hold.
 
+    Parked rows are not written: a loaded conversation recalls nothing until `read` is called.
+
     Raises:
         UserError: nothing was read yet, or the place cannot be written to.
         LaserKVError: the disk is full.
@@ -91,6 +93,8 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
     talk._sync()
     ledger = _ledger(found["segments"], arrays)
     with engine._alone():
+        if engine._owner:
+            engine._owner.forget_parked()
         engine._owner = None
         reader = engine._reader_for(cells, found["compact"])
         reader.forget()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.recall import Recalled, Recaller, RecallSettings, warm_up
 from laserkv_gguf.timings import STEPS
+
+if TYPE_CHECKING:
+    from laserkv_gguf.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -369,12 +372,11 @@ class LaserKV:
         system: str | None = None,
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
-    ) -> Conversation:
+    ) -> Talk:
         """A conversation about a document, or several. One lives in the engine at a time.
 
         It has no end: what was said is compressed when it outgrows the cache (see `talk.Talk`).
-        With recall on every question recalls its own tokens of the documents instead, and the
-        conversation ends when the cells are full.
+        With recall on every question also recalls its own tokens of the documents.
 
         Args:
             document: text to talk about; None for none.
@@ -386,19 +388,8 @@ class LaserKV:
         Raises:
             UserError: max_tokens below 1.
         """
-        from laserkv_gguf.llama.chat import SEPARATOR
         from laserkv_gguf.talk import Talk
 
-        if self.settings.recall != "off":
-            texts = [] if document is None else [document]
-            texts += (documents or {}).values()
-            return Conversation(
-                self,
-                document=SEPARATOR.join(texts) if texts else None,
-                system=system,
-                sampling=sampling,
-                max_tokens=max_tokens,
-            )
         return Talk(
             self,
             document=document,
@@ -627,25 +618,33 @@ class LaserKV:
             return 0
         _, lookahead, _ = self._probe.completed(self.policy.needs)
         mode = self.settings.recalling.mode_for(self.policy)
-        return Recaller.cells(budget, mode) - budget.kept + lookahead
+        return budget.cells_to_recall(mode) - budget.kept + lookahead
 
-    def recaller(self, run: _Run) -> Recaller | None:
+    def recaller(self, run: _Run, offset: int = 0, number: int = 0) -> Recaller | None:
         """What parks and recalls the document of a run; None without recall, or nothing to recall.
 
-        The context is empty afterwards.
+        The context is empty afterwards, unless the document has an offset.
+
+        Args:
+            offset: the position where it begins.
+            number: of the document where others are parked beside it, for its file's name.
 
         Raises:
             UserError: neither memory nor disk hold the rows, or they cannot be compacted.
         """
         if self.settings.recall == "off" or run.budget.keeps_all:
             return None
-        run.reader.forget()
+        if not offset:
+            run.reader.forget()
         try:
             form = self.row_format(run.reader.context)
         except rows.FormatError as error:
             log.warning("recall is off: %s; evicted tokens are lost", error)
             return None
-        return Recaller(run.reader, run.budget, form, self.settings.recalling)
+        settings = self.settings.recalling
+        if number and settings.file is not None:
+            settings = replace(settings, file=f"{settings.file}.{number}")
+        return Recaller(run.reader, run.budget, form, settings, offset)
 
     def row_format(self, context: Context) -> rows.Format:
         """The form of the context's rows, tried once.
@@ -772,8 +771,6 @@ class Conversation:
         answer_prefix: how the answer to the first question begins; the model goes on from there.
         plain: read and ask without the chat template.
     """
-
-    recalls: ClassVar[bool] = True  # where the engine's settings say so
 
     def __init__(
         self,
@@ -907,14 +904,16 @@ class Conversation:
             return max(self.max_tokens, min(room, engine.ctx_size // 4))
         budget = budget or engine.budget(tokens, self._protected)
         kept = budget.kept + engine.recall_cells(budget)
-        if engine.ctx_size is not None:
-            return max(self.max_tokens, engine.ctx_size - kept)
-        limit = engine.model.trained_context - kept
-        return (
-            room
-            if limit <= 0 or tokens + room <= engine.model.trained_context
-            else min(room, max(limit, self.max_tokens))
-        )
+        cells = room if engine.ctx_size is None else engine.ctx_size - kept
+        trained = engine.model.trained_context
+        if trained > 0:
+            # no position need move where there is room for a few turns behind all that is read
+            unmoved = trained - tokens
+            if min(cells, room) <= unmoved:
+                cells = min(cells, unmoved)
+            elif engine.settings.positions != "original":
+                cells = min(cells, trained - kept)
+        return max(cells, self.max_tokens)
 
     def _read(
         self,
@@ -925,9 +924,10 @@ class Conversation:
         *,
         beside: int = 0,
         whole: bool = False,
+        compact: bool | None = None,
     ) -> Reading:
         engine = self.engine
-        self.reading, self.turns, self._pending = None, 0, []
+        self.reading, self.turns, self._pending, self._recalled = None, 0, [], None
         self.forget_parked()
         if engine._owner:
             engine._owner.forget_parked()
@@ -941,8 +941,9 @@ class Conversation:
             beside=beside,
             protected=self._protected,
             whole=whole,
+            compact=compact,
         )
-        recaller = engine.recaller(run) if self.recalls else None
+        recaller = engine.recaller(run)
         whole = whole and not recaller and run.reader.context.cells >= len(tokens) + reply
         reader = engine.first_reader(run) if recaller and question is None else run.reader
         park = partial(recaller.park, reader=reader) if recaller else None
@@ -994,13 +995,15 @@ class Conversation:
         if self.reading is None:
             self._read_unasked()
         self._check_owner()
-        self._recall(self._prompt(question))
-        yield from self._answer(self._prompt(question), reply, started)
+        asked = self._prompt(question)
+        self._recall(asked)
+        yield from self._answer(asked, reply, started)
 
     def recall(self, question: str) -> Recalled | None:
         """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
 
-        The conversation so far stays as it is. The document must have been read, or is read now.
+        The document must have been read, or is read now. The conversation so far stays as it is; a
+        `Talk` makes room for the question first.
 
         Returns:
             What was moved; None without recall, or where everything is in the cache anyway.
@@ -1235,11 +1238,12 @@ class Conversation:
             scoring=run.reader.scoring,
             kept_per_block=reading.kept_per_block,
         )
-        if self._recaller:
-            reply.account.recall = self._recaller.store.kind
-            reply.account.recall_mode = self._recaller.mode
-            reply.account.parked_tokens = self._recaller.store.parked
-            reply.account.parked_bytes = self._recaller.bytes
+        parked = self._parked
+        if parked:
+            reply.account.recall = parked[0].store.kind
+            reply.account.recall_mode = parked[0].mode
+            reply.account.parked_tokens = self.parked_tokens
+            reply.account.parked_bytes = self.parked_bytes
         if self._recalled:
             reply.account.recalled_tokens = self._recalled.moved_in
             reply.account.recall_calls = self._recalled.state_calls
@@ -1260,6 +1264,21 @@ class Conversation:
         self.reading, self.turns, self._pending = None, 0, []
         self._unread = True
         self.forget_parked()
+
+    @property
+    def _parked(self) -> list[Recaller]:
+        """What is parked, in the order of its positions."""
+        return [self._recaller] if self._recaller else []
+
+    @property
+    def parked_tokens(self) -> int:
+        """Tokens whose rows are parked."""
+        return sum(recaller.store.parked for recaller in self._parked)
+
+    @property
+    def parked_bytes(self) -> int:
+        """What parked rows take, with what finds them."""
+        return sum(recaller.bytes for recaller in self._parked)
 
     @property
     def _owns_cells(self) -> bool:

@@ -6,17 +6,23 @@ policy then chooses among the turns that age now and what is kept of those befor
 5), by the queries of that probe and the keys as they stand in the cache, and the rest is evicted
 (step 6). Nothing is decoded twice but the question, so no pause is longer than a block's prefill.
 `history` says how much of what may stay.
+
+With recall every document is read and parked by itself, and once there is room for a question it
+recalls its own tokens of each in turn. The positions of a parked document are its own: what was
+said after the last one moves together, documents do not move.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +31,14 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Progress, Reader, Reading
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.history import SHORT_ANSWER, Space
+from laserkv_gguf.history import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.llama import rope, stored
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
-from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
+from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.laser import Laser
+from laserkv_gguf.recall import Recalled, Recaller
 from laserkv_gguf.session import CONVERSATION_CELLS, Conversation, Reply
 
 if TYPE_CHECKING:
@@ -70,8 +77,6 @@ class Talk(Conversation):
         max_tokens: of one answer.
     """
 
-    recalls: ClassVar[bool] = False  # the ledger knows nothing of tokens that come and go
-
     def __init__(
         self,
         engine: LaserKV,
@@ -96,6 +101,7 @@ class Talk(Conversation):
         self._adding: str | None = None
         self._compact = False
         self._settled = True  # whether llama.cpp has turned all keys to where they stand
+        self._added: dict[int, Recaller] = {}  # by the number of their document's segment
         self._sync()
 
     def _sync(self) -> None:
@@ -104,12 +110,19 @@ class Talk(Conversation):
 
     # reading everything anew
 
+    def _wanted(self, question: str | None) -> tuple[Tokens, Prompt | None, int]:
+        tokens, asked, reply = super()._wanted(question)
+        if self._recalls:  # room for what recalling needs beside the turns after the first, too
+            reply = max(reply, self._room(len(tokens)))
+        return tokens, asked, reply
+
     def _sequence(self, before: Tokens) -> Tokens:
         """The opening and the documents, whose places are remembered."""
         tokenize = self.engine.model.tokenize
         self._protected = len(before) if self.system else 0
         parts, end, self._bounds = [before], len(before), []
-        for name, text in () if self._unread else self.texts.items():
+        together = list(self.texts.items())[: 1 if self._recalls else None]
+        for name, text in () if self._unread else together:
             own = tokenize(text)
             if self._bounds:
                 own = np.concatenate((tokenize(SEPARATOR), own))
@@ -126,6 +139,9 @@ class Talk(Conversation):
         on_progress: Callable[[Progress], None] | None,
         **reserved: Any,
     ) -> Reading:
+        later = [] if self._unread or not self._recalls else list(self.texts.items())[1:]
+        if later:
+            reserved["compact"] = self._compacts_with(later, len(tokens) + reply)
         self.ledger, self._turn_open = Ledger(), None
         reading = super()._read(tokens, question, reply, on_progress, **reserved)
         assert self._run is not None
@@ -139,14 +155,44 @@ class Talk(Conversation):
             segment = Segment(DOCUMENT, tokens[start:end], name, pools[start:end])
             segments.append((segment, start, end))
         position = np.arange(len(reading.kept)) if self._compact else reading.kept
+        if self._recaller:
+            position = self._recaller.where[reading.kept]
+            if not self._bounds:  # a system prompt alone stays as it is
+                super().forget_parked()
         for segment, start, end in segments:
             inside = (reading.kept >= start) & (reading.kept < end)
             number = self.ledger.new(segment)
             self.ledger.append(number, reading.kept[inside] - start, position[inside])
+        try:
+            for name, text in later:
+                self._read_onto(name, text, on_progress)
+        except BaseException:
+            self.without_document()
+            raise
         return reading
 
+    def _compacts_with(self, later: list[tuple[str, str]], tokens: int) -> bool:
+        """Whether positions move in a reading of several documents, one after the other.
+
+        Raises:
+            UserError: --ctx-size alone does not say how much each of them may keep.
+        """
+        settings, trained = self.engine.settings, self.engine.model.trained_context
+        if self.engine.fills_cells:
+            raise UserError(
+                "with --recall and several documents --ctx-size does not say how much to keep of "
+                "each; give --ratio too"
+            )
+        beyond = tokens + sum(len(self.engine.model.tokenize(text)) for _, text in later)
+        return settings.positions == "compact" or (
+            settings.positions == "auto" and 0 < trained < beyond
+        )
+
     def save(self, path: str | Path) -> int:
-        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes."""
+        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes.
+
+        Parked rows are not written; `Conversation.save` writes a document with its own.
+        """
         from laserkv_gguf import saved_talk
 
         saved_talk.save(self, path)
@@ -155,6 +201,113 @@ class Talk(Conversation):
     def without_document(self) -> None:
         super().without_document()
         self.ledger, self._turn_open = Ledger(), None
+
+    # recall
+
+    @property
+    def _recalls(self) -> bool:
+        return self.engine.settings.recall != "off"
+
+    @property
+    def _parked(self) -> list[Recaller]:
+        return [*super()._parked, *self._added.values()]
+
+    def forget_parked(self) -> None:
+        super().forget_parked()
+        for recaller in self._added.values():
+            recaller.close()
+        self._added = {}
+
+    @property
+    def _fixed(self) -> int:
+        """Positions below this one do not move: they are parked documents' or stand before them."""
+        return max((recaller.next_position for recaller in self._parked), default=0)
+
+    @property
+    def _beside(self) -> int:
+        """Cells that recalling needs while it goes through one document after the other."""
+        if not self._parked:
+            return 0
+        _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
+        return max(recaller.beside for recaller in self._parked) + drafts
+
+    def first_turn(
+        self,
+        question: str,
+        reply: Reply,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[str]:
+        started = time.perf_counter()
+        self._unread = False
+        # where each document is read by itself, a question recalls of each in turn
+        alone = not self._recalls or len(self.texts) < 2
+        self._read(*self._wanted(question if alone else None), on_progress)
+        asked = self._opening(question).after
+        if alone:
+            self._make_room(asked)
+        else:
+            self._recall(asked)
+        yield from self._answer(asked, reply, started)
+
+    def _recall(self, asked: Prompt) -> None:
+        """Makes room for a question, and then recalls its tokens of one document after the other.
+
+        Whatever goes wrong, all documents' tokens in the cache are those of the question before.
+        """
+        self._recalled = None
+        self._make_room(asked)
+        parked = self._parked
+        if not parked:
+            return
+        self._settle()
+        prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
+        before = [recaller.kept for recaller in parked]
+        done: list[Recalled] = []
+        try:
+            for number, recaller in enumerate(parked):
+                hidden = [other.inner for other in parked[number + 1 :]]
+                now = sum(len(r.kept) - len(kept) for r, kept in zip(parked, before, strict=True))
+                done.append(
+                    recaller.recall(
+                        Prompt(prompt, asked.ending), self._position, self._used + now, hidden
+                    )
+                )
+        except BaseException:
+            for recaller, kept in zip(parked, before, strict=True):
+                if recaller.kept is not kept:
+                    recaller.go_back(kept)
+            raise
+        finally:
+            with _uninterrupted():
+                self._take_over()
+        starts = np.cumsum([0, *(recaller.budget.tokens for recaller in parked)])
+        self._recalled = Recalled(
+            np.concatenate([one.kept + start for one, start in zip(done, starts, strict=False)]),
+            sum(one.moved_in for one in done),
+            sum(one.moved_out for one in done),
+            sum(one.state_calls for one in done),
+            sum(one.seconds for one in done),
+        )
+
+    def _take_over(self) -> None:
+        """Enters into the ledger where recalled tokens stand."""
+        assert self.reading is not None
+        owners = dict(self._added)
+        if self._recaller:
+            owners[self.ledger.numbers(DOCUMENT)[0]] = self._recaller
+        for number, recaller in owners.items():
+            count = len(self.ledger.segments[number].tokens)
+            kept = np.flatnonzero(recaller.where >= 0)
+            head = recaller.budget.tokens - count  # what opens the turn, before the first document
+            if head:
+                system = kept[kept < head]
+                self.ledger.put(self.ledger.numbers(SYSTEM)[0], system, recaller.where[system])
+            own = kept[kept >= head]
+            self.ledger.put(number, own - head, recaller.where[own])
+            recaller.kept = kept
+        if self._recaller:
+            self.reading.kept = self._recaller.kept
+        self._place()
 
     # turns
 
@@ -170,7 +323,6 @@ class Talk(Conversation):
         return Prompt(np.concatenate((asked, ending)).astype(np.int32), around.ending)
 
     def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
-        self._make_room(asked)
         start, prompt = self._position, [*self._pending, *asked.tokens]
         yield from super()._answer(asked, reply, started)
         self._settled = True
@@ -220,33 +372,47 @@ class Talk(Conversation):
         return self._run.reader.context
 
     @property
+    def _trained(self) -> int:
+        """Positions there are; 0 for any number."""
+        if self.engine.settings.positions == "original":
+            return 0
+        return max(self.engine.model.trained_context, 0)
+
+    @property
     def capacity(self) -> int:
-        """Cells, but no more than there are positions the model was trained for."""
-        trained = self.engine.model.trained_context
-        if self.engine.settings.positions == "original" or trained <= 0:
-            return self._context.cells
-        return min(self._context.cells, trained)
+        """Cells, but no more than there are positions the model was trained for.
+
+        Where documents are parked positions are counted by themselves: not all of them can move.
+        """
+        cells = self._context.cells - self._beside
+        return cells if self._parked or not self._trained else min(cells, self._trained)
 
     def _room_left(self) -> int:
-        left, trained = self._context.cells - self._used, self.engine.model.trained_context
-        if self.engine.settings.positions == "original" or trained <= 0:
-            return left
-        return min(left, trained - self._position)
+        left = self._context.cells - self._used
+        return min(left, self._trained - self._position) if self._trained else left
 
     @property
     def space(self) -> Space:
-        """The cells as they are taken, with no question asked yet."""
-        ledger, counts = self.ledger, self.ledger.count
-        turns = ledger.numbers(TURN)
-        return Space(
-            self.capacity,
-            int(ledger.of_kind(SYSTEM).sum()),
-            int(ledger.of_kind(DOCUMENT).sum()),
-            sum(counts(n) for n in turns if not ledger.segments[n].whole),
-            tuple(counts(n) for n in turns if ledger.segments[n].whole),
-            0,
-            self.max_tokens,
+        """The cells as they are taken, with no question asked yet.
+
+        Of parked documents what a question recalls counts, where the one before had less room.
+        """
+        recalled = sum(recaller.budget.kept - len(recaller.kept) for recaller in self._parked)
+        return replace(
+            self._turns_from(0),
+            capacity=self.capacity,
+            system=int(self.ledger.of_kind(SYSTEM).sum()),
+            documents=int(self.ledger.of_kind(DOCUMENT).sum()) + recalled,
         )
+
+    def _turns_from(self, start: int) -> Space:
+        """The turns' rows from a position on."""
+        ledger, turns = self.ledger, self.ledger.numbers(TURN)
+        after = ledger.segment[ledger.position >= start]
+        rows = {n: int((after == n).sum()) for n in turns}
+        aged = sum(rows[n] for n in turns if not ledger.segments[n].whole)
+        whole = tuple(rows[n] for n in turns if ledger.segments[n].whole)
+        return Space(0, 0, 0, aged, whole, 0, self.max_tokens)
 
     def _make_room(self, asked: Prompt) -> None:
         """Compresses the conversation where the question and its answer would not fit.
@@ -257,9 +423,49 @@ class Talk(Conversation):
         prompt = len(self._pending) + len(asked)
         _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
         ahead = min(prompt, LONG_QUESTION) + drafts
-        thinning = replace(self.space, prompt=prompt, ahead=ahead).thinning()
+        self._compress(self._shared(replace(self.space, prompt=prompt, ahead=ahead)), asked, 0)
+        if self._parked and self._trained:
+            left, start = self._trained - self._fixed, self._fixed
+            if left < prompt + drafts + 2:
+                raise UserError(
+                    f"a question of {prompt} tokens does not fit after the documents, which take "
+                    f"{start} of the {self._trained} positions this model was trained for; "
+                    "shorten it, or /drop the last document"
+                )
+            space = replace(
+                self._turns_from(start), capacity=left, prompt=prompt + drafts, ahead=ahead
+            )
+            self._compress(space.thinning(), asked, start)
+        self._move_down(prompt + self.max_tokens)
+
+    def _shared(self, space: Space) -> Thinning | None:
+        """What must be thinned; how much every parked document may recall is set along the way.
+
+        Raises:
+            UserError: the question does not fit beside anchors and windows.
+        """
+        for recaller in self._parked:
+            recaller.most = recaller.budget.kept
+        while True:
+            beside = self._beside
+            thinning = replace(space, capacity=self.capacity).thinning()
+            if thinning is None or thinning.documents is None:
+                return thinning
+            for recaller in self._parked:
+                fewer = (space.documents - thinning.documents) * recaller.budget.kept
+                recaller.most = recaller.budget.kept - -(-fewer // max(space.documents, 1))
+                if recaller.most < recaller.least:
+                    raise UserError(
+                        f"a question of {space.prompt} tokens does not fit beside what is always "
+                        f"kept of the documents into {self._context.cells} cells; shorten it, "
+                        "/drop a document, or use a larger --ctx-size"
+                    )
+            if self._beside <= beside:
+                return thinning
+
+    def _compress(self, thinning: Thinning | None, asked: Prompt, start: int) -> None:
+        """Thins what stands from a position on."""
         if thinning is None:
-            self._move_down(prompt + self.max_tokens)
             return
         policy = self._policy()
         turns = self.ledger.numbers(TURN)
@@ -267,19 +473,37 @@ class Talk(Conversation):
         aged = [n for n in turns if n not in whole[thinning.turns :]]
         choices = [(aged, thinning.keep)]
         if thinning.documents is not None:
-            choices.append((self.ledger.numbers(DOCUMENT), thinning.documents))
+            recalled = sum(recaller.most for recaller in self._parked)
+            choices.append((self._unparked, max(thinning.documents - recalled, 0)))
+            self._shrink()
         queries = None
         if policy.needs.queries:
-            queries = self._asked(policy, asked, [n for numbers, _ in choices for n in numbers])
+            numbers = [n for some, _ in choices for n in some]
+            queries = self._asked(policy, asked, numbers, start)
             policy = policy if queries is not None else policies.make("keydiff")
-        self._thin(policy, choices, queries)
+        self._thin(policy, choices, queries, start)
         self.thinnings += 1
         for number in aged:
             self.ledger.segments[number].whole = False
-        self._move_down(prompt + self.max_tokens)
+
+    @property
+    def _unparked(self) -> list[int]:
+        """Documents that are thinned like turns: what goes of them does not come back."""
+        documents = self.ledger.numbers(DOCUMENT)
+        return [n for n in documents[bool(self._recaller) :] if n not in self._added]
+
+    def _shrink(self) -> None:
+        """Frees cells that parked documents may not have for this question."""
+        if self._parked:
+            try:
+                for recaller in self._parked:
+                    recaller.shrink()
+            finally:
+                with _uninterrupted():
+                    self._take_over()
 
     def _asked(
-        self, policy: policies.Policy, asked: Prompt, numbers: list[int]
+        self, policy: policies.Policy, asked: Prompt, numbers: list[int], start: int
     ) -> NDArray[np.float32] | None:
         """The queries of the question and its drafts; None where it has no room to be asked.
 
@@ -288,8 +512,8 @@ class Talk(Conversation):
         asker = Reader(self._context, policy, self.engine._probe)
         prompt = np.concatenate((self._pending, asked.tokens)).astype(np.int32)
         wanted = len(prompt) + asker.lookahead
-        self._free(wanted - (self.capacity - self._used), numbers)
-        asker.lookahead = min(asker.lookahead, self.capacity - self._used - len(prompt))
+        self._free(wanted - self._left(start), numbers, start)
+        asker.lookahead = min(asker.lookahead, self._left(start) - len(prompt))
         if asker.lookahead < 0:
             return None
         self._move_down(wanted)
@@ -297,26 +521,36 @@ class Talk(Conversation):
         self._settled = True
         return queries
 
-    def _free(self, count: int, numbers: list[int]) -> None:
+    def _left(self, start: int) -> int:
+        """Cells that are left; from a position on, positions too."""
+        left = self.capacity - self._used
+        if not start:
+            return left
+        return min(left, self._trained - start - int((self.ledger.position >= start).sum()))
+
+    def _free(self, count: int, numbers: list[int], start: int = 0) -> None:
         """Frees so many rows of some segments without a question: the keys most like the others."""
-        rows = int(self.ledger.of(numbers).sum())
+        ledger = self.ledger
+        rows = int((ledger.of(numbers) & (ledger.position >= start)).sum())
         if count > 0 and rows:
-            self._thin(policies.make("keydiff"), [(numbers, max(rows - count, 0))], None)
+            self._thin(policies.make("keydiff"), [(numbers, max(rows - count, 0))], None, start)
 
     def _thin(
         self,
         policy: policies.Policy,
         choices: list[tuple[list[int], int]],
         queries: NDArray[np.float32] | None,
+        start: int = 0,
     ) -> None:
         """Evicts what the policy does not choose.
 
         Args:
             choices: segments, and how many of their rows may stay together.
+            start: only rows from this position on count, and go.
         """
         ledger, stays = self.ledger, np.ones(len(self.ledger), bool)
         for numbers, keep in choices:
-            rows = np.flatnonzero(ledger.of(numbers))
+            rows = np.flatnonzero(ledger.of(numbers) & (ledger.position >= start))
             # a batch must start right after the last token of the sequence, which stays
             if len(rows) and rows[-1] == len(ledger) - 1:
                 rows, keep = rows[:-1], keep - 1
@@ -387,6 +621,8 @@ class Talk(Conversation):
     def _move_down(self, room: int, *, always: bool = False) -> None:
         """Moves all tokens together where so many more would pass the trained context.
 
+        Parked documents stay where they are, and with them what stands before the last of them.
+
         Raises:
             UserError: llama.cpp cannot move them.
         """
@@ -394,24 +630,23 @@ class Talk(Conversation):
         beyond = wanted == "auto" and 0 < trained < self._position + room
         if not (always or beyond or wanted == "compact" or self._compact):
             return
-        if self._position == len(self.ledger):  # there are no gaps
+        start = self._fixed
+        rows = self.ledger.position >= start
+        moved = start + np.arange(int(rows.sum()))
+        if np.array_equal(self.ledger.position[rows], moved):  # there are no gaps
             return
         rope.check(self.engine.model, self.engine.options)
         with _uninterrupted():
-            Sequence(self._context, MAIN).compact(self.ledger.position, 0)
-            self.ledger.position = np.arange(len(self.ledger))
+            Sequence(self._context, MAIN).compact(self.ledger.position[rows], start)
+            self.ledger.position[rows] = moved
             self._settled = False
             self._place()
 
     def _settle(self) -> None:
-        """llama.cpp re-rotates moved keys with its next batch: decodes one that leaves nothing."""
+        """Lets llama.cpp turn keys that were moved."""
         if self._settled:
             return
-        spare = Sequence(self._context, SPARE)
-        try:
-            self._context.decode(np.zeros(1, np.int32), 0, SPARE)
-        finally:
-            spare.remove()
+        stored.settle(self._context)
         self._settled = True
 
     # documents
@@ -473,13 +708,24 @@ class Talk(Conversation):
         self._grow(cells)
         if compact:
             self._move_down(len(glue) + len(tokens), always=True)
+        assert self._run is not None
         reader = self.engine._reader_for(self._context.cells, compact)
+        run = replace(self._run, budget=budget, reader=reader, compact=compact)
         before, start = self._position, self._position + len(glue)
+        recaller, park = None, None
         try:
             if len(glue):
                 self._context.decode(glue.astype(np.int32), before, MAIN)
-            reading = reader.read(tokens, budget, on_progress=on_progress, start=start)
+            recaller = self.engine.recaller(run, start, self.ledger.next_number + opens)
+            if recaller:
+                reader = self.engine.first_reader(run)
+                park = partial(recaller.park, reader=reader)
+            reading = reader.read(tokens, budget, on_progress=on_progress, start=start, park=park)
+            if recaller:
+                recaller.settle(reading)
         except BaseException:
+            if recaller:
+                recaller.close()
             if self._owns_cells:
                 self._context.resume()
                 Sequence(self._context, MAIN).remove(before, -1)
@@ -492,8 +738,10 @@ class Talk(Conversation):
                 self._turn_open = self.ledger.new(Segment(TURN, np.empty(0, np.int32)))
                 self.ledger.extend(self._turn_open, glue[first:], before + first)
             number = self.ledger.new(Segment(DOCUMENT, tokens, name, _pools(budget)))
-            position = np.arange(len(reading.kept)) if compact else reading.kept
-            self.ledger.append(number, reading.kept, start + position)
+            position = start + (np.arange(len(reading.kept)) if compact else reading.kept)
+            if recaller:
+                self._added[number], position = recaller, recaller.where[reading.kept]
+            self.ledger.append(number, reading.kept, position)
             self._pending, self._compact = [], self._compact or compact
             self._settled = not compact  # the last block's eviction may have moved tokens
             self._place()
@@ -511,15 +759,16 @@ class Talk(Conversation):
         settings, trained = self.engine.settings, self.engine.model.trained_context
         beyond = 0 < trained < self._position + glue + tokens + self.max_tokens
         compact = settings.positions == "compact" or (settings.positions == "auto" and beyond)
-        limits = [self.engine.ctx_size] if self.engine.ctx_size else []
-        limits += [trained] if compact else []
-        limit = min(limits, default=None)
+        limits = [(self.engine.ctx_size, "cells")] if self.engine.ctx_size else []
+        limits += [(trained - self._gaps, "positions")] if compact else []
+        limit, of = min(limits, default=(None, ""))
         space = self.space
         stays = space.system + space.documents
         talk = 2 * min(self.max_tokens, SHORT_ANSWER) + SHORT_ANSWER
 
         def needed(budget: Budget, used: int) -> int:
-            return max(used + glue + budget.cells(0, 0, 0), stays + budget.kept + talk)
+            beside = max(self._beside, self.engine.recall_cells(budget))
+            return max(used + glue + budget.cells(0, 0, 0), stays + budget.kept + beside + talk)
 
         def planned(ratio: float, used: int) -> Budget | None:
             size = settings.block_size
@@ -532,25 +781,36 @@ class Talk(Conversation):
             return None
 
         spoken = self.ledger.numbers(TURN)
-        history = space.aged + sum(space.whole)
+        movable = self._fixed if compact else 0
+        turns = self._turns_from(movable)
+        history = turns.aged + sum(turns.whole)
         budget = planned(settings.ratio, self._used)
         if budget is None:
             budget = planned(settings.ratio, self._used - history // 2)
             if budget is not None and limit is not None:
-                self._free(needed(budget, self._used) - limit, spoken)
+                self._free(needed(budget, self._used) - limit, spoken, movable)
         if budget is None:
             remedy = "start with a larger --ctx-size"
+            if of == "positions":  # parked documents do not move
+                shorter = "--positions compact" if self._parked else "a lower --ratio"
+                remedy = f"start with {shorter}"
             for thousandths in range(int(settings.ratio * 1000), 0, -1):
                 if planned(thousandths / 1000, self._used - history // 2):
                     remedy = f"/set ratio {thousandths / 1000:g} keeps less, or {remedy}"
                     break
             raise UserError(
-                f"{name} ({tokens} tokens) does not fit beside what is here into {limit} cells; "
+                f"{name} ({tokens} tokens) does not fit beside what is here into {limit} {of}; "
                 f"/drop a document, or {remedy}"
             )
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
+        room += max(self._beside, self.engine.recall_cells(budget))
         wanted = max(needed(budget, self._used), stays + budget.kept + room)
         return budget, wanted if limit is None else min(wanted, limit), compact
+
+    @property
+    def _gaps(self) -> int:
+        """Positions without a token that cannot be closed: parked documents keep them."""
+        return self._fixed - int((self.ledger.position < self._fixed).sum())
 
     def _grow(self, cells: int) -> None:
         """Moves what the cache holds into a larger context."""
@@ -569,6 +829,8 @@ class Talk(Conversation):
         finally:
             stored.restore(reader.context, MAIN, blob)
             self._run = replace(run, reader=reader, cells=reader.context.cells)
+            for recaller in self._parked:
+                recaller.use(reader)
             self.engine._owner = self
 
     def drop(self, name: str) -> None:
@@ -590,6 +852,7 @@ class Talk(Conversation):
             if number is None or not self._owns_cells:
                 return
             with _uninterrupted():
+                self._forget_rows(number)
                 self._remove(self.ledger.segment != number)
                 self.ledger.forget(number)
                 if self._turn_open is not None and not self._documents_in_turn():
@@ -597,6 +860,13 @@ class Talk(Conversation):
                     self._remove(self.ledger.segment != self._turn_open)
                     self.ledger.forget(self._turn_open)
                     self._turn_open = None
+
+    def _forget_rows(self, number: int) -> None:
+        """Gives back what a document's parked rows take."""
+        if number in self._added:
+            self._added.pop(number).close()
+        elif self._recaller and number == self.ledger.numbers(DOCUMENT)[0]:
+            super().forget_parked()
 
 
 def _pools(budget: Budget) -> NDArray[np.int8]:

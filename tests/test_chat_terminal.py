@@ -15,6 +15,7 @@ import pytest
 from test_terminal import (
     CTRL_C,
     CTRL_D,
+    QUICK,
     ROOT,
     SENTENCE,
     Terminal,
@@ -390,3 +391,64 @@ def test_lines_from_a_pipe(folder: Path) -> None:  # noqa: F811
     assert "read 1,8" in done.stderr
     assert "1  short.md  kept" in done.stderr
     assert "error: temp x: give a number" in done.stderr
+
+
+def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Documents are parked, each question recalls its own, and what goes is given back."""
+    (tmp_path / "notes.txt").write_text("The rain in Spain. " * 60)
+    given = ("-d", str(folder / "short.md"), "--block-size", "256", "-n", "20", "--recall", "ram")
+    with terminal(*chat(folder, "quick", *given)) as it:
+        it.wait_for_prompt()
+        first = answer_of(it.ask("hello"))
+        found = stats(it)
+        assert found["parked_tokens"] == 1818
+        assert found["recalled_tokens"] > 0
+        assert found["recall_calls"] > 0
+        row = 2 * 2 * QUICK.layers * QUICK.kv_heads * QUICK.head_dim  # keys and values, two bytes
+        assert found["parked_bytes"] == found["parked_tokens"] * row
+        it.ask("and what of the lazy dog?")
+        it.ask(f"/add {tmp_path / 'notes.txt'}")
+        assert stats(it)["parked_tokens"] == 1818 + 19 * 60
+        it.ask("where is the rain?")
+        assert re.search(r"kept \d+ of 1,800 .*\n.*kept \d+ of 1,1\d\d ", it.ask("/docs"))
+        assert "parked rows are not in it" in it.ask(f"/save {tmp_path / 'talk'}")
+        assert "notes.txt is gone" in it.ask("/drop 2")
+        assert stats(it)["parked_tokens"] == 1818
+        it.ask("/reset")
+        assert answer_of(it.ask("hello")) == first
+        assert "long-term" in it.ask("/kept")[-60:] or it.child.send("q\r")
+        it.wait_for_prompt()
+        it.ask("/drop 1")
+        assert stats(it)["parked_bytes"] == 0
+        assert len(answer_of(it.ask("hello"))) == 20
+        assert "loaded: 3 turns" in it.ask(f"/load {tmp_path / 'talk'}")
+        assert len(answer_of(it.ask("hello"))) == 20
+        it.say("/read")
+        it.wait_for(r"read 2,9\d\d tokens in")
+        it.wait_for_prompt()
+        assert stats(it)["parked_tokens"] > 2900
+        it.say("/quit")
+        assert it.exit_code() == 0
+        assert "Traceback" not in it.raw
+
+
+def test_recall_stopped(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Ctrl-C while a question recalls: the turn is dropped, and asked again it has its answer."""
+    (tmp_path / "dogs.txt").write_text(SENTENCE * 16)
+    given = ("-d", str(tmp_path / "dogs.txt"), "--block-size", "64", "-n", "5", "--lookahead", "24")
+    with terminal(*chat(folder, "slow", *given, "--recall", "ram")) as it:
+        it.wait_for_prompt()
+        first = answer_of(it.ask("hello"))
+        used = stats(it)["cells_used"]
+        it.say("the lazy dog?")
+        it.wait_for(r"> the lazy dog\?")
+        time.sleep(0.5)  # the editor has left the terminal to the process, which recalls
+        it.child.send(CTRL_C)
+        it.wait_for("this turn is dropped")
+        it.wait_for_prompt()
+        assert stats(it)["cells_used"] == used
+        it.ask("/reset")
+        assert answer_of(it.ask("hello")) == first
+        it.say("/quit")
+        assert it.exit_code() == 0
+        assert "Traceback" not in it.raw

@@ -20,7 +20,7 @@ from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.session import Conversation, LaserKV
 
 SPEC = TinySpec(layers=1, heads=2, kv_heads=1, n_ff=64, ctx_train=4096, chat_template=CHATML)
 DOCUMENT = "All work and no play makes Jack a dull boy. " * 30  # a token a character
@@ -137,3 +137,25 @@ def test_a_low_ratio_is_warned_of(
     err = capsys.readouterr().err
     found = re.fullmatch(r"warning: --ctx-size 240 leaves room for 0\.0\d+ of \d+ tokens.*\n", err)
     assert (found is not None) if low else (err == "")
+
+
+@pytest.mark.parametrize("cells", [4096, 6000])
+def test_more_cells_than_the_model_was_trained_for(cells: int, model: Model) -> None:
+    """A short document stays where it was read, and leaves the turns what positions there are."""
+    with engine(model, ctx_size=cells, ratio=0.5) as one:
+        for talk in (one.conversation(document=DOCUMENT), Conversation(one, document=DOCUMENT)):
+            talk.max_tokens = ANSWER
+            reading = talk.read()
+            assert reading.next_position == len(reading.tokens)
+            answer = talk.ask("And?")
+            list(answer)
+            assert answer.reply.account.positions == "original"
+
+
+def test_a_long_document_with_more_cells_than_positions(model: Model) -> None:
+    """It moves together, and what is kept with its turns stays below the trained context."""
+    with engine(model, ctx_size=6000, ratio=0.25) as one:
+        talk = one.conversation(document=DOCUMENT * 4, max_tokens=ANSWER)
+        reading = talk.read()
+        assert len(reading.tokens) > SPEC.ctx_train
+        assert reading.next_position == len(reading.kept) < SPEC.ctx_train / 2

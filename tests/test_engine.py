@@ -28,9 +28,10 @@ from tiny import TinySpec, forward, make, random_tokens, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import ProbeSettings, Progress, Reader, Reading
+from laserkv_gguf.engine import Drafts, ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, LaserKVError
 from laserkv_gguf.kernels._jit import set_threads, threads_in_use
+from laserkv_gguf.llama import device, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -46,10 +47,12 @@ OPTIONS = ContextOptions(
     flash_attn="off",
     threads=1,
     outputs=64,
+    sequences=SEQUENCES + 1,
 )
 TOLERANCE = 1e-4  # in standard deviations of the logits; about 3e-6 is seen
 SIZE, TOKENS, RATIO = 48, 180, 0.4  # three whole blocks and one of 36
 SPECS = {"llama": TinySpec(), "qwen2": TinySpec(arch="qwen2", seed=4)}
+CROWD = SEQUENCES  # takes cells where a test wants few to be free
 SHORT = ProbeSettings(tokens=8, lookahead=3, observation=6)
 
 
@@ -96,7 +99,7 @@ class Watched(Context):
         self.before: list[list[int]] = []  # what stood in the main sequence before its decodes
         self.rows: list[NDArray[np.float32]] = []
         self.collecting = False
-        self.occupied = 0  # cells taken by a spare sequence
+        self.occupied = 0  # cells taken by another sequence
         self.on_decode: Callable[[int], None] = lambda number: None
         super().__init__(*args)
 
@@ -109,7 +112,7 @@ class Watched(Context):
         outputs: int = 0,
         on_chunk: Callable[[int], None] | None = None,
     ) -> None:
-        if sequence == SPARE:
+        if sequence in (SPARE, CROWD):
             return super().decode(tokens, start, sequence)
         self.decodes.append((sequence, start, len(tokens)))
         self.on_decode(len(self.decodes))
@@ -126,7 +129,7 @@ class Watched(Context):
     def clear(self) -> None:
         super().clear()
         if self.occupied:
-            self.decode(np.full(self.occupied, 5, np.int32), 0, SPARE)
+            self.decode(np.full(self.occupied, 5, np.int32), 0, CROWD)
 
 
 class Recorder(Policy):
@@ -544,6 +547,21 @@ def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str
     assert 16 + 4 < len(probes) < 4 * (16 + 1) - 8  # some guesses were wrong, some right
 
 
+def test_what_drafts_are_guessed_from() -> None:
+    """Two tokens of the last drafts, then three and two of the block (the last time), then one."""
+    drafts = Drafts([1, 2, 3, 4, 2, 5], trust=3, seen=np.array([9, 2, 3, 7, 8, 2, 3, 6], np.int32))
+    assert drafts.following([]) == [1, 2, 3]
+    assert drafts.following([1]) == [2, 3, 4]
+    assert drafts.following([0, 2, 3]) == [4, 2, 5]
+    assert drafts.following([8, 2]) == [3, 6]
+    assert drafts.following([9, 2]) == [3, 7, 8]
+    assert drafts.following([3, 7, 8]) == [2, 3, 6]
+    assert drafts.following([0, 2]) == [5]
+    assert drafts.following([0, 0]) == drafts.following([9, 5]) == []
+    drafts.trust = 1
+    assert drafts.following([9, 2]) == [3]
+
+
 def assert_only_main(context: Context) -> None:
     for number in range(1, SEQUENCES):
         assert Sequence(context, number).last == -1
@@ -691,6 +709,51 @@ def test_planned_cells_are_enough_and_needed(
             run(context)
         if reading_is_most:
             assert_empty(context)
+
+
+@pytest.mark.parametrize("start", [0, 30], ids=["alone", "after-others"])
+@pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
+def test_what_is_kept_ends_in_the_lowest_cells(
+    compact: bool, start: int, loaded: dict[str, Loaded]
+) -> None:
+    """llama.cpp tells into which cells it puts the next tokens: right behind what was kept."""
+    one, budget = loaded["llama"], Budget(TOKENS, SIZE, RATIO)
+    beside = random_tokens(30, one.spec).astype(np.int32)
+    with one.context() as context:
+        device.prepare(context)  # watches the cells
+        reader = Reader(context, policies.make("laser"), SHORT, compact=compact)
+        if start:
+            context.decode(beside[:start], 0, MAIN)
+        reading = reader.read(one.tokens, budget, one.question, start=start)
+        cells = context.probe.new("cells", 40)
+        with context.probe.armed(cells=(cells, 0)):
+            context.decode(one.later, reading.next_position, MAIN)
+        assert_only_main(context)
+    kept = start + budget.kept
+    assert cells[0].tolist() == list(range(kept, kept + 40))
+
+
+def test_a_sequence_is_gathered_bit_for_bit(loaded: dict[str, Loaded]) -> None:
+    """In parts of any size: its state says the same as before, and cells between it are free."""
+    one = loaded["llama"]
+    with one.context() as context:
+        device.prepare(context)
+        for sequence, tokens in ((MAIN, one.tokens[:90]), (CROWD, one.later)):
+            context.decode(tokens, 0, sequence)
+        context.decode(one.tokens[90:], 90, MAIN)
+        main, kept = Sequence(context, MAIN), np.arange(TOKENS % 3 + 8, TOKENS, 3)
+        main.remove_all(np.setdiff1d(np.arange(TOKENS), kept))
+        before = stored.read(context, MAIN, kept)
+        for at_once in (1, 7, 1000):
+            stored.gather(context, MAIN, kept, at_once)
+            after = stored.read(context, MAIN, kept)
+            assert np.array_equal(before.keys, after.keys)
+            assert np.array_equal(before.values, after.values)
+            cells = context.probe.new("cells", 1)
+            with context.probe.armed(cells=(cells, 0)):
+                context.decode(one.later[:1], TOKENS, MAIN)
+            main.remove(TOKENS, -1)
+            assert cells[0, 0] == len(kept)  # below the crowd's, which stand from 90 on
 
 
 # ---- when something goes wrong -----------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,97 @@ def test_a_plan_is_what_a_run_takes(policy: str, tiny: dict[str, Path]) -> None:
     # what was generated last is not in the cache
     cell = made.kv_bytes // plan.padded(made.ctx_cells)
     assert 0 <= made.full_kv_bytes - account.full_kv_bytes <= 9 * cell
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "types"),
+    [
+        ("laser", "replay", ("f16", "f16")),
+        ("laser", "replay", ("q8_0", "q8_0")),
+        ("laser", "shortlist", ("f16", "f16")),
+        ("finch", "replay", ("f16", "f16")),
+        ("snapkv", "replay", ("f16", "f16")),
+    ],
+)
+def test_a_plan_with_recall_is_what_a_run_takes(
+    policy: str, mode: str, types: tuple[str, str], tiny: dict[str, Path]
+) -> None:
+    options = ContextOptions(256, 64, threads=1, type_k=types[0], type_v=types[1])
+    engine = LaserKV(
+        tiny["plain"],
+        context=options,
+        policy=policy,
+        ratio=0.3,
+        block_size=128,
+        lookahead=5,
+        recall="ram",
+        recall_mode=mode,
+    )
+    with engine:
+        account = engine.ask("What?", document="x" * 700, max_tokens=9).account
+        budget, question = engine.budget(account.document_tokens), account.prompt_tokens
+        beside = engine.recall_cells(budget)
+        chosen, bits = engine.policy, 128 if mode == "shortlist" else 0
+    header, memory = Header(tiny["plain"]), plan.Memory(GIB, False)
+    run_ = plan.Run(
+        chosen,
+        block_size=128,
+        predict=9,
+        question=question,
+        lookahead=5,
+        type_k=types[0],
+        type_v=types[1],
+        recall="ram",
+        recall_mode=mode,
+        signature_bits=bits,
+    )
+    made = plan.make(header, run_, memory, tokens=account.document_tokens, ratio=0.3)
+    assert made.ctx_cells == account.ctx_cells
+    assert made.parked_bytes == account.parked_bytes > 0
+    assert made.recall_cells == beside > 0
+    without = plan.make(
+        header, replace(run_, recall="disk"), memory, tokens=account.document_tokens, ratio=0.3
+    )
+    assert made.device_bytes - without.device_bytes == made.parked_bytes
+    short = plan.make(header, run_, memory, tokens=128, ratio=0.3)  # one block is kept whole
+    assert (short.recall_cells, short.parked_bytes) == (0, 0)
+
+
+def test_plan_says_what_recall_takes(
+    tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the sum of a token's rows; and what cannot be is said."""
+    flags = ["plan", "-m", str(tiny["plain"]), "--tokens", "4000", "--block-size", "512"]
+    flags += ["--ratio", "0.25"]
+    spec = SHAPES["plain"]
+    row = spec.layers * spec.kv_heads * spec.head_dim * 2 * 2
+    found = []
+    for more in ([], ["--recall", "ram"], ["--recall", "disk", "--recall-mode", "shortlist"]):
+        assert run([*flags, "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["parked_bytes"] for one in found] == [
+        0,
+        4000 * row,
+        4000 * (row + spec.layers * spec.kv_heads * 128 // 8),
+    ]
+    off, replay, shortlist = (one["recall_cells"] for one in found)
+    assert off == 0
+    assert shortlist == 16  # drafts alone
+    # B = 226: anchors and windows of 56, pools of 114; the last block has 416 tokens
+    assert replay == 56 + 56 + 7 * 114 + 416 + 56 - found[1]["kept_tokens"] + 16
+    assert found[1]["ctx_cells"] > found[2]["ctx_cells"]
+    assert run([*flags, "--recall", "ram"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"of them to recall .*{replay}", shown)
+    assert re.search(r"parked .*MiB .*in RAM", shown)
+    assert (
+        run([*flags, "--recall", "ram", "--positions", "compact", "-ctk", "q8_0", "-fa", "on"]) == 0
+    )
+    shown = capsys.readouterr()
+    assert "does not fit" in shown.out
+    assert "-ctk f16" in shown.out + shown.err
+    assert run([*flags, "--recall", "ram", "--policy", "random"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---- captures ----------------------------------------------------------------------------------

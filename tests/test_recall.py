@@ -43,7 +43,7 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates
 from laserkv_gguf.recall import Recaller, RecallSettings
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.session import Conversation, LaserKV
 from laserkv_gguf.store import DiskStore, Store
 
 ENDING = len("\n[assistant]")
@@ -486,7 +486,7 @@ def test_little_room_is_enough(loaded: Loaded) -> None:
     kept = []
     for size in (None, 1500):
         with recalling(loaded, ctx_size=size) as engine:
-            talk = engine.conversation(document=DOCUMENT, max_tokens=30)
+            talk = Conversation(engine, document=DOCUMENT, max_tokens=30)
             for question in QUESTIONS:
                 turn(talk, question)
             assert talk.reading is not None
@@ -496,14 +496,14 @@ def test_little_room_is_enough(loaded: Loaded) -> None:
         budget = engine.budget(tokens)
         least = budget.kept + engine.recall_cells(budget) + 170
     with recalling(loaded, ctx_size=least) as engine:
-        talk = engine.conversation(document=DOCUMENT, max_tokens=30)
+        talk = Conversation(engine, document=DOCUMENT, max_tokens=30)
         for question in QUESTIONS:
             turn(talk, question)
         assert talk.reading is not None
         kept.append(talk.reading.kept.tolist())
     assert kept[0] == kept[1] == kept[2]
     with recalling(loaded, ctx_size=budget.kept + 40) as engine:
-        talk = engine.conversation(document=DOCUMENT, max_tokens=30)
+        talk = Conversation(engine, document=DOCUMENT, max_tokens=30)
         with pytest.raises(UserError, match=r"--ctx-size \d+ is too small"):
             talk.read()
 
@@ -892,7 +892,7 @@ def test_the_policy_has_its_own_way() -> None:
     assert RecallSettings("ram", "replay").mode_for(policies.make("quest")) == "replay"
 
 
-@pytest.mark.parametrize("command", [("chat",), ("bench",), ("eval", "passkey", "-o", "out")])
+@pytest.mark.parametrize("command", [("bench",), ("eval", "passkey", "-o", "out")])
 def test_commands_that_cannot_recall_say_so(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -902,10 +902,13 @@ def test_commands_that_cannot_recall_say_so(
     assert error.count("\n") == 1
 
 
-def test_settings_turned_on_later_leave_a_conversation_of_talks_alone(loaded: Loaded) -> None:
-    """Its ledger says where tokens stand, so none may come and go."""
+def test_settings_turned_on_later_count_from_the_next_reading(loaded: Loaded) -> None:
+    with recalling(loaded) as engine:
+        expected = turn(engine.conversation(document=DOCUMENT, max_tokens=4), QUESTIONS[0]).tokens
     with recalling(loaded, recall="off") as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
+        assert turn(talk, QUESTIONS[0]).account.recall == "off"
         engine.configure(recall="ram")
         talk.read()
-        assert turn(talk, QUESTIONS[0]).account.recall == "off"
+        reply = turn(talk, QUESTIONS[0])
+        assert (reply.account.recall, reply.tokens) == ("ram", expected)

@@ -22,6 +22,7 @@ from test_session import DOCUMENT, OPTIONS, TEMPLATE, Loaded, chars, in_cache, s
 from tiny import BOS, TinySpec, forward
 
 from laserkv_gguf import policies
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.history import Space, Thinning
 from laserkv_gguf.llama import stored
@@ -29,7 +30,7 @@ from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
 from laserkv_gguf.saved_talk import load, save
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.session import Conversation, LaserKV
 from laserkv_gguf.talk import Talk
 
 SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
@@ -726,3 +727,348 @@ def test_a_save_that_fails_leaves_the_one_before(loaded: Loaded, tmp_path: Path)
         assert file.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == [file.name]
         assert len(turn(talk, "two?").tokens) == 6
+
+
+# ---- recall ------------------------------------------------------------------------------------
+
+RECALL: dict[str, Any] = {"recall": "ram", "recall_first": "random", "ratio": 0.3}
+
+
+def agrees(talk: Talk, engine: LaserKV) -> None:
+    """The ledger, what is parked and llama.cpp say the same of the cells."""
+    ledger = talk.ledger
+    assert ledger.position.tolist() == standing(engine._context)
+    assert talk.cells_used == len(ledger) == in_cache(engine)
+    where = [recaller.where[recaller.where >= 0] for recaller in talk._parked]
+    for position, recaller in zip(where, talk._parked, strict=True):
+        assert np.isin(position, ledger.position).all()
+        assert np.array_equal(np.flatnonzero(recaller.where >= 0), recaller.kept)
+    for number, recaller in talk._added.items():
+        assert ledger.kept(number).tolist() == recaller.kept.tolist()
+
+
+def read_at_random(budget: Budget) -> set[int]:
+    """What the first reading keeps, with a policy that looks at the candidates' numbers alone."""
+    policy, inside = policies.make("random", seed=0), set[int]()
+    for block in budget.blocks:
+        inside |= set(range(block.start, block.end))
+        if block.evicts:
+            first, last = block.candidates
+            tokens = np.array(sorted(t for t in inside if first <= t < last))
+            seen = Candidates(tokens, (block.start, block.end), block.index)
+            chosen = {int(tokens[i]) for i in policy.select(seen, block.pool)}
+            inside = (inside - set(tokens.tolist())) | chosen
+    return inside
+
+
+def chosen_by_hand(
+    one: Loaded,
+    decoded: tuple[NDArray[np.int64], NDArray[np.bool_]],
+    asked: list[int],
+    recaller: Any,
+    others: set[int],
+) -> set[int]:
+    """The block loop on paper: positions of a document that a question keeps.
+
+    Args:
+        decoded: all tokens so far, and what each of them saw.
+        others: positions of the rest of the conversation that the question sees.
+    """
+    tokens, seen = decoded
+    budget, offset, policy = recaller.budget, recaller.offset, policies.make("laser")
+    keys = forward(one.weights, one.spec, tokens, visible=seen).keys.astype(np.float32)
+    window = set(range(budget.tokens - budget.window, budget.tokens))
+    inside: set[int] = set()
+    for block in budget.blocks:
+        inside |= set(range(block.start, block.end))
+        if not block.evicts:
+            continue
+        visible = sorted(others | {offset + token for token in inside | window})
+        before = len(tokens)
+        rows = np.zeros((before + len(asked), before + len(asked)), bool)
+        rows[:before, :before] = seen
+        rows[before:, visible] = True
+        rows[before:, before:] = np.tri(len(asked), dtype=bool)
+        prompt = np.concatenate((tokens, asked))
+        found = forward(one.weights, one.spec, prompt, visible=rows).queries[:, before:]
+        candidates = np.array(sorted(t for t in inside if block.candidates[0] <= t))
+        candidates = candidates[candidates < block.candidates[1]]
+        view = Candidates(
+            candidates,
+            (block.start, block.end),
+            block.index,
+            np.ascontiguousarray(found, np.float32),
+            keys[:, offset + candidates],
+        )
+        kept = {int(candidates[i]) for i in policy.select(view, block.pool)}
+        inside = (inside - set(candidates.tolist())) | kept
+    return {offset + token for token in inside}
+
+
+def test_every_document_recalls_its_own(loaded: Loaded, decodes: list[Decode]) -> None:
+    """One from the start and one added between turns: what each question keeps, and its logits."""
+    settings = {**RECALL, "block_size": 40, "probe_tokens": 0, "lookahead": 0}
+    with loaded.engine(positions="original", **settings) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT[:100]}, max_tokens=3)
+        talk.read()
+        turn(talk, "one?")
+        talk.add("b", OTHER[:90])
+        added = talk._parked[1]
+        assert set(added.kept.tolist()) == read_at_random(added.budget)
+        chosen = []
+        for question in ("Where is tin1?", "river4?"):
+            first, second = talk._parked
+            asked = [*talk._pending, *talk._prompt(question).tokens.tolist()]
+            tokens, seen = mask_of(decodes)
+            stand = set(standing(engine._context))
+            own = [set(range(r.offset, r.offset + r.budget.tokens)) for r in (first, second)]
+            inner = set(range(*second.inner))
+            expected = chosen_by_hand(loaded, (tokens, seen), asked, first, stand - own[0] - inner)
+            rest = stand - own[0] - own[1]
+            other = chosen_by_hand(loaded, (tokens, seen), asked, second, rest | expected)
+            turn(talk, question)
+            agrees(talk, engine)
+            now = set(standing(engine._context))
+            assert now & own[0] == expected
+            assert now & own[1] == other
+            assert rest <= now  # turns are where they were
+            chosen.append(other)
+        assert chosen[0] != chosen[1]
+    tokens, seen = mask_of(decodes)
+    truth = forward(loaded.weights, loaded.spec, tokens, visible=seen).logits
+    for decode in decodes:
+        if decode.logits is not None:
+            row = truth[decode.start + len(decode.tokens) - 1]
+            assert error(decode.logits, row) < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_later_question_is_answered_as_if_it_were_the_first(
+    positions: str, loaded: Loaded
+) -> None:
+    """As a conversation without a ledger answers it."""
+    settings = {**RECALL, "positions": positions}
+    with loaded.engine(**settings) as engine:
+        expected = []
+        for question in QUESTIONS[:3]:
+            plain = Conversation(engine, document=DOCUMENT, max_tokens=6)
+            expected.append(turn(plain, question).tokens)
+    with loaded.engine(**settings) as engine:
+        talk = engine.conversation(document=DOCUMENT, max_tokens=6)
+        found = []
+        for question in QUESTIONS[:3]:
+            found.append(turn(talk, question).tokens)
+            turn(talk, "go on")
+            talk.reset()
+            agrees(talk, engine)
+    assert found == expected
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("mode", ["replay", "shortlist"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_many_turns_beside_what_is_recalled(mode: str, positions: str, loaded: Loaded) -> None:
+    """Turns are thinned, every question gets as many tokens of each document as the first."""
+    settings = {**RECALL, "recall_mode": mode, "positions": positions, "ctx_size": 512}
+    settings |= {"lookahead": 1}
+    with loaded.engine(**settings) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT[:220]}, system=SYSTEM, max_tokens=8)
+        turn(talk, "one?")
+        talk.add("b", OTHER[:220])
+        kept, context, last = [r.budget.kept for r in talk._parked], engine._context, 0
+        for number in range(9):
+            account = turn(talk, QUESTIONS[number % len(QUESTIONS)]).account
+            agrees(talk, engine)
+            assert [len(recaller.kept) for recaller in talk._parked] == kept
+            assert talk.cells_used <= 512  # all that llama.cpp has allocated, too
+            last = max(last, Sequence(engine._context, MAIN).last)
+            assert account.recall_seconds > 0
+        assert engine._context is context
+        assert talk.thinnings > 1
+        if positions == "compact":  # the turns move together: they have the other cells
+            assert last < talk._fixed + 512 - sum(kept)
+        assert {p.name: p.kept for p in talk.documents}["b"] == kept[1]
+        for name in ("a", "b"):
+            assert talk.parked_bytes > 0
+            talk.drop(name)
+            agrees(talk, engine)
+            turn(talk, "still there?")
+        assert (talk.parked_tokens, talk.parked_bytes) == (0, 0)
+        assert talk.recall("anything?") is None
+        agrees(talk, engine)
+
+
+@pytest.mark.parametrize("mode", ["replay", "shortlist"])
+def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
+    """But anchors and windows; the next one has them all again. Longer ones are refused."""
+    with loaded.engine(**RECALL, recall_mode=mode, ctx_size=512) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=8)
+        turn(talk, "one?")
+        budgets = [recaller.budget for recaller in talk._parked]
+        full = [budget.kept for budget in budgets]
+        least = [budget.anchors + budget.window for budget in budgets]
+        yields = (sum(full) - sum(least)) // 2
+        turn(talk, "y" * (talk.capacity - sum(full) + yields))
+        for recaller, budget, low, high in zip(talk._parked, budgets, least, full, strict=True):
+            assert low <= len(recaller.kept) < high
+            ends = {*range(budget.anchors), *range(budget.tokens - budget.window, budget.tokens)}
+            assert ends <= set(recaller.kept.tolist())
+        agrees(talk, engine)
+        used = talk.cells_used
+        with pytest.raises(UserError, match=r"does not fit .*shorten it") as caught:
+            turn(talk, "y" * 500)
+        assert "\n" not in str(caught.value)
+        agrees(talk, engine)
+        assert talk.cells_used <= used
+        turn(talk, "two?")
+        assert [len(recaller.kept) for recaller in talk._parked] == full
+        agrees(talk, engine)
+
+
+def rows_of(engine: LaserKV) -> list[NDArray[Any]]:
+    """Positions, keys and values of the main sequence."""
+    assert engine._context is not None
+    found = stored.Stored.of(engine._context, stored.save(engine._context, MAIN))
+    return [found.positions, found.keys.copy(), found.values.copy()]
+
+
+@pytest.mark.parametrize("mode", ["replay", "shortlist"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_stopped_while_the_second_document_recalls(
+    mode: str, positions: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have what they had, bit for bit, and the question can be asked again."""
+    settings = {**RECALL, "recall_mode": mode, "positions": positions}
+    found = []
+    for stops in (False, True):
+        with loaded.engine(**settings) as engine:
+            talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+            turn(talk, QUESTIONS[0])
+            if stops:
+                before = rows_of(engine)
+                first, second = talk._parked
+                kept, real = first.kept.tolist(), second.reader.ask
+                asked = 0
+
+                def ask(*args: Any, real: Any = real, talk: Talk = talk, **options: Any) -> Any:
+                    nonlocal asked
+                    asked += 1
+                    if asked == (6 if mode == "shortlist" else 10):
+                        raise KeyboardInterrupt
+                    return real(*args, **options)
+
+                monkeypatch.setattr(second.reader, "ask", ask)
+                monkeypatch.setattr(first.reader, "ask", ask)
+                limit = {"replay": 10, "shortlist": 4}[mode]
+                asked = 6 - limit if mode == "shortlist" else 0
+                with pytest.raises(KeyboardInterrupt):
+                    turn(talk, QUESTIONS[1])
+                monkeypatch.undo()
+                assert first.kept.tolist() == kept
+                agrees(talk, engine)
+                for was, now in zip(before, rows_of(engine), strict=True):
+                    assert np.array_equal(was, now)
+            found.append(turn(talk, QUESTIONS[1]).tokens)
+            agrees(talk, engine)
+    assert found[0] == found[1]
+
+
+def test_several_documents_from_the_start(loaded: Loaded, tmp_path: Path) -> None:
+    """Each in its own file; reading again and dropping one gives its file back."""
+    path = tmp_path / "rows"
+    settings = {**RECALL, "recall": "disk", "recall_file": str(path)}
+    with loaded.engine(**settings) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        first = "".join(talk.begin(QUESTIONS[0]))
+        assert [recaller.budget.tokens for recaller in talk._parked] == [
+            len([BOS, *chars("[user]" + DOCUMENT)]),
+            len("\n\n" + OTHER),
+        ]
+        assert len(list(tmp_path.iterdir())) == 2
+        turn(talk, QUESTIONS[1])
+        talk.reset()
+        assert said(loaded, turn(talk, QUESTIONS[0]).tokens) == first
+        talk.read()
+        assert len(list(tmp_path.iterdir())) == 2
+        assert said(loaded, turn(talk, QUESTIONS[0]).tokens) == first
+        talk.drop("a")
+        assert [p.name for p in tmp_path.iterdir()] != ["rows"]
+        assert len(list(tmp_path.iterdir())) == 1
+        turn(talk, QUESTIONS[1])
+        agrees(talk, engine)
+    assert not list(tmp_path.iterdir())
+    with loaded.engine(**RECALL) as engine:
+        other = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        assert "".join(other.begin(QUESTIONS[0])) == first
+    ratio = {name: value for name, value in RECALL.items() if name != "ratio"}
+    with LaserKV(loaded.model, context=OPTIONS, block_size=64, ctx_size=900, **ratio) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        with pytest.raises(UserError, match="give --ratio too"):
+            talk.read()
+        talk = engine.conversation(documents={"a": DOCUMENT}, max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        talk.add("b", OTHER[:150])
+        with pytest.raises(UserError, match="give --ratio too"):
+            talk.read()
+        turn(talk, QUESTIONS[1])  # what was read before is still there
+        agrees(talk, engine)
+
+
+def test_a_document_that_cannot_be_added_leaves_the_others(short: Loaded) -> None:
+    """Ctrl-C while it is parked, and one too long for the positions that are left."""
+    with short.engine(**RECALL) as engine:
+        talk = engine.conversation(document=DOCUMENT[:150], max_tokens=6)
+        turn(talk, "one?")
+        before, parked = rows_of(engine), talk.parked_bytes
+
+        def stop(progress: Any) -> None:
+            if progress.read > 90:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            talk.add("b", OTHER[:130], stop)
+        assert talk.parked_bytes == parked
+        agrees(talk, engine)
+        for was, now in zip(before, rows_of(engine), strict=True):
+            assert np.array_equal(was, now)
+        with pytest.raises(
+            UserError, match=r"into \d+ positions; /drop .*--positions compact"
+        ) as caught:
+            talk.add("b", OTHER * 2)
+        assert "\n" not in str(caught.value)
+        agrees(talk, engine)
+        turn(talk, "two?")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_positions_end_before_cells_do(several: bool, short: Loaded) -> None:
+    """A document longer than the model knows, and two short ones with turns between: it goes on."""
+    with short.engine(**{**RECALL, "ratio": 0.3 if several else 0.15}) as engine:
+        talk = engine.conversation(documents={"a": OTHER[: 100 if several else None]}, max_tokens=6)
+        for question in QUESTIONS[:10]:
+            if several and talk.turns == 2:
+                talk.add("b", OTHER[100:170])
+            assert len(turn(talk, question).tokens) == 6
+            assert Sequence(engine._context, MAIN).last < SHORT.ctx_train
+            agrees(talk, engine)
+            assert all(len(r.kept) == r.budget.kept for r in talk._parked)
+        assert talk.thinnings > 0
+
+
+def test_a_saved_conversation_recalls_once_it_is_read_again(loaded: Loaded, tmp_path: Path) -> None:
+    file = tmp_path / "talk"
+    with loaded.engine(**RECALL) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        first = turn(talk, QUESTIONS[0]).tokens
+        save(talk, file)
+        kept = talk.ledger.position.tolist()
+        old = talk
+        talk = load(engine, file)
+        assert (talk.parked_bytes, old.parked_bytes) == (0, 0)
+        account = turn(talk, QUESTIONS[1]).account
+        assert (account.recall, account.parked_bytes) == ("off", 0)
+        assert set(kept) <= set(standing(engine._context))
+        agrees(talk, engine)
+        talk.read()
+        assert talk.parked_bytes > 0
+        assert turn(talk, QUESTIONS[0]).tokens == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,6 @@ def chat(
     """Talk with a model, about documents of any length or none; /help lists its commands."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
-    options.refuse_recall("chat", "use batch, or ask --save and --load")
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
@@ -154,11 +154,11 @@ class Loop:
 
     def read(self) -> None:
         """Reads the documents; the turns are forgotten."""
-        reading = self._under_a_bar(self.talk.read, self._not_read)
-        if reading is not None:
+        started = time.perf_counter()
+        if self._under_a_bar(self.talk.read, self._not_read) is not None:
             terminal.dim(
-                f"read {len(reading.tokens):,} tokens in {reading.timings.total:.1f} s, "
-                f"kept {len(reading.kept):,}"
+                f"read {self.talk.ledger.tokens_read:,} tokens in "
+                f"{time.perf_counter() - started:.1f} s, kept {self.talk.cells_used:,}"
             )
 
     def read_for(self, question: str) -> None:

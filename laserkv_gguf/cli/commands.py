@@ -88,7 +88,7 @@ def _read(loop: Loop, rest: str) -> None:
 
 
 def _stats(loop: Loop, _rest: str) -> None:
-    """Show what the last answer cost and how full the cache is."""
+    """Show what the last answer cost, how full the cache is and what is parked."""
     if loop.last is None:
         terminal.note("nothing has been answered yet")
         return
@@ -98,6 +98,8 @@ def _stats(loop: Loop, _rest: str) -> None:
         "turns": talk.turns,
         "times_compressed": talk.thinnings,
         "cells_used": talk.cells_used,
+        "parked_tokens": talk.parked_tokens,
+        "parked_bytes": talk.parked_bytes,
     }
     for key, value in said.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
@@ -132,6 +134,8 @@ def _save(loop: Loop, rest: str) -> None:
     path = _path(rest)
     saved_talk.save(loop.talk, path)
     terminal.note(f"saved to {path} ({terminal.size(path.stat().st_size)}); /load {path} goes on")
+    if loop.talk.parked_tokens:
+        terminal.note("parked rows are not in it: after /load nothing is recalled until /read")
 
 
 def _load(loop: Loop, rest: str) -> None:

@@ -64,7 +64,7 @@ def plan(
     if as_json:
         print(json.dumps(made.as_dict(), ensure_ascii=False))
     else:
-        _print(made, memory.card, options.ratio is None)
+        _print(made, memory.card, options.ratio is None, run.recall)
 
 
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
@@ -76,6 +76,8 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
     given = options.settings()
     settings = Settings(**{key: value for key, value in given.items() if value is not None})
     settings.check()
+    policy, recalling = settings.make_policy(options.seed), settings.recalling
+    recalling.check_policy(policy)
     context = ContextOptions(
         ubatch_size=options.ubatch_size,
         type_k=options.cache_type_k,
@@ -92,7 +94,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         )
     flash = context.flash_attn == "on" or context.quantised_v
     return Run(
-        policy=settings.make_policy(options.seed),
+        policy=policy,
         block_size=settings.block_size,
         divisor=settings.protection_divisor,
         type_k=context.type_k,
@@ -106,6 +108,9 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         probe_tokens=settings.probe_tokens,
         lookahead=settings.lookahead,
         positions=settings.positions,
+        recall=recalling.where,
+        recall_mode=recalling.mode_for(policy),
+        signature_bits=recalling.bits if recalling.votes_for(policy) else 0,
     )
 
 
@@ -159,7 +164,7 @@ def _this_machine(gpu_layers: int) -> Memory:
     return Memory(free, False, "free RAM")
 
 
-def _print(made: Plan, card: bool, derived: bool) -> None:
+def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
     from rich.console import Console
 
     size, console = terminal.size, Console(highlight=False)
@@ -172,10 +177,14 @@ def _print(made: Plan, card: bool, derived: bool) -> None:
     table.add_row("ratio", f"{made.ratio:g}", ratio if made.fits or not derived else "")
     table.add_row("kept", f"{made.kept_tokens:,} tokens", f"{made.kept_fraction:.1%}")
     table.add_row("cells", f"{made.ctx_cells:,}", f"positions {made.positions}")
+    if made.parked_bytes:
+        table.add_row("of them to recall", f"{made.recall_cells:,}", "while a question chooses")
     table.add_row("weights", size(made.weights_bytes), f"{made.layers} layers")
     table.add_row("KV cache", size(made.kv_bytes), f"full {size(made.full_kv_bytes)}")
     table.add_row("compute buffers", size(made.compute_bytes), "estimated")
     table.add_row("to choose by", size(made.capture_bytes), "keys and queries, in RAM")
+    if made.parked_bytes:
+        table.add_row("parked", size(made.parked_bytes), "in RAM" if recall == "ram" else "on disk")
     where = "on the card" if card else "in RAM"
     table.add_row(f"in all, {where}", size(made.device_bytes), f"of {size(made.memory_bytes)}")
     console.print(table)
