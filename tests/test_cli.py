@@ -188,6 +188,7 @@ REFUSED = {
     "pool 0": ("{ask} --pool 0", "--pool is 0", "odd"),
     "hash bits": ("{ask} --hash-bits 0", "--hash-bits is 0", "1 to 16"),
     "hash tables": ("{ask} --hash-tables 0", "--hash-tables is 0", "at least 1"),
+    "threads of a batch": ("{ask} -tb 1000", "-tb 1000", "1 to 512"),
     "threads too many": ("{ask} -t 100000", "-t 100000", "1 to 512"),
     "lookahead too long": ("{ask} --lookahead 100000", "--lookahead is", "0 to a block"),
     "lookahead": ("{ask} --lookahead -1", "--lookahead is -1", "0 to a block"),
@@ -598,7 +599,7 @@ def test_a_question_that_cannot_be_read_for_does_not_end_the_chat(
 
 ENGINE = """
 -m --model -c --ctx-size -ngl --gpu-layers -fa --flash-attn -ctk --cache-type-k
--ctv --cache-type-v -b --batch-size -ub --ubatch-size -t --threads -s --seed
+-ctv --cache-type-v -b --batch-size -ub --ubatch-size -t --threads -tb --threads-batch -s --seed
 --policy --ratio --block-size --protection-divisor --alpha --lookahead --pool --hash-bits
 --hash-tables --positions --scoring --debug --document --question -n --predict
 """

@@ -280,7 +280,8 @@ def _generation(job: Job, engine: LaserKV, conversation: Conversation) -> Result
         ),
         batch_size=context.batch_size,
         ubatch_size=context.options.ubatch_size,
-        threads=context.threads,
+        threads=context.pace.count,
+        threads_batch=context.threads,
         type_k=context.options.type_k,
         type_v=context.options.type_v,
     )

@@ -40,7 +40,7 @@ MEASURED = (
 """What differs from run to run: a row has the median of each, and its spread."""
 
 _BATCH = 2048  # of the full cache; llama.cpp's default, and the largest micro-batch tried
-_UBATCHES = (512, 1024, 2048)
+_UBATCHES = (128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,7 @@ class Benchmark:
             "batch_size": _BATCH,
             "ubatch_size": min(options.ubatch_size, _BATCH),
             "threads": options.threads or default_threads(),
+            "threads_batch": options.threads_batch or options.threads or default_threads(),
             "type_k": options.type_k,
             "type_v": options.type_v,
         }
@@ -252,12 +253,17 @@ class Benchmark:
         self.say(f"{length:,} tokens, llama.cpp's fastest settings")
         start = {**given, "flash_attn": offloaded or options.quantised_v, "ubatch_size": 512}
         threads = [options.threads or default_threads()]
+        reading = [options.threads_batch or threads[0]]
         if not offloaded and options.threads is None:
-            threads.append(available_processors())
+            threads = [available_processors()]
+            while threads[-1] > 1:
+                threads.append(threads[-1] // 2)
+            reading.append(available_processors())
         axes = tuning.axes(
             flash=not options.quantised_v,
             ubatches=[u for u in _UBATCHES if u <= max(512, length // 2)],
             threads=threads,
+            threads_batch=reading,
         )
         best = self._search(length, start, axes, self.extra_buffers)
         found.update(settings=best["best"], tried=best["tried"])

@@ -187,9 +187,11 @@ def fastest(result: Result) -> str:
     for found in result["baselines"]:
         settings = found["settings"]
         flash = {None: "auto", True: "on", False: "off"}[settings["flash_attn"]]
+        repacking = "on" if found["extra_buffers"] else "off"
         text = (
             f"flash attention {flash}, micro-batches of {settings['ubatch_size']}, "
-            f"{settings['threads']} threads, repacking {'on' if found['extra_buffers'] else 'off'}"
+            f"{settings['threads_batch']} threads ({settings['threads']} for a token), "
+            f"repacking {repacking}"
         )
         said.setdefault(text, []).append(f"{found['document_tokens']:,}")
     each = (f"{text} ({', '.join(at)} tokens)" for text, at in said.items())
@@ -337,8 +339,8 @@ def _idle(result: Result) -> str:
 
 
 def _baselines(result: Result) -> str:
-    head = ["tokens", "flash attention", "ubatch", "threads", "repacking", "estimate, s"]
-    head += ["prefill, tok/s", "decode, tok/s", ""]
+    head = ["tokens", "flash attention", "ubatch", "threads", "for a token", "repacking"]
+    head += ["estimate, s", "prefill, tok/s", "decode, tok/s", ""]
     rows = []
     for found in result["baselines"]:
         best = {**found["settings"], "extra_buffers": found["extra_buffers"]}
@@ -350,6 +352,7 @@ def _baselines(result: Result) -> str:
                     f"{found['document_tokens']:,}",
                     {None: "auto", True: "on", False: "off"}[entry["flash_attn"]],
                     str(entry["ubatch_size"]),
+                    str(entry["threads_batch"]),
                     str(entry["threads"]),
                     "on" if entry["extra_buffers"] else "off",
                     *(

@@ -47,11 +47,16 @@ def search(
 
 
 def axes(
-    *, threads: Sequence[int], ubatches: Sequence[int], flash: bool
+    *,
+    threads: Sequence[int],
+    threads_batch: Sequence[int],
+    ubatches: Sequence[int],
+    flash: bool,
 ) -> list[tuple[str, Sequence[Any]]]:
-    """What is tried: flash attention unless the cache's type decides it, micro-batches, threads."""
+    """What is tried: `flash` attention unless the cache's type decides it, threads of a token."""
     return [
+        ("threads", threads),
         *([("flash_attn", (False, True))] if flash else []),
         ("ubatch_size", ubatches),
-        ("threads", threads),
+        ("threads_batch", threads_batch),
     ]

@@ -52,7 +52,12 @@ class EngineOptions:
     ubatch_size: Annotated[
         int, Option("-ub", "--ubatch-size", help="Tokens computed at a time.")
     ] = 512
-    threads: Annotated[int, Option("-t", "--threads", help="Threads; 0: the physical cores.")] = 0
+    threads: Annotated[
+        int, Option("-t", "--threads", help="Threads for a token; 0: what is found fastest.")
+    ] = 0
+    threads_batch: Annotated[
+        int, Option("-tb", "--threads-batch", help="For reading; 0: -t, or the physical cores.")
+    ] = 0
     seed: Annotated[int, Option("-s", "--seed", help="Of sampling, hashing and `random`.")] = 0
     policy: Annotated[
         str, Option("--policy", help="How tokens are chosen: laser, exact, full, …")
@@ -162,6 +167,7 @@ class EngineOptions:
             "type_v": self.cache_type_v,
             "flash_attn": self.flash_attn,
             "threads": self.threads or None,
+            "threads_batch": self.threads_batch or None,
         }
 
     def take_over(self, saved: dict[str, Any]) -> None:

@@ -136,7 +136,12 @@ class Runner:
         plan, source, model = self.plan, self.source, self.engine.model
         babi = None if source.babi is None else _digest(sorted(source.babi.glob("qa*.txt")))
         options = asdict(self.engine.options)
-        for name in ("threads", "batch_size", "outputs"):  # change nothing but the speed
+        for name in (
+            "threads",
+            "threads_batch",
+            "batch_size",
+            "outputs",
+        ):  # change nothing but the speed
             del options[name]
         return {
             "model": {

@@ -29,12 +29,13 @@ _CHUNK = 4096  # cells copied at a time where a depth is made
 
 @dataclass(frozen=True)
 class BareSettings:
-    """llama.cpp's flags -fa (None: auto), -b, -ub, -t, -ctk and -ctv."""
+    """llama.cpp's flags -fa (None: auto), -b, -ub, -t, -tb (0: as -t), -ctk and -ctv."""
 
     flash_attn: bool | None = False
     batch_size: int = 2048
     ubatch_size: int = 512
     threads: int = 1
+    threads_batch: int = 0
     type_k: str = "f16"
     type_v: str = "f16"
 
@@ -83,7 +84,8 @@ class Bare:
         params.n_seq_max = 2 if spare else 1
         params.kv_unified = True
         params.n_outputs_max = params.n_seq_max  # only the last token's logits are asked for
-        params.n_threads = params.n_threads_batch = settings.threads
+        params.n_threads = settings.threads
+        params.n_threads_batch = settings.threads_batch or settings.threads
         params.type_k, params.type_v = CACHE_TYPES[settings.type_k], CACHE_TYPES[settings.type_v]
         flash = settings.flash_attn
         params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_AUTO if flash is None else int(flash)

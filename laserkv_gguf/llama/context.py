@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
+from laserkv_gguf.llama.pace import TokenThreads
 from laserkv_gguf.llama.probe import AbortFlag, Probe
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,10 @@ class ContextOptions:
         ubatch_size: tokens computed at a time (-ub).
         type_k, type_v: types of the cache (-ctk, -ctv); see `CACHE_TYPES`.
         flash_attn: "on", "off" or "auto" (-fa): on a CPU auto means off, unless V is quantised.
-        threads: for decoding and scoring (-t); None for the number of physical cores.
+        threads: for single tokens and batches of a few (-t); None to try on the first tokens how
+            many of `threads_batch` are fastest, where flash attention is off.
+        threads_batch: for reading and scoring (-tb); None for `threads`, or where that is not given
+            either for the number of physical cores.
         outputs: most tokens of one batch whose logits can be asked for.
         sequences: how many there can be, numbered from 0, in one pool of cells.
     """
@@ -50,6 +55,7 @@ class ContextOptions:
     type_v: str = "f16"
     flash_attn: str = "auto"
     threads: int | None = None
+    threads_batch: int | None = None
     outputs: int = 64
     sequences: int = SEQUENCES
 
@@ -69,8 +75,9 @@ class ContextOptions:
         for flag, number in (("-b", self.batch_size), ("-ub", self.ubatch_size)):
             if number < 1:
                 raise UserError(f"{flag} {number}: give at least 1")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise UserError(f"-t {self.threads}: give 1 to {MAX_THREADS} threads")
+        for flag, threads in (("-t", self.threads), ("-tb", self.threads_batch)):
+            if threads is not None and not 1 <= threads <= MAX_THREADS:
+                raise UserError(f"{flag} {threads}: give 1 to {MAX_THREADS} threads")
         if not SEQUENCES <= self.sequences <= MAX_SEQUENCES:
             raise ValueError(f"{self.sequences} sequences; {SEQUENCES} to {MAX_SEQUENCES} can be")
 
@@ -130,7 +137,15 @@ class Context:
         options = options or ContextOptions()
         options.check()
         self.model, self.options, self.cells = model, options, cells
-        self.threads = options.threads or default_threads()
+        self.threads = options.threads_batch or options.threads or default_threads()
+        # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
+        # would change the last bits of an answer.
+        plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.pace = TokenThreads(
+            options.threads or self.threads,
+            fixed=options.threads is not None or model.gpu_layers != 0 or not plain,
+        )
+        self._threads_now = 0
         self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
@@ -166,7 +181,7 @@ class Context:
         params.n_seq_max = options.sequences
         params.kv_unified = True
         params.n_outputs_max = max(options.sequences, min(options.outputs, self.cells))
-        params.n_threads = params.n_threads_batch = self.threads
+        params.n_threads, params.n_threads_batch = self.pace.count, self.threads
         params.type_k = CACHE_TYPES[options.type_k]
         params.type_v = CACHE_TYPES[options.type_v]
         params.flash_attn_type = options.flash_type(self.model.gpu_layers != 0)
@@ -281,11 +296,18 @@ class Context:
         if self.abort:
             raise Cancelled("cancelled")
         main = threading.current_thread() is threading.main_thread()
+        threads = self.pace.count if batch.n_tokens <= _SHORT else self.threads
+        if threads != self._threads_now:
+            L.llama_set_n_threads(self.handle, threads, threads)
+            self._threads_now = threads
+        started = time.perf_counter()
         if batch.n_tokens <= _SHORT or not main:
             status = L.llama_decode(self.handle, batch)
         else:
             status = self._run_interruptibly(batch)
         if status == 0:
+            if batch.n_tokens == 1:
+                self.pace.took(time.perf_counter() - started)
             return
         if status == 2 or self.abort:
             raise Cancelled("cancelled")

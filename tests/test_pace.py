@@ -1,0 +1,91 @@
+"""How many threads a token gets: against what a loop over all numbers would find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make, random_tokens
+
+pytest.importorskip("llama_cpp")
+
+from laserkv_gguf.llama.context import Context, ContextOptions
+from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.pace import TokenThreads
+from laserkv_gguf.llama.sequence import MAIN
+
+
+def run(pace: TokenThreads, cost: dict[int, float], tokens: int = 60) -> list[int]:
+    """The numbers used for so many tokens that take what `cost` says for each number."""
+    used = []
+    for _ in range(tokens):
+        used.append(pace.count)
+        pace.took(cost[pace.count])
+    return used
+
+
+@pytest.mark.parametrize(
+    ("cost", "best"),
+    [
+        ({8: 1.0, 4: 1.5, 2: 2.0, 1: 3.0}, 8),  # a large model
+        ({8: 3.0, 4: 2.0, 2: 1.0, 1: 1.5}, 2),
+        ({8: 4.0, 4: 3.0, 2: 2.0, 1: 1.0}, 1),  # a very small one
+        ({8: 1.0, 4: 0.99, 2: 0.1, 1: 0.1}, 8),  # as fast is not faster
+    ],
+)
+def test_halved_while_that_is_faster(cost: dict[int, float], best: int) -> None:
+    pace = TokenThreads(8)
+    used = run(pace, cost)
+    assert pace.settled
+    assert used[-40:] == [best] * 40
+
+
+def test_one_slow_token_does_not_decide() -> None:
+    """The first after a change has cold caches, and any may be interrupted."""
+    pace, cost = TokenThreads(2), {2: 1.0, 1: 0.5}
+    for token in range(40):
+        pace.took(cost[pace.count] * (9.0 if token in (0, 4, 6) else 1.0))
+    assert pace.count == 1
+
+
+@given(st.integers(1, 64), st.lists(st.floats(1e-4, 10), min_size=1, max_size=200))
+def test_any_times_settle_on_a_number_that_was_tried(most: int, times: list[float]) -> None:
+    pace, used = TokenThreads(most), {most}
+    for seconds in times:
+        pace.took(seconds)
+        assert 1 <= pace.count <= most
+        used.add(pace.count)
+    tried = {most >> halvings for halvings in range(7)} - {0}
+    assert used <= tried
+    assert pace.settled or len(times) < 4 * (len(tried) + 1)
+
+
+@pytest.mark.parametrize("flash_attn", ["off", "on"])
+def test_the_number_changes_no_bit(flash_attn: str, tmp_path: Path) -> None:
+    """Of logits; with flash attention it would, so there none is tried."""
+    path, spec, _ = make(tmp_path)
+    tokens = random_tokens(60, spec).astype(np.int32)
+    seen = []
+    with Model(path, gpu_layers=0, extra_buffers=False) as model:
+        for threads, batch in ((1, 1), (None, 2), (None, 2)):
+            options = ContextOptions(threads=threads, threads_batch=batch, flash_attn=flash_attn)
+            with Context(model, 128, options) as context:
+                assert context.pace.settled == (threads == 1 or flash_attn == "on")
+                context.decode(tokens[:30], 0, MAIN)
+                logits = []
+                for position in range(30, 60):
+                    context.decode(tokens[position : position + 1], position, MAIN, outputs=1)
+                    logits.append(context.logits())
+                assert context.pace.settled
+                seen.append(np.stack(logits))
+    assert np.array_equal(seen[1], seen[2])
+    if flash_attn == "off":
+        assert np.array_equal(seen[0], seen[1])
+
+
+def test_fixed() -> None:
+    pace = TokenThreads(4, fixed=True)
+    assert run(pace, {4: 9.0}) == [4] * 60
