@@ -42,11 +42,14 @@ class ProbeSettings:
         lookahead: tokens drafted after the question while the block is whole; they join too.
         observation: where no question is known, the block's own last tokens ask instead
             (SnapKV, arXiv 2404.14469).
+        rounds: most batches that the question and drafts of one block are decoded in, once a block
+            before has drafts: what of those is not checked by then asks as it is.
     """
 
     tokens: int | None = None
     lookahead: int | None = None
     observation: int | None = None
+    rounds: int = 3
 
     def completed(self, needs: Needs) -> tuple[int, int, int]:
         """(tokens, lookahead, observation), with the policy's own where none are given."""
@@ -185,6 +188,7 @@ class Reader:
         self.context, self.policy = context, policy
         settings = probe or ProbeSettings()
         self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
+        self.rounds = settings.rounds
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
         self.spare = Sequence(context, SPARE)
@@ -440,18 +444,23 @@ class Reader:
 
         What was drafted a block ago is decoded along as a guess, for most blocks change little
         about the answer: the tokens that the model would draft again stay, and cost one batch
-        instead of one decode each.
+        instead of one decode each. The last of `rounds` batches takes the rest of them unchecked:
+        where an answer can be worded in many ways, drafting it anew for every block would cost
+        more than all else and find nothing more.
         """
         context, lookahead = self.context, int(queries.shape[1]) - asking
         drafts: list[int] = []
         fed, first = question.tokens.tolist(), len(question) - asking
+        rounds = self.rounds if before.tokens else lookahead + 1
         while True:
+            rounds -= 1
             left = min(lookahead - len(drafts), context.options.outputs - 1)
-            guess = before.following(drafts)[:left]
+            guess = before.following(drafts) if rounds else before.tokens[len(drafts) :]
+            guess = guess[:left]
             row = asking + len(drafts) - 1 if drafts else 0
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
-            outputs = len(guess) + 1 if left else 0
+            outputs = len(guess) + 1 if left and rounds else 0
             armed = context.probe.armed(queries=(rows, first))
             with step("lookahead" if drafts else "probe"), armed:
                 tokens = np.array([*fed, *guess], np.int32)
@@ -466,7 +475,10 @@ class Reader:
                     break
                 drafts.append(token)
                 agreed += 1
-            if guess:
+            if not rounds:
+                drafts += guess
+                left = 0
+            elif guess:
                 before.trust = 2 + 2 * agreed
             if not left or len(drafts) == lookahead:
                 before.tokens = drafts
