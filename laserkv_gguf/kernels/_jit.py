@@ -15,8 +15,14 @@ from threadpoolctl import ThreadpoolController
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Numba's workqueue layer (where no OpenMP is found) aborts the process when two Python threads
-# enter parallel code at once, so the wrappers take this lock around every compiled call.
+# Numba's own threads, which sleep while there is nothing to do. Those of OpenMP would count as
+# llama.cpp's, and with more of them than cores all sleep between the nodes of a graph: a token then
+# takes more than twice as long.
+if getattr(numba.config, "THREADING_LAYER") == "default":  # noqa: B009 (untyped)
+    setattr(numba.config, "THREADING_LAYER", "workqueue")  # noqa: B010
+
+# This layer aborts the process when two Python threads enter parallel code at once, so the
+# wrappers take this lock around every compiled call.
 native_lock = threading.Lock()
 
 

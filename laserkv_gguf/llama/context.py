@@ -8,10 +8,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp as L
 import numpy as np
@@ -25,11 +25,13 @@ from laserkv_gguf.llama.probe import AbortFlag, Probe
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SEQUENCES = 8  # main, probe, and spares
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 MAX_THREADS = 512  # ggml's own limit
-_SHORT = 8  # batches up to this size end soon enough to wait for them where we are
+_SHORT = 8  # batches up to this size get the threads of a single token
 
 
 @dataclass(frozen=True)
@@ -295,16 +297,12 @@ class Context:
     def _run(self, batch: L.llama_batch) -> None:
         if self.abort:
             raise Cancelled("cancelled")
-        main = threading.current_thread() is threading.main_thread()
         threads = self.pace.count if batch.n_tokens <= _SHORT else self.threads
         if threads != self._threads_now:
             L.llama_set_n_threads(self.handle, threads, threads)
             self._threads_now = threads
         started = time.perf_counter()
-        if batch.n_tokens <= _SHORT or not main:
-            status = L.llama_decode(self.handle, batch)
-        else:
-            status = self._run_interruptibly(batch)
+        status = int(self.on_worker(L.llama_decode, self.handle, batch))
         if status == 0:
             if batch.n_tokens == 1:
                 self.pace.took(time.perf_counter() - started)
@@ -317,23 +315,24 @@ class Context:
             )
         raise LaserKVError(f"llama.cpp failed to decode (status {status}); see --debug")
 
-    def _run_interruptibly(self, batch: L.llama_batch) -> int:
-        """Ctrl-C reaches Python only between C calls: decode elsewhere and wait here."""
-        done = threading.Event()
+    def on_worker(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work(*arguments)` returns, run in the thread that all decoding is done in.
 
-        def work() -> int:
-            try:
-                return int(L.llama_decode(self.handle, batch))
-            finally:
-                done.set()
+        OpenMP keeps a team of threads for every thread that calls it. With two teams there are more
+        threads than cores, so they sleep while they wait, which makes a token twice as slow.
 
-        future = self._worker.submit(work)
+        Raises:
+            KeyboardInterrupt: Ctrl-C, which reaches Python only between C calls; decoding stops.
+        """
+        future = self._worker.submit(work, *arguments)
+        if threading.current_thread() is not threading.main_thread():
+            return future.result()
         try:
-            while not done.wait(0.1):
+            while not wait((future,), timeout=0.1).done:
                 pass
         except BaseException:
             self.abort.set()
-            done.wait()
+            wait((future,))
             self.abort.clear()
             raise
         return future.result()
