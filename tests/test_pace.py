@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make, random_tokens
 
-pytest.importorskip("llama_cpp")
+L = pytest.importorskip("llama_cpp")
 
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -84,6 +90,47 @@ def test_the_number_changes_no_bit(flash_attn: str, tmp_path: Path) -> None:
     assert np.array_equal(seen[1], seen[2])
     if flash_attn == "off":
         assert np.array_equal(seen[0], seen[1])
+
+
+def test_all_is_decoded_in_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks, and however many tokens: OpenMP has one team then, as large as the cores."""
+    path, spec, _ = make(tmp_path)
+    tokens = random_tokens(60, spec).astype(np.int32)
+    seen, decode = set(), L.llama_decode
+
+    def watched(*arguments: Any) -> int:
+        seen.add(threading.get_ident())
+        return int(decode(*arguments))
+
+    monkeypatch.setattr(L, "llama_decode", watched)
+    with (
+        Model(path, gpu_layers=0, extra_buffers=False) as model,
+        Context(model, 128, ContextOptions(threads=1)) as context,
+        ThreadPoolExecutor(1) as other,
+    ):
+        context.decode(tokens[:40], 0, MAIN)
+        context.decode(tokens[40:41], 40, MAIN)
+        other.submit(context.decode, tokens[41:59], 41, MAIN).result()
+        other.submit(context.decode, tokens[59:], 59, MAIN).result()
+        assert context.on_worker(threading.get_ident) in seen
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen
+
+
+def test_kernels_bring_threads_of_their_own() -> None:
+    """Also where OpenMP is there: its threads would count as llama.cpp's."""
+    code = (
+        "import numba, numpy as np; from laserkv_gguf import kernels;"
+        "ones = np.ones((1, 4, 2, 16), np.float32);"
+        "kernels.attention_consensus(ones, ones); print(numba.threading_layer())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_THREADING_LAYER"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "workqueue"
 
 
 def test_fixed() -> None:
