@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make, random_tokens
 
-L = pytest.importorskip("llama_cpp")
+pytest.importorskip("llama_cpp")
+
+import llama_cpp as L
 
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -92,9 +94,7 @@ def test_the_number_changes_no_bit(flash_attn: str, tmp_path: Path) -> None:
         assert np.array_equal(seen[0], seen[1])
 
 
-def test_all_is_decoded_in_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_decoded_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks, and however many tokens: OpenMP has one team then, as large as the cores."""
     path, spec, _ = make(tmp_path)
     tokens = random_tokens(60, spec).astype(np.int32)

@@ -862,7 +862,7 @@ def test_a_later_question_is_answered_as_if_it_were_the_first(
             talk.reset()
             agrees(talk, engine)
     assert found == expected
-    assert found[0] != found[1]
+    assert len({tuple(answer) for answer in found}) > 1  # they do not all say the same
 
 
 @pytest.mark.parametrize("mode", ["replay", "shortlist"])
