@@ -978,8 +978,13 @@ class Conversation:
         """Reads with the question in mind and answers it."""
         started = time.perf_counter()
         self._unread = False
+        asked = self._read_for(question, on_progress)
+        yield from self._answer(asked, reply, started)
+
+    def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
+        """Reads with the question in mind; returns what is decoded before the answer starts."""
         self._read(*self._wanted(question), on_progress)
-        yield from self._answer(self._opening(question).after, reply, started)
+        return self._opening(question).after
 
     def ask(self, question: str) -> Answer:
         """The next turn. An answer that is stopped half-way is dropped with its question.

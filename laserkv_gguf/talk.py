@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -231,14 +230,7 @@ class Talk(Conversation):
         _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
         return max(recaller.beside for recaller in self._parked) + drafts
 
-    def first_turn(
-        self,
-        question: str,
-        reply: Reply,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Iterator[str]:
-        started = time.perf_counter()
-        self._unread = False
+    def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
         # where each document is read by itself, a question recalls of each in turn
         alone = not self._recalls or len(self.texts) < 2
         self._read(*self._wanted(question if alone else None), on_progress)
@@ -247,7 +239,7 @@ class Talk(Conversation):
             self._make_room(asked)
         else:
             self._recall(asked)
-        yield from self._answer(asked, reply, started)
+        return asked
 
     def _recall(self, asked: Prompt) -> None:
         """Makes room for a question, and then recalls its tokens of one document after the other.

@@ -233,12 +233,14 @@ class Benchmark:
         options = ContextOptions(**self.plan.context)
         offloaded = self.facts["offloaded_layers"] > 0
         flash = {0: False, 1: True}.get(options.flash_type(offloaded))
+        for_token = options.threads or default_threads()
+        for_batch = options.threads_batch or for_token
         given = {
             "flash_attn": flash,
             "batch_size": _BATCH,
             "ubatch_size": min(options.ubatch_size, _BATCH),
-            "threads": options.threads or default_threads(),
-            "threads_batch": options.threads_batch or options.threads or default_threads(),
+            "threads": for_token,
+            "threads_batch": for_batch,
             "type_k": options.type_k,
             "type_v": options.type_v,
         }
@@ -252,8 +254,7 @@ class Benchmark:
             return found
         self.say(f"{length:,} tokens, llama.cpp's fastest settings")
         start = {**given, "flash_attn": offloaded or options.quantised_v, "ubatch_size": 512}
-        threads = [options.threads or default_threads()]
-        reading = [options.threads_batch or threads[0]]
+        threads, reading = [for_token], [for_batch]
         if not offloaded and options.threads is None:
             threads = [available_processors()]
             while threads[-1] > 1:

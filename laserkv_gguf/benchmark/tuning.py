@@ -53,7 +53,14 @@ def axes(
     ubatches: Sequence[int],
     flash: bool,
 ) -> list[tuple[str, Sequence[Any]]]:
-    """What is tried: `flash` attention unless the cache's type decides it, threads of a token."""
+    """What is tried, the flag that matters most first.
+
+    Args:
+        threads: numbers of them for a token.
+        threads_batch: and for reading.
+        ubatches: sizes of a micro-batch.
+        flash: whether flash attention can be chosen; a quantised V decides it.
+    """
     return [
         ("threads", threads),
         *([("flash_attn", (False, True))] if flash else []),

@@ -21,6 +21,7 @@ from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
 from laserkv_gguf.session import Conversation, LaserKV
 
+_SPEED_ONLY = ("threads", "threads_batch", "batch_size", "outputs")  # of the context's options
 BLOCK, BLOCKS = 4096, 4  # where no block size is given: S, and the least number of blocks
 
 
@@ -136,12 +137,7 @@ class Runner:
         plan, source, model = self.plan, self.source, self.engine.model
         babi = None if source.babi is None else _digest(sorted(source.babi.glob("qa*.txt")))
         options = asdict(self.engine.options)
-        for name in (
-            "threads",
-            "threads_batch",
-            "batch_size",
-            "outputs",
-        ):  # change nothing but the speed
+        for name in _SPEED_ONLY:
             del options[name]
         return {
             "model": {
