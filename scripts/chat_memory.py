@@ -24,6 +24,7 @@ import numpy as np
 
 from laserkv_gguf import LaserKV, models
 from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.trial import extra_buffers_work
@@ -162,7 +163,8 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
     if settings["ctx_size"] is None:
         settings["ctx_size"] = model.trained_context
     said, word = conversation(sample, options.turns)
-    with LaserKV(model, **settings) as engine:
+    context = ContextOptions(batch_size=4096, threads=options.threads)
+    with LaserKV(model, context=context, **settings) as engine:
         talk = kind(engine, system=SYSTEM, max_tokens=options.predict, sampling=Sampling())
         talk.read()
         pause, cells = 0.0, 0
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--ctx-size", type=int, default=2048)
     parser.add_argument("--predict", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--only", nargs="*", help=f"of: {', '.join(WAYS)}")
     options = parser.parse_args()
     done = {(row.way, row.sample, row.turns) for row in rows_of(options.out)}

@@ -190,6 +190,23 @@ def test_search_takes_no_noise_and_nothing_that_fails() -> None:
     assert [t["seconds"] for t in tried] == [10.0, 9.9, None]
 
 
+def test_settings_that_read_fastest_need_not_generate_fastest() -> None:
+    tried = [
+        {"flash": True, "ub": 512, "decode_tokens_per_second": 10.0},
+        {"flash": False, "ub": 512, "decode_tokens_per_second": 30.0},
+        {"flash": False, "ub": 1024, "decode_tokens_per_second": 29.0},
+        {"flash": False, "ub": 2048, "seconds": None},  # did not fit
+    ]
+    read = {"flash": True, "ub": 512}
+    assert tuning.fastest_token(read, tried) == tried[1]
+    assert tuning.fastest_token({"flash": False, "ub": 512}, tried) is None
+    assert tuning.fastest_token(read, tried[:1]) is None
+    assert tuning.fastest_token(read, []) is None
+    # one per cent is noise
+    tried[1]["decode_tokens_per_second"] = tried[2]["decode_tokens_per_second"] = 10.1
+    assert tuning.fastest_token(read, tried) is None
+
+
 # ---- timings -----------------------------------------------------------------------------------
 
 
@@ -489,6 +506,7 @@ def test_the_search_is_what_the_full_cache_is_run_with(
         if job["kind"] == "search" and job["axes"]:
             for entry in (found := run(job))["tried"]:
                 entry["seconds"] = 1.0 if entry["flash_attn"] else 2.0
+                entry["decode_tokens_per_second"] = 1e8 if entry["flash_attn"] else 2e8
             found["best"] = {**job["start"], "flash_attn": True}
             return found
         return run(job)
@@ -502,6 +520,16 @@ def test_the_search_is_what_the_full_cache_is_run_with(
     full = next(job for job in jobs if job["kind"] == "full")
     assert full["bare"] == base["settings"]
     assert full["extra_buffers"] == base["extra_buffers"]
+    # whose tokens are measured with the settings that generate fastest, at the same depth
+    token = next(job for job in jobs if job["kind"] == "token")
+    assert not token["bare"]["flash_attn"]
+    row = found["rows"][0]
+    assert token["length"] == row["document_tokens"] + row["prompt_tokens"]
+    (run_,) = row["runs"]
+    assert 0 < run_["fastest_decode_seconds_per_token"] != run_["decode_seconds_per_token"] > 0
+    assert row["ratios"]["fastest_decode_seconds_per_token"] == 1
+    lines = report.markdown(found).splitlines()
+    assert any("| off |" in line and line.endswith("| tokens |") for line in lines)
 
 
 def test_beyond_the_trained_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
-"""How many threads a token gets: against what a loop over all numbers would find."""
+"""How many threads a token gets, against what a loop over all numbers would find; and which."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.pace import TokenThreads
 from laserkv_gguf.llama.sequence import MAIN
+from laserkv_gguf.llama.worker import Worker
 
 
 def run(pace: TokenThreads, cost: dict[int, float], tokens: int = 60) -> list[int]:
@@ -117,6 +120,64 @@ def test_all_is_decoded_in_one_thread(tmp_path: Path, monkeypatch: pytest.Monkey
         assert context.on_worker(threading.get_ident) in seen
     assert len(seen) == 1
     assert threading.get_ident() not in seen
+
+
+def test_a_worker_does_one_thing_after_the_other() -> None:
+    worker, seen = Worker("a name"), list[int]()
+    with ThreadPoolExecutor(8) as askers:
+        found = list(
+            askers.map(lambda n: worker.run(lambda: (seen.append(n), n * n)[1]), range(99))
+        )
+    assert found == [n * n for n in range(99)]
+    assert sorted(seen) == list(range(99))
+    thread = worker.run(threading.current_thread)
+    assert thread.name == "a name"
+    with pytest.raises(ZeroDivisionError):
+        worker.run(lambda: 1 // 0)
+    assert worker.run(threading.current_thread) is thread
+    worker.close()
+    assert not thread.is_alive()
+
+
+def test_ctrl_c_waits_for_what_is_under_way() -> None:
+    worker, started, stopped, ended = Worker("w"), threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        started.set()
+        assert stopped.wait(20)
+        time.sleep(0.05)
+        ended.append("work")
+
+    def press() -> None:
+        started.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    def resume() -> None:
+        ended.append("resumed")
+
+    pressing = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        pressing.start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.run(work, stop=stopped.set, resume=resume)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended == ["work", "resumed"]
+    assert worker.run(lambda: 5) == 5
+    pressing.join()
+    worker.close()
+
+
+def test_a_worker_that_nobody_knows_of_keeps_nothing_alive() -> None:
+    """Nor does it keep the process from ending."""
+    code = (
+        "import weakref, gc; from laserkv_gguf.llama.worker import Worker;"
+        "worker = Worker('w'); held = {1}; worker.run(held.copy);"
+        "gone = weakref.ref(worker); del worker; gc.collect(); print(gone())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "None"), done.stderr
 
 
 def test_kernels_bring_threads_of_their_own() -> None:

@@ -388,6 +388,21 @@ def _trials(run: Callable[[], object], undo: Callable[[], object]) -> Iterator[f
             return
 
 
+def token(job: Job) -> Result:
+    """Tokens of the full cache at a length's depth, with settings it is not read with."""
+    settings, length = BareSettings(**job["bare"]), job["length"]
+    with _loaded(job) as model:
+        base = model.tokenize(of_length(model, job["text"], min(length, _TRIAL_BASE)))
+        with Bare(model, length + 1 + job["predict"], settings, spare=True) as bare:
+            bare.read(base)
+            bare.generate(2)
+            bare.rewind(len(base))
+            bare.deepen(len(base), length)
+            bare.read(base[:1])
+            made = bare.generate(job["predict"])
+    return _decoding(made.last - made.first, job["predict"] - 1)
+
+
 # ---- what cb_eval costs while it is idle -------------------------------------------------------
 
 
@@ -439,6 +454,7 @@ KINDS: dict[str, Callable[[Job], Result]] = {
     "full": full,
     "policy": policy,
     "search": search,
+    "token": token,
     "idle": idle,
 }
 

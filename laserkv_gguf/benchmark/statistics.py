@@ -12,6 +12,7 @@ RATIOS = (
     "prefill_seconds",
     "decode_tokens_per_second",
     "decode_seconds_per_token",
+    "fastest_decode_seconds_per_token",
     "kv_bytes",
     "context_bytes",
     "peak_rss_bytes",

@@ -9,6 +9,8 @@ Settings = dict[str, Any]
 
 WORTH = 0.98  # a change must take this much of the time or less, or it is noise
 
+_TOKEN = "decode_tokens_per_second"
+
 SHORTEST = 256  # tokens; below that there is nothing to be found
 
 
@@ -44,6 +46,19 @@ def search(
             if spent < least * WORTH:
                 best, least = changed, spent
     return best, tried
+
+
+def fastest_token(best: Settings, tried: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The entry of a search that generates fastest; None where the best settings do, too.
+
+    What reads a long document fastest need not generate fastest: on CPUs flash attention is such.
+    """
+    measured = [entry for entry in tried if entry.get(_TOKEN)]
+    used = [entry for entry in measured if all(entry[name] == best[name] for name in best)]
+    fastest = max(measured, key=lambda entry: float(entry[_TOKEN]), default=None)
+    if fastest is None or any(fastest[_TOKEN] * WORTH <= entry[_TOKEN] for entry in used):
+        return None
+    return dict(fastest)
 
 
 def axes(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +20,7 @@ from laserkv_gguf.llama import library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 from laserkv_gguf.llama.pace import TokenThreads
 from laserkv_gguf.llama.probe import AbortFlag, Probe
+from laserkv_gguf.llama.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ class Context:
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
-        self._worker = ThreadPoolExecutor(1, "llama-decode")
+        self._worker = Worker("llama-decode")
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())
@@ -217,7 +216,7 @@ class Context:
 
     def close(self) -> None:
         if getattr(self, "handle", None):
-            self._worker.shutdown()
+            self._worker.close()
             if self.scorer:
                 self.scorer.close()
                 self.scorer = None
@@ -324,18 +323,8 @@ class Context:
         Raises:
             KeyboardInterrupt: Ctrl-C, which reaches Python only between C calls; decoding stops.
         """
-        future = self._worker.submit(work, *arguments)
-        if threading.current_thread() is not threading.main_thread():
-            return future.result()
-        try:
-            while not wait((future,), timeout=0.1).done:
-                pass
-        except BaseException:
-            self.abort.set()
-            wait((future,))
-            self.abort.clear()
-            raise
-        return future.result()
+        abort = self.abort
+        return self._worker.run(work, *arguments, stop=abort.set, resume=abort.clear)
 
     def cancel(self) -> None:
         """Stops the decode under way (from another thread) and every later one until `resume`."""
