@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from laserkv_gguf import __version__
 from laserkv_gguf.errors import LaserKVError, UserError
@@ -29,8 +28,6 @@ from laserkv_gguf.store import human
 if TYPE_CHECKING:
     from laserkv_gguf.llama.model import Model
     from laserkv_gguf.session import LaserKV
-
-Arrays = Mapping[str, NDArray[Any]]
 
 DOCUMENT, CONVERSATION = KINDS = ("document", "conversation")
 _FORMAT = "laserkv-gguf {} 2"
@@ -188,13 +185,6 @@ def checked(path: str | Path, kind: str, engine: LaserKV) -> dict[str, Any]:
     about: dict[str, Any] = json.loads(metadata["about"])
     _compare(path, about, engine)
     return about
-
-
-def read(path: str | Path, kind: str, engine: LaserKV) -> tuple[dict[str, NDArray[Any]], Any]:
-    """All arrays of a file and what it says of itself; as `checked`."""
-    about = checked(path, kind, engine)
-    with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
 
 
 def _header(path: Path) -> tuple[bytes, dict[str, str], str]:

@@ -16,23 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from laserkv_gguf import saved
+from laserkv_gguf import saved, saved_rows
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
-from laserkv_gguf.recall import Recaller
 from laserkv_gguf.timings import STEPS, Timings
 
 if TYPE_CHECKING:
     from laserkv_gguf.session import Conversation, LaserKV, Sampling
 
 log = logging.getLogger(__name__)
-
-_CHUNK = 1 << 24
-_INDEX = "index."
 
 
 # ---- saving ------------------------------------------------------------------------------------
@@ -91,19 +87,8 @@ def _tensors(conversation: Conversation) -> Iterator[saved.Tensor]:
     if recaller is None:
         yield from _cached(conversation, form)
         return
-    store = recaller.store
-    yield saved.whole("held", np.arange(store.tokens))
-    yield saved.whole("positions", store.positions)
-    for name, array in (("keys", store._keys), ("values", store._values)):
-        yield saved.Tensor(name, "uint8", array.shape, iter(array))
-    if recaller.signatures is not None and recaller.signatures.centre is not None:
-        yield saved.whole("centre", recaller.signatures.centre)
-        codes = recaller.signatures.codes
-        yield saved.Tensor("signatures", "uint64", codes.shape, iter(codes))
-    if recaller.index:
-        yield saved.whole("units", recaller.units)
-        for name, array in recaller.index.items():
-            yield saved.whole(_INDEX + name, array)
+    yield saved.whole("held", np.arange(recaller.store.tokens))
+    yield from saved_rows.tensors(recaller)
 
 
 def _cached(conversation: Conversation, form: rows.Format) -> Iterator[saved.Tensor]:
@@ -192,7 +177,7 @@ def load(
         recaller = engine.recaller(run) if about["parked"] else None
         try:
             if recaller:
-                _park(path, recaller, file, about)
+                saved_rows.park(path, recaller, file, about["settings"])
                 recaller.tokens = reading.tokens
                 recaller.restore(reading.kept)
                 reading.next_position = recaller.next_position
@@ -205,36 +190,6 @@ def load(
             raise
         conversation._adopt(run, reading, recaller)
     return conversation
-
-
-def _park(path: Path, recaller: Recaller, file: Any, about: dict[str, Any]) -> None:
-    """Fills a store from the file, and what finds rows in it."""
-    store, names = recaller.store, set(file.keys())
-    keys, values, positions = (file.get_slice(name) for name in ("keys", "values", "positions"))
-    step = max(1, _CHUNK // recaller.form.cell_bytes)
-    for first in range(0, store.tokens, step):
-        end = min(first + step, store.tokens)
-        store.write(keys[:, first:end], values[:, first:end], positions[first:end])
-    if recaller.mode == "replay":
-        return
-    same = about["settings"]["policy"] == recaller.policy.name
-    if recaller.policy.unit and "units" in names and same:
-        recaller.units = file.get_tensor("units")
-        recaller.index = {
-            name.removeprefix(_INDEX): file.get_tensor(name)
-            for name in names
-            if name.startswith(_INDEX)
-        }
-    elif recaller.signatures is not None and "signatures" in names:
-        recaller.signatures.codes = file.get_tensor("signatures")
-        recaller.signatures.centre = file.get_tensor("centre")
-    elif recaller.policy.needs.recall:
-        raise UserError(
-            f"{path} was not read with --policy {recaller.policy.name}, which notes while it "
-            "reads what it looks up; read the document again, or use another policy"
-        )
-    else:
-        recaller.remember()
 
 
 def _put(context: Context, form: rows.Format, file: Any) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
 
-from laserkv_gguf import saved
+from laserkv_gguf import saved, saved_rows
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.ledger import TURN, Ledger, Segment
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.sequence import MAIN
+from laserkv_gguf.recall import Recaller
 from laserkv_gguf.session import _Run
 from laserkv_gguf.talk import Talk
 from laserkv_gguf.timings import Timings
@@ -22,11 +26,16 @@ from laserkv_gguf.timings import Timings
 if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV
 
+log = logging.getLogger(__name__)
 
-def save(talk: Talk, path: str | Path) -> None:
-    """Writes a conversation: what was read and said, and what its cells hold.
+_PARKED = "parked "  # how the names of parked rows begin
 
-    Parked rows are not written: a loaded conversation recalls nothing until `read` is called.
+
+def save(talk: Talk, path: str | Path) -> int:
+    """Writes a conversation: what was read and said, what its cells hold, and parked rows.
+
+    Returns:
+        Bytes written.
 
     Raises:
         UserError: nothing was read yet, or the place cannot be written to.
@@ -64,9 +73,32 @@ def save(talk: Talk, path: str | Path) -> None:
             "cells": talk._context.cells,
             "budget": asdict(talk.reading.budget),
             "max_tokens": talk.max_tokens,
+            "parked": [
+                {
+                    "number": number,
+                    "first": recaller is talk._recaller,
+                    "budget": asdict(recaller.budget),
+                    "offset": recaller.offset,
+                    "most": recaller.most,
+                    "compact": recaller.reader.compact,
+                }
+                for number, recaller in talk.parked_by.items()
+            ],
         }
-    tensors = [saved.whole(name, array) for name, array in arrays.items()]
-    saved.write(path, saved.CONVERSATION, tensors, metadata)
+        tensors = [saved.whole(name, array) for name, array in arrays.items()]
+        for number, recaller in talk.parked_by.items():
+            prefix = _prefix(number)
+            tensors += saved_rows.tensors(recaller, prefix)
+            tensors += [
+                saved.whole(prefix + name, getattr(recaller, name))
+                for name in ("tokens", "kept", "read", "where")
+            ]
+        return saved.write(path, saved.CONVERSATION, tensors, metadata)
+
+
+def _prefix(number: int) -> str:
+    """Of the names of what is parked of a document."""
+    return f"{_PARKED}{number}."
 
 
 def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
@@ -79,7 +111,16 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
         UserError: no such file, altered or cut short, of another model, build or cache type, or
             larger than --ctx-size. The conversation so far goes on then.
     """
-    arrays, found = saved.read(path, saved.CONVERSATION, engine)
+    path = Path(path)
+    found = saved.checked(path, saved.CONVERSATION, engine)
+    parked = found.get("parked", [])
+    if parked:
+        engine.turn_recall_on(found["settings"])
+    elif engine.settings.recall != "off":
+        log.warning("%s holds no parked rows: nothing can be recalled", path)
+    with safe_open(path, framework="numpy") as file:
+        names = [name for name in file.keys() if not name.startswith(_PARKED)]  # noqa: SIM118
+        arrays = {name: file.get_tensor(name) for name in names}
     rows = arrays["rows"]
     cells = engine.ctx_size or found["cells"]
     if rows.shape[1] + 2 > cells:
@@ -98,10 +139,20 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
         engine._owner = None
         reader = engine._reader_for(cells, found["compact"])
         reader.forget()
+        try:
+            recallers = _parked(path, engine, cells, parked, found["settings"])
+        except BaseException:
+            reader.forget()
+            raise
         stored.restore(reader.context, MAIN, arrays["state"])
         budget = Budget(**found["budget"])
         read = [s.tokens for s in ledger.segments.values() if s.kind != TURN]
         talk._run = _Run(budget, cells, reader, found["compact"])
+        for entry, recaller in recallers:
+            if entry["first"]:
+                talk._recaller = recaller
+            else:
+                talk._added[entry["number"]] = recaller
         talk.ledger, talk._pending = ledger, arrays["pending"].tolist()
         talk.turns, talk.thinnings = found["turns"], found["thinnings"]
         talk._turn_open, talk._compact = found["turn_open"], found["compact"]
@@ -118,7 +169,38 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
     return talk
 
 
-def _ledger(segments: list[Any], arrays: saved.Arrays) -> Ledger:
+def _parked(
+    path: Path,
+    engine: LaserKV,
+    cells: int,
+    entries: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> list[tuple[dict[str, Any], Recaller]]:
+    """What parked the documents of a file; the context is empty."""
+    made: list[tuple[dict[str, Any], Recaller]] = []
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for entry in entries:
+                budget, compact = Budget(**entry["budget"]), entry["compact"]
+                run = _Run(budget, cells, engine._reader_for(cells, compact), compact)
+                number = 0 if entry["first"] else entry["number"]
+                recaller = engine.recaller(run, entry["offset"], number)
+                if recaller is None:  # the rows' format is not known; that was said
+                    break
+                made.append((entry, recaller))
+                prefix = _prefix(entry["number"])
+                saved_rows.park(path, recaller, file, settings, prefix)
+                for name in ("tokens", "kept", "read", "where"):
+                    setattr(recaller, name, file.get_tensor(prefix + name))
+                recaller.most = entry["most"]
+    except BaseException:
+        for _, recaller in made:
+            recaller.close()
+        raise
+    return made
+
+
+def _ledger(segments: list[Any], arrays: dict[str, NDArray[Any]]) -> Ledger:
     ledger, token, pool = Ledger(), 0, 0
     for number, kind, name, tokens, pools, whole in segments:
         ledger.segments[number] = Segment(

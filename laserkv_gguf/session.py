@@ -682,8 +682,6 @@ class LaserKV:
         from laserkv_gguf import saved, saved_document, saved_talk
 
         if saved.kind(path) == saved.CONVERSATION:
-            if self.settings.recall != "off":
-                log.warning("%s holds no parked rows: nothing can be recalled", path)
             return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)
         return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
 

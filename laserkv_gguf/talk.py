@@ -188,14 +188,10 @@ class Talk(Conversation):
         )
 
     def save(self, path: str | Path) -> int:
-        """Writes documents and turns, for `saved_talk.load`; returns the file's bytes.
-
-        Parked rows are not written; `Conversation.save` writes a document with its own.
-        """
+        """Writes documents, turns and parked rows; see `saved_talk`. Returns the file's bytes."""
         from laserkv_gguf import saved_talk
 
-        saved_talk.save(self, path)
-        return Path(path).stat().st_size
+        return saved_talk.save(self, path)
 
     def without_document(self) -> None:
         super().without_document()
@@ -210,6 +206,12 @@ class Talk(Conversation):
     @property
     def _parked(self) -> list[Recaller]:
         return [*super()._parked, *self._added.values()]
+
+    @property
+    def parked_by(self) -> dict[int, Recaller]:
+        """What parks documents, by the numbers of their segments."""
+        first = {self.ledger.numbers(DOCUMENT)[0]: self._recaller} if self._recaller else {}
+        return {**first, **self._added}
 
     def forget_parked(self) -> None:
         super().forget_parked()
@@ -284,10 +286,7 @@ class Talk(Conversation):
     def _take_over(self) -> None:
         """Enters into the ledger where recalled tokens stand."""
         assert self.reading is not None
-        owners = dict(self._added)
-        if self._recaller:
-            owners[self.ledger.numbers(DOCUMENT)[0]] = self._recaller
-        for number, recaller in owners.items():
+        for number, recaller in self.parked_by.items():
             count = len(self.ledger.segments[number].tokens)
             kept = np.flatnonzero(recaller.where >= 0)
             head = recaller.budget.tokens - count  # what opens the turn, before the first document

@@ -411,7 +411,7 @@ def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert stats(it)["parked_tokens"] == 1818 + 19 * 60
         it.ask("where is the rain?")
         assert re.search(r"kept \d+ of 1,800 .*\n.*kept \d+ of 1,1\d\d ", it.ask("/docs"))
-        assert "parked rows are not in it" in it.ask(f"/save {tmp_path / 'talk'}")
+        assert "saved to" in it.ask(f"/save {tmp_path / 'talk'}")
         assert "notes.txt is gone" in it.ask("/drop 2")
         assert stats(it)["parked_tokens"] == 1818
         it.ask("/reset")
@@ -423,6 +423,7 @@ def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert len(answer_of(it.ask("hello"))) == 20
         assert "loaded: 3 turns" in it.ask(f"/load {tmp_path / 'talk'}")
         assert len(answer_of(it.ask("hello"))) == 20
+        assert stats(it)["parked_tokens"] == 1818 + 19 * 60  # they came with it
         it.say("/read")
         it.wait_for(r"read 2,9\d\d tokens in")
         it.wait_for_prompt()

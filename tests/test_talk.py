@@ -29,6 +29,7 @@ from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.recall import Recaller
 from laserkv_gguf.saved_talk import load, save
 from laserkv_gguf.session import Conversation, LaserKV
 from laserkv_gguf.talk import Talk
@@ -1055,20 +1056,77 @@ def test_positions_end_before_cells_do(several: bool, short: Loaded) -> None:
         assert talk.thinnings > 0
 
 
-def test_a_saved_conversation_recalls_once_it_is_read_again(loaded: Loaded, tmp_path: Path) -> None:
-    file = tmp_path / "talk"
-    with loaded.engine(**RECALL) as engine:
-        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
-        first = turn(talk, QUESTIONS[0]).tokens
-        save(talk, file)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("mode", ["replay", "shortlist"])
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_a_saved_conversation_recalls_on(
+    where: str, mode: str, positions: str, loaded: Loaded, tmp_path: Path
+) -> None:
+    """As one that never ended; also in an engine that does not recall otherwise."""
+    file, settings = tmp_path / "talk", {"recall_mode": mode, "positions": positions}
+    with loaded.engine(**{**RECALL, **settings, "recall": where}) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT}, max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        talk.add("b", OTHER)
+        turn(talk, QUESTIONS[1])
+        held = talk.parked_bytes
+        assert save(talk, file) == file.stat().st_size > held
         kept = talk.ledger.position.tolist()
+        wanted = [turn(talk, question) for question in QUESTIONS[2:5]]
         old = talk
         talk = load(engine, file)
-        assert (talk.parked_bytes, old.parked_bytes) == (0, 0)
-        account = turn(talk, QUESTIONS[1]).account
-        assert (account.recall, account.parked_bytes) == ("off", 0)
-        assert set(kept) <= set(standing(engine._context))
+        assert (talk.parked_bytes, old.parked_bytes) == (held, 0)
+        assert talk.ledger.position.tolist() == kept
         agrees(talk, engine)
-        talk.read()
-        assert talk.parked_bytes > 0
-        assert turn(talk, QUESTIONS[0]).tokens == first
+        said = [turn(talk, question) for question in QUESTIONS[2:5]]
+        assert [reply.tokens for reply in said] == [reply.tokens for reply in wanted]
+        assert said[0].account.recalled_tokens == wanted[0].account.recalled_tokens > 0
+        agrees(talk, engine)
+        talk.drop("a")
+        turn(talk, QUESTIONS[0])
+        agrees(talk, engine)
+    with loaded.engine(ratio=0.3, positions=positions) as engine:
+        talk = engine.load(file, max_tokens=6)
+        assert (engine.settings.recall, engine.settings.recall_mode) == ("ram", mode)
+        said = [turn(talk, question) for question in QUESTIONS[2:5]]
+        assert [reply.tokens for reply in said] == [reply.tokens for reply in wanted]
+
+
+def test_only_the_added_document_is_left(loaded: Loaded, tmp_path: Path) -> None:
+    with loaded.engine(**RECALL) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        talk.drop("a")
+        save(talk, tmp_path / "talk")
+        wanted, held = turn(talk, QUESTIONS[1]), talk.parked_bytes
+        talk = load(engine, tmp_path / "talk")
+        assert talk.parked_bytes == held
+        said = turn(talk, QUESTIONS[1])
+        assert (said.tokens, said.account.recalled_tokens) == (
+            wanted.tokens,
+            wanted.account.recalled_tokens,
+        )
+        agrees(talk, engine)
+
+
+def test_no_room_to_park_what_was_saved(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second document's rows: those of the first are given back, and one line says why."""
+    closed: list[int] = []
+    close = Recaller.close
+    monkeypatch.setattr(Recaller, "close", lambda self: (closed.append(self.offset), close(self)))
+    with loaded.engine(**RECALL) as engine:
+        talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
+        turn(talk, QUESTIONS[0])
+        save(talk, tmp_path / "talk")
+        held, offset = talk.parked_bytes, talk._parked[1].offset
+        wanted = turn(talk, QUESTIONS[1]).tokens
+        free = iter([held, 1, held, held])
+        monkeypatch.setattr("laserkv_gguf.memory.free_ram", lambda: next(free))
+        with pytest.raises(UserError, match="use --recall disk"):
+            load(engine, tmp_path / "talk")
+        assert closed == [0, offset, 0]  # of the conversation before, and what was made
+        assert standing(engine._context) == []
+        talk = load(engine, tmp_path / "talk")
+        assert turn(talk, QUESTIONS[1]).tokens == wanted

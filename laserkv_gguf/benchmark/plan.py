@@ -42,6 +42,7 @@ MEASURED = (
 """What differs from run to run: a row has the median of each, and its spread."""
 
 _BATCH = 2048  # of the full cache; llama.cpp's default, and the largest micro-batch tried
+_IDLE = 2048  # tokens that the idle probe is measured with, many times
 _UBATCHES = (128, 256, 512, 1024, 2048)
 
 
@@ -164,8 +165,10 @@ class Benchmark:
         idle = None
         if plan.probe_cost and plan.predict > 1:
             self.say("the idle probe")
-            length = min(plan.lengths)
-            idle = self._job("idle", length=length, bare=baselines[length]["settings"], repeats=5)
+            least = min(plan.lengths)
+            idle = self._job(
+                "idle", length=min(least, _IDLE), bare=baselines[least]["settings"], repeats=5
+            )
         return {
             "rows": rows,
             "ratios": rows[-1]["ratios"],

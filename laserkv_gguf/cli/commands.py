@@ -132,10 +132,8 @@ def _save(loop: Loop, rest: str) -> None:
     if not rest:
         raise UserError("name a file: /save FILE")
     path = _path(rest)
-    saved_talk.save(loop.talk, path)
-    terminal.note(f"saved to {path} ({terminal.size(path.stat().st_size)}); /load {path} goes on")
-    if loop.talk.parked_tokens:
-        terminal.note("parked rows are not in it: after /load nothing is recalled until /read")
+    size = saved_talk.save(loop.talk, path)
+    terminal.note(f"saved to {path} ({terminal.size(size)}); /load {path} goes on")
 
 
 def _load(loop: Loop, rest: str) -> None:

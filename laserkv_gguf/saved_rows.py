@@ -1,0 +1,80 @@
+"""Parked rows in a file of `saved`: with them a document recalls on as it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laserkv_gguf import saved
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.recall import Recaller
+
+_CHUNK = 1 << 24
+_INDEX = "index."
+
+
+def tensors(recaller: Recaller, prefix: str = "") -> Iterator[saved.Tensor]:
+    """The rows of a document's tokens, where their keys were turned for, and what finds them.
+
+    Args:
+        prefix: of the names, where a file holds several documents.
+    """
+    store = recaller.store
+    yield saved.whole(f"{prefix}positions", store.positions)
+    for name, array in (("keys", store._keys), ("values", store._values)):
+        yield saved.Tensor(prefix + name, "uint8", array.shape, iter(array))
+    if recaller.signatures is not None and recaller.signatures.centre is not None:
+        yield saved.whole(f"{prefix}centre", recaller.signatures.centre)
+        codes = recaller.signatures.codes
+        yield saved.Tensor(f"{prefix}signatures", "uint64", codes.shape, iter(codes))
+    if recaller.index:
+        yield saved.whole(f"{prefix}units", recaller.units)
+        for name, array in recaller.index.items():
+            yield saved.whole(prefix + _INDEX + name, array)
+
+
+def park(
+    path: Path, recaller: Recaller, file: Any, settings: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Fills a store from a file, and what finds rows in it.
+
+    Args:
+        file: the opened safetensors file at `path`.
+        settings: it was made with.
+
+    Raises:
+        UserError: what the policy notes while it reads is not in the file.
+        LaserKVError: the disk is full.
+    """
+    store, names = recaller.store, set(file.keys())
+    keys, values, positions = (
+        file.get_slice(prefix + name) for name in ("keys", "values", "positions")
+    )
+    step = max(1, _CHUNK // recaller.form.cell_bytes)
+    for first in range(0, store.tokens, step):
+        end = min(first + step, store.tokens)
+        store.write(keys[:, first:end], values[:, first:end], positions[first:end])
+    if recaller.mode == "replay":
+        return
+    same = settings["policy"] == recaller.policy.name
+    index = prefix + _INDEX
+    if recaller.policy.unit and f"{prefix}units" in names and same:
+        recaller.units = file.get_tensor(f"{prefix}units")
+        recaller.index = {
+            name.removeprefix(index): np.asarray(file.get_tensor(name))
+            for name in names
+            if name.startswith(index)
+        }
+    elif recaller.signatures is not None and f"{prefix}signatures" in names:
+        recaller.signatures.codes = file.get_tensor(f"{prefix}signatures")
+        recaller.signatures.centre = file.get_tensor(f"{prefix}centre")
+    elif recaller.policy.needs.recall:
+        raise UserError(
+            f"{path} was not read with --policy {recaller.policy.name}, which notes while it "
+            "reads what it looks up; read the document again, or use another policy"
+        )
+    else:
+        recaller.remember()
