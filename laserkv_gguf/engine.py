@@ -149,6 +149,7 @@ class _State:
     memory: dict[str, Any] = field(default_factory=dict)
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
+    queries: NDArray[np.float32] | None = None  # of the last probe
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -381,7 +382,8 @@ class Reader:
     def _probe(self, state: _State, block: Block) -> NDArray[np.float32] | None:
         """Asks the whole block: queries of the question's end and of the drafts after it.
 
-        In a scratch sequence that shares the cells and is dropped.
+        In a scratch sequence that shares the cells and is dropped. A last block that is shorter
+        than a probe with drafts is not worth one: the queries of the block before look at it, too.
 
         Returns:
             (layers, probe tokens, heads, head_dim) float32.
@@ -393,9 +395,13 @@ class Reader:
                 last = self._block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
-        state.drafts.seen = state.tokens[state.kept]
-        with state.timings.spent("probe"):
-            return self.ask(state.question, self._position(state), state.drafts)
+        probe = len(state.question) + self.lookahead
+        short = self.lookahead > 0 and state.last(block) and block.tokens <= probe
+        if state.queries is None or self.compact or not short:
+            state.drafts.seen = state.tokens[state.kept]
+            with state.timings.spent("probe"):
+                state.queries = self.ask(state.question, self._position(state), state.drafts)
+        return state.queries
 
     def ask(
         self,

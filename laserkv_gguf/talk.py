@@ -563,13 +563,14 @@ class Talk(Conversation):
         if keep == 0:
             return rows[:0]
         views: dict[str, Any] = {}
-        if policy.needs.keys or policy.needs.values:
+        needs = policy.needs
+        wanted = {"keys": needs.keys or needs.attention, "values": needs.values}
+        if any(wanted.values()):
             self._settle()
             found = stored.read(self._context, MAIN, self.ledger.position[rows])
-            for kind in ("keys", "values"):
-                if getattr(policy.needs, kind):
-                    view = getattr(found, kind)
-                    views[kind] = view.astype(np.float32) if policy.needs.precise else view
+            for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
+                view = getattr(found, kind)
+                views[kind] = view.astype(np.float32) if needs.precise else view
         block = (int(rows[0]), int(rows[-1]) + 1)
         candidates = Candidates(rows, block, self.thinnings, queries, **views)
         return rows[checked(policy, policy.select(candidates, keep), candidates, keep)]

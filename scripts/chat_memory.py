@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=90, help="the fact is asked for in the last")
     parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="sample to begin with")
     parser.add_argument("--ctx-size", type=int, default=2048)
     parser.add_argument("--predict", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
@@ -247,7 +248,7 @@ def main() -> None:
         Model(models.find(options.model), extra_buffers=extra_buffers_work()) as model,
         options.out.open("a", encoding="utf-8") as file,
     ):
-        for sample in range(options.samples):
+        for sample in range(options.first, options.samples):
             for way in options.only or WAYS:
                 if (way, sample, options.turns) in done:
                     continue

@@ -288,18 +288,21 @@ def test_with_flash_attention(load: Callable[[str], Loaded]) -> None:
     assert max(block_differences(load("head-64"), flash_attn="on", type_v="f16")) < 1e-4
 
 
-@pytest.mark.parametrize("policy", ["exact", "laser", "snapkv", "sage", "tova", "chunkkv", "finch"])
+@pytest.mark.parametrize(
+    "policy", ["exact", "laser", "hashing", "snapkv", "sage", "tova", "chunkkv", "finch"]
+)
 def test_same_tokens_are_kept(policy: str, load: Callable[[str], Loaded]) -> None:
     """And where attention is all that a policy wants, no key comes to the host."""
     one, kept = load("grouped"), {}
-    made = policies.make(policy)
+    hashing = policy == "hashing"
+    made = policies.make("laser", alpha=0.75) if hashing else policies.make(policy)
     for scoring in ("host", "device"):
         with one.context() as context:
             reader = Reader(context, made, ASKING, compact=policy == "finch", scoring=scoring)
             budget = made.budget(TOKENS, SIZE, 0.4, 4)
             kept[scoring] = reader.read(one.tokens, budget, one.question).kept.tolist()
             assert reader.scoring == scoring
-            on_host = scoring == "host" or policy == "laser"
+            on_host = scoring == "host" or hashing
             assert ("keys" in reader._arrays) == on_host
             assert ("cells" in reader._arrays) == (scoring == "device")
     assert kept["device"] == kept["host"]

@@ -557,6 +557,29 @@ def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str
     assert 16 + 4 < len(probes) < 4 * (16 + 1) - 8  # some guesses were wrong, some right
 
 
+@pytest.mark.parametrize(
+    ("tail", "lookahead", "compact", "probed"),
+    [(5, 4, False, False), (5, 0, False, True), (5, 4, True, True), (40, 4, False, True)],
+)
+def test_a_short_last_block_is_not_asked_again(
+    tail: int, lookahead: int, compact: bool, probed: bool, loaded: dict[str, Loaded]
+) -> None:
+    """Unless its cells have moved; and without drafts every method asks as its paper says."""
+    one, recorder = loaded["llama"], Recorder(policies.make("laser"))
+    tokens = one.tokens[: 2 * SIZE + tail]
+    budget = Budget(len(tokens), SIZE, RATIO)
+    settings = ProbeSettings(tokens=8, lookahead=lookahead)
+    with one.context() as context:
+        reader = Reader(context, recorder, settings, compact=compact)
+        reading = reader.read(tokens, budget, one.question)
+        starts = [start for sequence, start, _ in context.decodes if sequence == PROBE]
+    before, last = (seen.queries for seen in recorder.seen[-2:])
+    assert np.array_equal(before, last) != probed
+    assert (len(tokens) in starts) == (probed and not compact)
+    assert len(reading.kept) == budget.kept
+    assert recorder.seen[-1].tokens[-1] < len(tokens)
+
+
 def test_drafts_are_checked_in_a_few_batches(loaded: dict[str, Loaded]) -> None:
     """First what the model says now, then what it said a block ago; `Cache` drafts all anew."""
     one, recorder = loaded["llama"], Recorder(policies.make("laser"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,17 @@ def test_options() -> None:
             policies.parse("laser", [wrong])
     with pytest.raises(UserError, match="no option"):
         policies.parse("exact", ["alpha=0.5"])  # its alpha is what it is
+
+
+def test_laser_asks_for_what_its_parts_use() -> None:
+    for name, attention, keys in (("laser", True, False), ("exact", True, False)):
+        needs = policies.make(name).needs
+        assert (needs.attention, needs.keys) == (attention, keys)
+    assert policies.make("laser", alpha=0.75).needs == policies.find("laser").needs
+    for made in (policies.make("magicpig"), policies.make("laser", alpha=0.0)):
+        assert (made.needs.attention, made.needs.keys) == (False, True)
+    # made anew from one that did not
+    assert replace(policies.make("laser"), alpha=0.5).needs.keys
 
 
 @pytest.mark.parametrize("name", sorted(policies.available()))

@@ -260,6 +260,18 @@ def test_a_hundred_turns(policy: str, positions: str, short: Loaded) -> None:
             assert Sequence(context, number).last == -1
 
 
+@pytest.mark.parametrize("policy", sorted(set(policies.available()) - {"full", "infllm"}))
+def test_every_policy_lets_turns_age(policy: str, short: Loaded) -> None:
+    """`full` refuses; `infllm` and `quest` score what they are shown like any other."""
+    with short.engine(policy=policy, ctx_size=256) as engine:
+        talk = engine.conversation(system=SYSTEM, max_tokens=8)
+        for number in range(12):
+            turn(talk, QUESTIONS[number % len(QUESTIONS)])
+        assert talk.thinnings > 2
+        assert talk.cells_used <= 256
+        assert talk.cells_used == in_cache(engine)
+
+
 def test_pauses_are_no_longer_than_a_block(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is decoded between a question and its answer: the question twice, and the drafts."""
     counts: list[int] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import library, stored
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
@@ -35,21 +34,17 @@ def state_round_trip(model: Model) -> float:
     shares that with the first one and reads on: recall and saved chats do the same. 0.0 is right.
 
     Raises:
-        RuntimeError: llama.cpp does not save or take the rows.
+        LaserKVError: llama.cpp does not save or take the rows.
     """
     tokens = _tokens(model)
     with Context(model, 2 * _TOKENS, ContextOptions(ubatch_size=64, threads=1)) as context:
         main, spare = Sequence(context, MAIN), Sequence(context, SPARE)
         context.decode(tokens[:-1], 0, MAIN)
-        size = int(L.llama_state_seq_get_size(context.handle, MAIN))
-        rows = (ctypes.c_uint8 * size)()
-        if int(L.llama_state_seq_get_data(context.handle, rows, size, MAIN)) != size:
-            raise RuntimeError("llama.cpp did not save the rows of a sequence")
+        rows = stored.save(context, MAIN)
         context.decode(tokens[-1:], _TOKENS - 1, MAIN, outputs=1)
         before = context.logits()
         main.remove()
-        if not L.llama_state_seq_set_data(context.handle, rows, size, SPARE):
-            raise RuntimeError("llama.cpp did not take back the rows of a sequence")
+        stored.restore(context, SPARE, rows)
         spare.share_with(main)
         spare.remove()
         context.decode(tokens[-1:], _TOKENS - 1, MAIN, outputs=1)

@@ -46,7 +46,7 @@ class Laser(Policy):
     name: ClassVar[str] = "laser"
     needs: ClassVar[Needs] = Needs(
         queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16
-    )
+    )  # of both parts; an instance needs what its own parts do
 
     alpha: float = 1.0
     pool: int = 15
@@ -60,6 +60,9 @@ class Laser(Policy):
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha:g}; give a fraction from 0 to 1, such as 0.75")
         check_pool(self.pool)
+        # at 1 no key is hashed: on a device none leaves it
+        needs = replace(self.needs, attention=self.alpha > 0, keys=self.alpha < 1)
+        object.__setattr__(self, "needs", needs)
         if not 1 <= self.hash_bits <= 16:
             raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
         if self.hash_tables < 1:
@@ -111,7 +114,6 @@ class Exact(Laser):
     """`laser` with α = 1: attention consensus alone (arXiv 2602.02199, table 1)."""
 
     name: ClassVar[str] = "exact"
-    needs: ClassVar[Needs] = replace(Laser.needs, keys=False)
 
     alpha: float = field(default=1.0, init=False)
 
@@ -121,6 +123,5 @@ class MagicPig(Laser):
     """`laser` with α = 0: hash collisions alone (arXiv 2602.02199, table 1; 2410.16179)."""
 
     name: ClassVar[str] = "magicpig"
-    needs: ClassVar[Needs] = replace(Laser.needs, attention=False)
 
     alpha: float = field(default=0.0, init=False)
