@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from laserkv_gguf.budget import Account
+    from laserkv_gguf.conversation import Conversation, Reply
     from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
-    from laserkv_gguf.session import Conversation, LaserKV, Reply
+    from laserkv_gguf.session import LaserKV
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,10 @@ _HOMES = {
     "Account": "budget",
     "Cancelled": "errors",
     "ContextOptions": "llama.context",
-    "Conversation": "session",
+    "Conversation": "conversation",
     "LaserKV": "session",
     "LaserKVError": "errors",
-    "Reply": "session",
+    "Reply": "conversation",
     "Sampling": "llama.sampler",
     "UserError": "errors",
 }

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from laserkv_gguf.conversation import Reply
 from laserkv_gguf.engine import Progress
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.parallel import Question, Spent, answer
-from laserkv_gguf.session import LaserKV, Reply
+from laserkv_gguf.session import LaserKV
 
 FIELDS = ["id", "question", "document", "document_path", "system", "max_tokens", "stop", "expected"]
 RECORD = ".run"

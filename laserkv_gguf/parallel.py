@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from laserkv_gguf.conversation import Conversation, Reply
 from laserkv_gguf.engine import Progress
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import sequence
@@ -23,7 +24,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import MAX_SEQUENCES, Context, padded
 from laserkv_gguf.llama.model import PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
-from laserkv_gguf.session import Conversation, LaserKV, Reply
+from laserkv_gguf.session import LaserKV
 
 FIRST = sequence.SPARE + 1
 """The first of the sequences that answers are generated in."""

@@ -26,7 +26,8 @@ from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.timings import STEPS, Timings
 
 if TYPE_CHECKING:
-    from laserkv_gguf.session import Conversation, LaserKV, Sampling
+    from laserkv_gguf.conversation import Conversation
+    from laserkv_gguf.session import LaserKV, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def load(
         UserError: no such file, a damaged one, one of another model, build or cache type, or one
             that does not fit the context; the message says which.
     """
-    from laserkv_gguf.session import Conversation
+    from laserkv_gguf.conversation import Conversation
 
     path = Path(path)
     about = saved.checked(path, saved.DOCUMENT, engine)

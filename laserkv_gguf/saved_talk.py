@@ -13,13 +13,13 @@ from safetensors import safe_open
 
 from laserkv_gguf import saved, saved_rows
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.conversation import Run
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.ledger import TURN, Ledger, Segment
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.sequence import MAIN
 from laserkv_gguf.recall import Recaller
-from laserkv_gguf.session import _Run
 from laserkv_gguf.talk import Talk
 from laserkv_gguf.timings import Timings
 
@@ -147,7 +147,7 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
         stored.restore(reader.context, MAIN, arrays["state"])
         budget = Budget(**found["budget"])
         read = [s.tokens for s in ledger.segments.values() if s.kind != TURN]
-        talk._run = _Run(budget, cells, reader, found["compact"])
+        talk._run = Run(budget, cells, reader, found["compact"])
         for entry, recaller in recallers:
             if entry["first"]:
                 talk._recaller = recaller
@@ -182,7 +182,7 @@ def _parked(
         with safe_open(path, framework="numpy") as file:
             for entry in entries:
                 budget, compact = Budget(**entry["budget"]), entry["compact"]
-                run = _Run(budget, cells, engine._reader_for(cells, compact), compact)
+                run = Run(budget, cells, engine._reader_for(cells, compact), compact)
                 number = 0 if entry["first"] else entry["number"]
                 recaller = engine.recaller(run, entry["offset"], number)
                 if recaller is None:  # the rows' format is not known; that was said

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.conversation import CONVERSATION_CELLS, Conversation, Reply
 from laserkv_gguf.engine import Progress, Reader, Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.history import SHORT_ANSWER, Space, Thinning
@@ -38,7 +39,6 @@ from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.laser import Laser
 from laserkv_gguf.recall import Recalled, Recaller
-from laserkv_gguf.session import CONVERSATION_CELLS, Conversation, Reply
 
 if TYPE_CHECKING:
     from laserkv_gguf.llama.context import Context

@@ -28,8 +28,9 @@ from laserkv_gguf.llama.model import Model, Tokens
 from laserkv_gguf.memory import peak_rss, reset_peak_rss
 
 if TYPE_CHECKING:
+    from laserkv_gguf.conversation import Conversation, Reply
     from laserkv_gguf.llama.chat import Opening
-    from laserkv_gguf.session import Conversation, LaserKV, Reply
+    from laserkv_gguf.session import LaserKV
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -207,7 +208,7 @@ def _warm_up(job: Job, model: Model, text: str) -> None:
 
 def policy(job: Job) -> Result:
     """The engine reads with a policy and answers."""
-    from laserkv_gguf.session import Conversation
+    from laserkv_gguf.conversation import Conversation
 
     free = free_device_memory()
     question, predict = job["question"], job["predict"]

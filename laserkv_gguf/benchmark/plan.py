@@ -54,7 +54,7 @@ class Plan:
         model: path of the GGUF.
         text: to be read, repeated or cut to a length.
         lengths: of the document, in tokens.
-        configurations: settings of the engine (fields of `session.Settings`), one for each row; the
+        configurations: settings of the engine (fields of `Settings`), one for each row; the
             full cache is measured beside them.
         predict: tokens to generate.
         repeats: runs of each configuration and length.

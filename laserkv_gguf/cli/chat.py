@@ -18,8 +18,9 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
+    from laserkv_gguf.conversation import Answer, Reply
     from laserkv_gguf.engine import Progress
-    from laserkv_gguf.session import Answer, LaserKV, Reply
+    from laserkv_gguf.session import LaserKV
     from laserkv_gguf.talk import Talk
 
 
@@ -163,7 +164,7 @@ class Loop:
 
     def read_for(self, question: str) -> None:
         """Reads the documents with a question in mind and answers it."""
-        from laserkv_gguf.session import Answer
+        from laserkv_gguf.conversation import Answer
 
         def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
             stream = Answer(

@@ -71,7 +71,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
     """The run the flags ask for, checked as `ask` checks them."""
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.plan import Run
-    from laserkv_gguf.session import Settings
+    from laserkv_gguf.settings import Settings
 
     given = options.settings()
     settings = Settings(**{key: value for key, value in given.items() if value is not None})

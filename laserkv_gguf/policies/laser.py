@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
-# LASER-KV as it was published, in the terms of `session.Settings`
+# LASER-KV as it was published, in the terms of `settings.Settings`
 PAPER = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
 RULES = ("fraction", "magicpig", "analytic")
 RESIDUALS = ("lsh", "keydiff", "leverage")
