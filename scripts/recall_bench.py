@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from laserkv_gguf import ContextOptions, Conversation, LaserKV, kernels, models
+from laserkv_gguf import ContextOptions, Conversation, LaserKV, UserError, kernels, models
 from laserkv_gguf.kernels.hamming import SHARE
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context
@@ -134,10 +135,13 @@ def ask_all(options: argparse.Namespace, model: Model) -> None:
             )
             for ratio in options.ratios:
                 for method in options.only or METHODS:
-                    for row in ask_with(options, model, method, tokens, ratio, texts, done):
-                        rows.append(row)
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
+                    try:
+                        for row in ask_with(options, model, method, tokens, ratio, texts, done):
+                            rows.append(row)
+                            file.write(json.dumps(row) + "\n")
+                            file.flush()
+                    except UserError as error:  # what does not fit leaves the others to be asked
+                        print(f"{method}, {tokens} tokens, r {ratio:g}: {error}", file=sys.stderr)
     table(rows)
 
 
