@@ -109,15 +109,11 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
 
     Raises:
         UserError: no such file, altered or cut short, of another model, build or cache type, or
-            larger than --ctx-size. The conversation so far goes on then.
+            larger than --ctx-size: the conversation so far goes on then. Or neither memory nor
+            disk hold its parked rows: the cache is empty then.
     """
     path = Path(path)
     found = saved.checked(path, saved.CONVERSATION, engine)
-    parked = found.get("parked", [])
-    if parked:
-        engine.turn_recall_on(found["settings"])
-    elif engine.settings.recall != "off":
-        log.warning("%s holds no parked rows: nothing can be recalled", path)
     with safe_open(path, framework="numpy") as file:
         names = [name for name in file.keys() if not name.startswith(_PARKED)]  # noqa: SIM118
         arrays = {name: file.get_tensor(name) for name in names}
@@ -128,6 +124,11 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
             f"{path} holds {rows.shape[1]} cells, more than --ctx-size {cells} has; "
             f"use --ctx-size {found['cells']}"
         )
+    parked = found.get("parked", [])
+    if parked:
+        engine.turn_recall_on(found["settings"])
+    elif engine.settings.recall != "off":
+        log.warning("%s holds no parked rows: nothing can be recalled", path)
     talk = Talk(engine, system=found["system"], **{"max_tokens": found["max_tokens"], **options})
     for number, name in enumerate(found["names"]):
         talk.texts[name] = arrays[f"text {number}"].tobytes().decode("utf-8")
