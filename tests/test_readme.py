@@ -210,7 +210,8 @@ def ask(reader: Reader, words: Sequence[str]) -> None:
         assert 0 < account["kept_tokens"] < account["document_tokens"]
         if "--scoring" in words:
             assert account["scoring"] == value(words, "--scoring")
-        assert account["policy"] == value(words, "--policy").split(":")[0]
+        policy = value(words, "--policy") if "--policy" in words else "laser"
+        assert account["policy"] == policy.split(":")[0]
     else:
         assert out.strip()
         assert out.endswith("\n")
