@@ -22,6 +22,7 @@ pytest.importorskip("llama_cpp")
 
 import llama_cpp as L
 
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.pace import TokenThreads
@@ -178,6 +179,15 @@ def test_a_worker_that_nobody_knows_of_keeps_nothing_alive() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "None"), done.stderr
+
+
+def test_a_context_that_cannot_be_made_leaves_no_thread(tmp_path: Path) -> None:
+    path, _, _ = make(tmp_path)
+    with Model(path, gpu_layers=0, extra_buffers=False) as model:
+        before = threading.active_count()
+        with pytest.raises(UserError, match="no memory"):
+            Context(model, 1 << 30)
+        assert threading.active_count() == before
 
 
 def test_kernels_bring_threads_of_their_own() -> None:

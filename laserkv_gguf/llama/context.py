@@ -152,12 +152,12 @@ class Context:
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
-        self._worker = Worker("llama-decode")
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())
         if not self.handle:
             raise UserError(self._why_not_made(lines))
+        self._worker = Worker("llama-decode")
         self.buffers = library.buffers()
         self.memory = L.llama_get_memory(self.handle)
         if not self.memory:

@@ -15,8 +15,8 @@ _Job = tuple[Callable[..., Any], tuple[Any, ...], "SimpleQueue[tuple[Any, BaseEx
 class Worker:
     """A thread of its own for work that must always be done by the same one.
 
-    A `ThreadPoolExecutor` of one thread does the same, but takes twenty times as long to hand over
-    a job and its result, which counts where there is one for every token.
+    A `ThreadPoolExecutor` of one thread does the same, but takes much longer to hand over a job and
+    its result, which counts where there is one for every token.
 
     Args:
         name: of the thread.
