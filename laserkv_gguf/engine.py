@@ -365,7 +365,7 @@ class Reader:
         """What is captured of every candidate; on a device, of its keys, where they are."""
         needs = self.policy.needs
         wanted = {
-            "keys": needs.keys or (needs.attention and not self._on_device),
+            "keys": needs.keys if self._on_device else needs.host_keys,
             "values": needs.values,
             "cells": self._on_device,
         }

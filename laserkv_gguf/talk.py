@@ -564,7 +564,7 @@ class Talk(Conversation):
             return rows[:0]
         views: dict[str, Any] = {}
         needs = policy.needs
-        wanted = {"keys": needs.keys or needs.attention, "values": needs.values}
+        wanted = {"keys": needs.host_keys, "values": needs.values}
         if any(wanted.values()):
             self._settle()
             found = stored.read(self._context, MAIN, self.ledger.position[rows])

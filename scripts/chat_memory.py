@@ -163,7 +163,7 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
     if settings["ctx_size"] is None:
         settings["ctx_size"] = model.trained_context
     said, word = conversation(sample, options.turns)
-    context = ContextOptions(batch_size=4096, threads=options.threads)
+    context = ContextOptions(batch_size=4096, threads=options.threads or None)
     with LaserKV(model, context=context, **settings) as engine:
         talk = kind(engine, system=SYSTEM, max_tokens=options.predict, sampling=Sampling())
         talk.read()
@@ -237,7 +237,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=90, help="the fact is asked for in the last")
     parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--first", type=int, default=0, help="sample to begin with")
     parser.add_argument("--ctx-size", type=int, default=2048)
     parser.add_argument("--predict", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
@@ -248,7 +247,7 @@ def main() -> None:
         Model(models.find(options.model), extra_buffers=extra_buffers_work()) as model,
         options.out.open("a", encoding="utf-8") as file,
     ):
-        for sample in range(options.first, options.samples):
+        for sample in range(options.samples):
             for way in options.only or WAYS:
                 if (way, sample, options.turns) in done:
                     continue

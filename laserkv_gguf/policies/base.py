@@ -48,6 +48,11 @@ class Needs:
     observation: int = 32
     recall: bool = False
 
+    @property
+    def host_keys(self) -> bool:
+        """Whether the host must have the keys; attention needs them unless a device computes it."""
+        return self.keys or self.attention
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -159,7 +164,7 @@ class Policy(ABC):
                 np.arange(count),
                 (0, count),
                 queries=asked if needs.queries else None,
-                keys=seen if needs.keys or needs.attention else None,
+                keys=seen if needs.host_keys else None,
                 values=seen if needs.values else None,
                 block_queries=seen if needs.block_queries else None,
             ),
