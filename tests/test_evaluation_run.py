@@ -260,6 +260,13 @@ def test_no_document_is_read_more_often_than_it_must_be(
         runner.run(found)
     assert reads == {"full": 2, "laser": 2 * len(RATIOS), "snapkv": 2}
     assert len(found.rows) == runner.total == 10
+    # `fidelity` compares with the full cache, which is read once although it has a row too
+    reads.clear()
+    runner = Runner(engine, source, plan_of("fidelity"))
+    runner.check()
+    with Results(tmp_path / "fidelity", runner.config()) as found:
+        runner.run(found)
+    assert reads == {"full": 2, "laser": 2 * len(RATIOS), "snapkv": 2}
 
 
 def test_fidelity_against_the_forward_pass(
@@ -426,20 +433,66 @@ def test_half_a_line_on_a_full_disk_is_taken_back(
         assert [row["sample"] for row in results_in(tmp_path)] == [0]
 
 
+CONFIG: dict[str, Any] = {
+    "model": {"file": "a.gguf", "bytes": 5},
+    "tasks": ["vt"],
+    "lengths": [800],
+    "samples": 3,
+    "policies": {"full": {"alpha": 1, "ratios": [1.0]}, "laser": {"alpha": 1, "ratios": [0.5]}},
+}
+
+
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
-    config = {"samples": 3, "model": {"file": "a.gguf", "bytes": 5}, "ratios": [0.5]}
-    Results(tmp_path, config).close()
-    Results(tmp_path, config).close()
-    other = {**config, "model": {"file": "b.gguf", "bytes": 5}, "ratios": [0.5, 0.1]}
+    Results(tmp_path, CONFIG).close()
+    Results(tmp_path, CONFIG).close()
+    laser = {"laser": {"alpha": 0.5, "ratios": [0.5]}}
+    other = {**CONFIG, "model": {"file": "b.gguf", "bytes": 5}, "policies": laser}
     said = (
-        r'model\.file: "a\.gguf" there, "b\.gguf" now; ratios: \[0\.5\] there, \[0\.5, 0\.1\] now'
+        r'model\.file: "a\.gguf" there, "b\.gguf" now; '
+        r"policies\.laser\.alpha: 1 there, 0\.5 now\); use"
     )
     with pytest.raises(UserError, match=said):
         Results(tmp_path, other)
-    assert difference(config, config) == []
+    assert json.loads((tmp_path / "config.json").read_text()) == {**CONFIG, "commands": []}
+    assert difference(CONFIG, CONFIG) == []
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="no configuration of ours"):
+        Results(tmp_path, CONFIG)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json beside it; use another --out"):
-        Results(tmp_path, config)
+        Results(tmp_path, CONFIG)
+
+
+def test_a_folder_grows_with_what_is_asked_for(tmp_path: Path) -> None:
+    Results(tmp_path, CONFIG, "first").close()
+    now = {
+        **CONFIG,
+        "tasks": ["cwe", "vt"],
+        "lengths": [400],
+        "samples": 2,
+        "policies": {"laser": {"alpha": 1, "ratios": [0.25]}, "sage": {"alpha": 2, "ratios": [1]}},
+    }
+    with Results(tmp_path, now, "second") as found:
+        both = {
+            **CONFIG,
+            "tasks": ["vt", "cwe"],
+            "lengths": [400, 800],
+            "samples": 3,
+            "policies": {
+                "full": {"alpha": 1, "ratios": [1.0]},
+                "laser": {"alpha": 1, "ratios": [0.5, 0.25]},
+                "sage": {"alpha": 2, "ratios": [1]},
+            },
+            "commands": ["first", "second"],
+        }
+        assert found.config == both
+    assert json.loads((tmp_path / "config.json").read_text()) == both
+    with Results(tmp_path, CONFIG, "first") as found:
+        assert found.config == both
+    # a policy that came later is held to its settings too
+    now["policies"]["sage"]["alpha"] = 3
+    with pytest.raises(UserError, match=r"policies\.sage\.alpha: 2 there, 3 now\)"):
+        Results(tmp_path, now)
 
 
 # ---- the report --------------------------------------------------------------------------------
@@ -607,6 +660,39 @@ def test_the_command_writes_everything(
     assert re.search(r"error: .*seed: 0 there, 1 now", capsys.readouterr().err)
 
 
+def test_a_folder_that_has_more(
+    loaded: Loaded,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs add up: each does what is missing of its own, and the summary has everything."""
+    first = "niah_single_1 --lengths 700 --samples 1 --ratios 0.25 --policies full,laser"
+    second = "niah_single_1 vt --lengths 700 --samples 2 --ratios 0.5,0.25 --policies snapkv,laser"
+    out = tmp_path / "out"
+    assert run(arguments(loaded, out, *first.split())) == 0
+    before = (out / "results.jsonl").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["laserkv_gguf", "eval", "more"])
+    assert run(arguments(loaded, out, *second.split())) == 0
+    assert "going on: 1 of 16 are in" in capsys.readouterr().err
+    assert (out / "results.jsonl").read_text().startswith(before)
+    rows = results_in(out)
+    assert len(rows) == 2 + 15
+    summary = (out / "summary.md").read_text()
+    assert summary.count("command: `python -m laserkv_gguf") == 2
+    assert "command: `python -m laserkv_gguf eval more`" in summary
+    assert "samples: 2 a task and length" in summary
+    assert len((out / "summary.csv").read_text().splitlines()) == 1 + 1 + 8
+    # the same as in folders of their own
+    alone = tmp_path / "alone"
+    assert run(arguments(loaded, alone, *second.split())) == 0
+    by_key = {results.key_of(row): row for row in rows}
+    for row in results_in(alone):
+        both = by_key[results.key_of(row)]
+        assert {**row, "seconds": None} == {**both, "seconds": None}
+
+
 def test_all_leaves_out_what_cannot_run(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -752,4 +838,6 @@ def test_killed_again_and_again(loaded: Loaded, tmp_path: Path) -> None:
     config = [
         json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "whole")
     ]
+    assert len(config[0].pop("commands")) == 2  # as a process, and from here
+    assert len(config[1].pop("commands")) == 1
     assert config[0] == config[1]

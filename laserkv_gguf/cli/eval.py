@@ -129,17 +129,19 @@ def evaluate(
         runner = Runner(engine, Source(engine.model, options.seed, text, babi, wording), plan)
         for note in runner.check(skip=every):
             terminal.note(note)
-        with Results(out, runner.config()) as results:
+        command = shlex.join(["python", "-m", "laserkv_gguf", *sys.argv[1:]])
+        with Results(out, runner.config(), command) as results:
             _run(runner, results)
-        notes = runner.notes()
+        # a label is for its own rows; else all that the folder has
+        rows = runner.among(results.rows) if preset else results.rows
+        notes = runner.notes(runner.config() if preset else results.config)
         if preset:
             changed = _settings(EvalOptions(block_size=preset.block_size), names, preset)
             notes += presets.label(
                 preset, engine.model.path, plan, runner.source, changed != plan.settings
             )
-    notes.append(f"command: `{shlex.join(['python', '-m', 'laserkv_gguf', *sys.argv[1:]])}`")
-    found = report.lines(results.rows, figures)
-    _report(found, out, notes, published=bool(preset or figures))
+    commands = [f"command: `{typed}`" for typed in results.config["commands"]]
+    _report(report.lines(rows, figures), out, notes, commands, published=bool(preset or figures))
 
 
 # what flags say
@@ -232,22 +234,29 @@ def _run(runner: Runner, results: Results) -> None:
     """Runs, with a bar that shows what is done and how many answers were right."""
     from laserkv_gguf.evaluation.running import Bar
 
-    there = len(results.rows)
+    there = runner.among(results.rows)
     if there:
-        terminal.note(f"going on: {there} of {runner.total} are in {results.folder}")
-    bar = Bar(runner.total, results.rows)
+        terminal.note(f"going on: {len(there)} of {runner.total} are in {results.folder}")
+    bar = Bar(runner.total, there)
     try:
         with bar.shown(terminal.console):
             runner.run(results, bar.update)
     except KeyboardInterrupt:
         terminal.note(
-            f"stopped with {len(results.rows)} of {runner.total} in {results.folder}; "
+            f"stopped with {bar.done} of {runner.total} in {results.folder}; "
             "the same command goes on"
         )
         raise
 
 
-def _report(found: Sequence[Line], out: Path, notes: Sequence[str], *, published: bool) -> None:
+def _report(
+    found: Sequence[Line],
+    out: Path,
+    notes: Sequence[str],
+    commands: Sequence[str],
+    *,
+    published: bool,
+) -> None:
     """Tables on stdout; summary and plots beside the results."""
     from rich.console import Console
 
@@ -255,14 +264,14 @@ def _report(found: Sequence[Line], out: Path, notes: Sequence[str], *, published
     from laserkv_gguf.evaluation.results import write
 
     title = "Policies against each other"
-    text = report.as_markdown(found, title=title, notes=notes, published=published)
+    text = report.as_markdown(found, title=title, notes=[*notes, *commands], published=published)
     write(out / "summary.md", text)
     write(out / "summary.csv", report.as_csv(found))
     drawn = plots.draw(found, out)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for table in report.as_tables(found, published=published):
         console.print(table)
-    for note in notes[:-1]:  # the command is known
+    for note in notes:
         terminal.note(note)
     if not drawn:
         terminal.note("no plots: pip install 'laserkv-gguf[plot]', and run the same command again")

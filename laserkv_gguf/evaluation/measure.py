@@ -86,9 +86,10 @@ def _predictions(sample: Sample, talk: Conversation) -> NDArray[np.float32]:
 
 
 def reference(sample: Sample, talk: Conversation, predict: int) -> Reference:
-    """Of the full cache, which has read the document."""
+    """Of the full cache, which has read the document; the conversation is left at its start."""
     predictions = _predictions(sample, talk)
     reply = _reply(talk, sample.question, predict)
+    talk.reset()
     return Reference(predictions, np.array(reply.tokens, np.int32), reply.text)
 
 

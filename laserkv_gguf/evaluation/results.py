@@ -23,45 +23,55 @@ class Results:
     """`results.jsonl` and `config.json` of a folder.
 
     The configuration is written first. A row is one write of one line; a line that was torn by a
-    crash is dropped when the folder is opened again.
+    crash is dropped when the folder is opened again. Runs that ask for other tasks, lengths,
+    policies, ratios or more samples add to the folder: none of these changes what a row holds.
 
     Args:
         folder: made where it is missing.
         config: what decides the results, as JSON.
+        command: what was typed, to be remembered with the others that led to the results.
+
+    Attributes:
+        config: what all runs into the folder asked for together, and their `commands`.
 
     Raises:
         UserError: the folder holds results of another configuration, or a broken line.
         LaserKVError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], command: str | None = None) -> None:
         self.folder, self.path = folder, folder / "results.jsonl"
-        config = json.loads(json.dumps(config))
+        config = {**json.loads(json.dumps(config)), "commands": [command] if command else []}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._check(folder / "config.json", config)
+            self.config = self._joined(folder / "config.json", config)
             self.rows = self._healed()
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise LaserKVError(f"cannot write {folder}: {error.strerror}") from error
         self.done = {key_of(row) for row in self.rows}
 
-    def _check(self, path: Path, config: dict[str, Any]) -> None:
+    def _joined(self, path: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """What is there and what is asked for now, written where that is more than was there."""
+        there = None
         if path.exists():
             try:
                 there = json.loads(path.read_text("utf-8"))
-            except ValueError as error:
+                both = joined(there, config)
+            except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{path} is no configuration of ours; use another --out") from error
-            differences = difference(there, config)
+            differences = difference(_deciding(there, both), _deciding(config, both))
             if differences:
                 raise UserError(
                     f"{self.folder} holds results of another configuration "
                     f"({'; '.join(differences)}); use another --out, or the settings of then"
                 )
+            config = both
         elif self.path.exists():
             raise UserError(f"{self.path} has no config.json beside it; use another --out")
-        else:
+        if config != there:
             write(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        return config
 
     def _healed(self) -> list[Row]:
         """The rows that are whole; what follows the last line end is cut off."""
@@ -113,6 +123,32 @@ class Results:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_GROWING = ("tasks", "lengths", "samples", "commands")  # more of these leaves a row as it is
+
+
+def joined(there: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of two runs together: what either asked for, else what is asked now."""
+    both = {**there, **now}
+    for name in ("tasks", "commands"):
+        both[name] = list(dict.fromkeys([*there.get(name, ()), *now.get(name, ())]))
+    both["lengths"] = sorted({*there.get("lengths", ()), *now.get("lengths", ())})
+    both["samples"] = max(there.get("samples", 0), now.get("samples", 0))
+    both["policies"] = {**there.get("policies", {}), **now.get("policies", {})}
+    for name, settings in both["policies"].items():
+        ratios = [one.get("policies", {}).get(name, {}).get("ratios", ()) for one in (there, now)]
+        both["policies"][name] = {**settings, "ratios": sorted({*ratios[0], *ratios[1]})[::-1]}
+    return both
+
+
+def _deciding(one: dict[str, Any], both: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same: `one` without what may grow, with the policies only `both` have."""
+    policies = {**both["policies"], **one.get("policies", {})}
+    return {
+        **{name: value for name, value in one.items() if name not in _GROWING},
+        "policies": {name: {**known, "ratios": None} for name, known in policies.items()},
+    }
 
 
 def difference(there: Any, now: Any, name: str = "") -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -161,16 +161,20 @@ class Runner:
             "context": {**options, "cells": self.engine.ctx_size},
         }
 
-    def notes(self) -> list[str]:
-        """What was run, for the head of a summary."""
-        model, plan = self.engine.model, self.plan
-        blocks = {f"{self.plan.block('', n):,} at {n:,} tokens" for n in plan.lengths}
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """What was run, for the head of a summary.
+
+        Args:
+            config: of all results that are shown.
+        """
+        model = self.engine.model
+        blocks = [f"{self.plan.block('', n):,} at {n:,} tokens" for n in config["lengths"]]
         return [
             f"date: {date.today().isoformat()}",
             f"model: {model.name} ({model.description}), {model.path.name}",
-            f"samples: {plan.samples} a task and length, seed {self.source.seed}; "
+            f"samples: {config['samples']} a task and length, seed {self.source.seed}; "
             f"background: {self.source.background.name}",
-            f"block size: {', '.join(sorted(blocks))}",
+            f"block size: {', '.join(blocks)}",
         ]
 
     # running
@@ -180,6 +184,18 @@ class Runner:
         """Rows there will be."""
         variants = sum(len(ratios) for ratios in self.ratios.values())
         return variants * len(self.plan.tasks) * len(self.plan.lengths) * self.plan.samples
+
+    def among(self, rows: Iterable[Row]) -> list[Row]:
+        """Those of some rows that this run asks for."""
+        names = {task.name for task in self.plan.tasks}
+        return [
+            row
+            for row in rows
+            if row["task"] in names
+            and row["length"] in self.plan.lengths
+            and row["sample"] < self.plan.samples
+            and row["ratio"] in self.ratios.get(row["policy"], ())
+        ]
 
     def run(self, results: Results, on_row: Callable[[Row], None] | None = None) -> None:
         """Runs what `results` does not hold yet.
@@ -206,25 +222,30 @@ class Runner:
         }
         if not any(wanted.values()):
             return
-        sample = full = None
+        sample = full = reads = None
+        spent = 0.0
         failed: LaserKVError | None = None
         try:
             sample = self._sample(task, length, number)
             if isinstance(task, Fidelity):
+                started = time.perf_counter()
                 reads = self._read(task, length, sample, "full", 1.0)
+                spent = time.perf_counter() - started
                 full = measure.reference(sample, reads, self._predict(task))
         except Cancelled:
             raise
         except LaserKVError as error:
             failed = error
         for policy, ratios in wanted.items():
-            talk: Conversation | None = None
+            # what `full` is to be compared with has just been read by it
+            talk, reads = (reads if policy == "full" else None), None
+            known = talk is not None
             for ratio in ratios:
-                started = time.perf_counter()
+                started = time.perf_counter() - (spent if known else 0)
                 try:
                     if sample is None or failed:
                         raise failed or LaserKVError("no sample")
-                    if not (talk and talk.choose_again(ratio)):
+                    if not (talk and (known or talk.choose_again(ratio))):
                         talk = self._read(task, length, sample, policy, ratio, len(ratios) > 1)
                     found = (
                         measure.compared(sample, talk, full)
