@@ -175,7 +175,7 @@ REFUSED = {
     "block 0": ("{ask} --block-size 0", "--block-size is 0", "such as"),
     "block above batch": ("{ask} -b 512 --block-size 4096", "-b 4096", "--block-size 512"),
     "batch negative": ("{ask} -b -1", "-b|--block-size"),
-    "ubatch 0": ("{ask} -ub 0", "-ub 0", "at least 1"),
+    "ubatch": ("{ask} -ub -1", "-ub -1", "at least 1"),
     "threads negative": ("{ask} -t -1", "-t -1", "1 to 512"),
     "threads no number": ("{ask} -t all", "--threads", "integer"),
     "policy unknown": ("{ask} --policy lazer", "lazer is unknown", "laser"),

@@ -98,6 +98,31 @@ def test_the_number_changes_no_bit(flash_attn: str, tmp_path: Path) -> None:
         assert np.array_equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "on_cpu", "on_gpu"),
+    [
+        ({}, 128, 512),
+        ({"flash_attn": "on"}, 512, 512),
+        ({"flash_attn": "off"}, 128, 512),
+        ({"type_v": "q8_0"}, 512, 512),  # which needs flash attention
+        ({"ubatch_size": 300}, 300, 300),
+        ({"ubatch_size": 300, "batch_size": 200}, 200, 200),
+        ({"batch_size": 100}, 100, 100),
+    ],
+)
+def test_tokens_computed_at_a_time(
+    options: dict[str, Any], on_cpu: int, on_gpu: int, tmp_path: Path
+) -> None:
+    wanted = ContextOptions(**options, threads=1)
+    assert (wanted.micro_batch(False), wanted.micro_batch(True)) == (on_cpu, on_gpu)
+    path, *_ = make(tmp_path)
+    with (
+        Model(path, gpu_layers=0, extra_buffers=False) as model,
+        Context(model, 1024, wanted) as context,
+    ):
+        assert context.ubatch_size == L.llama_n_ubatch(context.handle) == on_cpu
+
+
 def test_all_is_decoded_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks, and however many tokens: OpenMP has one team then, as large as the cores."""
     path, spec, _ = make(tmp_path)

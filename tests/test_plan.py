@@ -286,7 +286,7 @@ def planned(header: Header, cells: int, options: dict[str, Any]) -> tuple[int, i
     types = options.get("type_k", "f16"), options.get("type_v", "f16")
     flash = options.get("flash_attn") == "on" or types[1].startswith("q")
     kv = plan.padded(cells) * sum(header.cell_bytes(*types))
-    ubatch = options.get("ubatch_size", 512)
+    ubatch = ContextOptions(**options).micro_batch(False)
     return kv, plan.compute_bytes(header, cells, ubatch=ubatch, flash=flash)
 
 
@@ -342,7 +342,7 @@ def simulated(path: Path, cells: int, options: dict[str, Any]) -> None:
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     wanted = ContextOptions(**options)
     made = llama_cpp.llama_context_default_params()
-    made.n_ctx, made.n_batch, made.n_ubatch = cells, 4096, wanted.ubatch_size
+    made.n_ctx, made.n_batch, made.n_ubatch = cells, 4096, wanted.micro_batch(False)
     made.n_seq_max, made.kv_unified, made.n_outputs_max = 8, True, wanted.outputs
     made.type_k, made.type_v = CACHE_TYPES[wanted.type_k], CACHE_TYPES[wanted.type_v]
     made.flash_attn_type = wanted.flash_type(False)

@@ -280,7 +280,7 @@ def _generation(job: Job, engine: LaserKV, conversation: Conversation) -> Result
             context.options.flash_type(engine.model.gpu_layers != 0)
         ),
         batch_size=context.batch_size,
-        ubatch_size=context.options.ubatch_size,
+        ubatch_size=context.ubatch_size,
         threads=context.pace.count,
         threads_batch=context.threads,
         type_k=context.options.type_k,

@@ -258,7 +258,7 @@ class Benchmark:
         given = {
             "flash_attn": flash,
             "batch_size": _BATCH,
-            "ubatch_size": min(options.ubatch_size, _BATCH),
+            "ubatch_size": min(options.micro_batch(offloaded), _BATCH),
             "threads": for_token,
             "threads_batch": for_batch,
             "type_k": options.type_k,

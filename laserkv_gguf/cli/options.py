@@ -50,8 +50,13 @@ class EngineOptions:
         Option("-b", "--batch-size", help="Most tokens of one decode; 0: at least a block."),
     ] = 0
     ubatch_size: Annotated[
-        int, Option("-ub", "--ubatch-size", help="Tokens computed at a time.")
-    ] = 512
+        int,
+        Option(
+            "-ub",
+            "--ubatch-size",
+            help="Tokens computed at a time; 0: 512, or 128 on a CPU without flash attention.",
+        ),
+    ] = 0
     threads: Annotated[
         int, Option("-t", "--threads", help="Threads for a token; 0: what is found fastest.")
     ] = 0
@@ -162,7 +167,7 @@ class EngineOptions:
         """Fields of ContextOptions."""
         return {
             "batch_size": self.batch_size or max(2048, self.block_size),
-            "ubatch_size": self.ubatch_size,
+            "ubatch_size": self.ubatch_size or None,
             "type_k": self.cache_type_k,
             "type_v": self.cache_type_v,
             "flash_attn": self.flash_attn,

@@ -79,7 +79,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
     policy, recalling = settings.make_policy(options.seed), settings.recalling
     recalling.check_policy(policy)
     context = ContextOptions(
-        ubatch_size=options.ubatch_size,
+        ubatch_size=options.ubatch_size or None,
         type_k=options.cache_type_k,
         type_v=options.cache_type_v,
         flash_attn=options.flash_attn,
@@ -100,7 +100,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         type_k=context.type_k,
         type_v=context.type_v,
         flash=flash or (context.flash_attn == "auto" and card),
-        ubatch=context.ubatch_size,
+        ubatch=context.micro_batch(card),
         predict=predict,
         question=question,
         ctx_size=options.ctx_size or None,

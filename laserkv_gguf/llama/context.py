@@ -30,6 +30,7 @@ SEQUENCES = 8  # main, probe, and spares
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 MAX_THREADS = 512  # ggml's own limit
+MICRO_BATCH, CPU_MICRO_BATCH = 512, 128  # the first is llama.cpp's default
 _SHORT = 8  # batches up to this size get the threads of a single token
 
 
@@ -39,7 +40,7 @@ class ContextOptions:
 
     Attributes:
         batch_size: most tokens one `llama_decode` may get (-b).
-        ubatch_size: tokens computed at a time (-ub).
+        ubatch_size: tokens computed at a time (-ub); None for what `micro_batch` says.
         type_k, type_v: types of the cache (-ctk, -ctv); see `CACHE_TYPES`.
         flash_attn: "on", "off" or "auto" (-fa): on a CPU auto means off, unless V is quantised.
         threads: for single tokens and batches of a few (-t); None to try on the first tokens how
@@ -51,7 +52,7 @@ class ContextOptions:
     """
 
     batch_size: int = 2048
-    ubatch_size: int = 512
+    ubatch_size: int | None = None
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attn: str = "auto"
@@ -74,7 +75,7 @@ class ContextOptions:
         if self.quantised_v and self.flash_attn == "off":
             raise UserError(f"-ctv {self.type_v} needs flash attention; use -fa on, or -ctv f16")
         for flag, number in (("-b", self.batch_size), ("-ub", self.ubatch_size)):
-            if number < 1:
+            if number is not None and number < 1:
                 raise UserError(f"{flag} {number}: give at least 1")
         for flag, threads in (("-t", self.threads), ("-tb", self.threads_batch)):
             if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -93,6 +94,16 @@ class ContextOptions:
         if self.flash_attn == "off" or not offloaded:
             return int(L.LLAMA_FLASH_ATTN_TYPE_DISABLED)
         return int(L.LLAMA_FLASH_ATTN_TYPE_AUTO)
+
+    def micro_batch(self, offloaded: bool) -> int:
+        """Tokens computed at a time.
+
+        Without flash attention every token of a micro-batch is scored against all cells up to the
+        last one's, so on a CPU small ones are faster: there is less to mask, and it stays in cache.
+        """
+        plain = self.flash_type(offloaded) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        size = self.ubatch_size or (CPU_MICRO_BATCH if plain and not offloaded else MICRO_BATCH)
+        return min(size, self.batch_size)
 
     def said(self, offloaded: bool) -> str:
         """The flags that decide how llama.cpp lays out the cache, with the flash attention used."""
@@ -139,6 +150,7 @@ class Context:
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()
+        self.ubatch_size = options.micro_batch(model.gpu_layers != 0)
         # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
         # would change the last bits of an answer.
         plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -178,7 +190,7 @@ class Context:
         params: L.llama_context_params = L.llama_context_default_params()
         params.n_ctx = self.cells
         params.n_batch = options.batch_size
-        params.n_ubatch = min(options.ubatch_size, options.batch_size)
+        params.n_ubatch = self.ubatch_size
         params.n_seq_max = options.sequences
         params.kv_unified = True
         params.n_outputs_max = max(options.sequences, min(options.outputs, self.cells))
@@ -260,7 +272,7 @@ class Context:
         count = len(tokens)
         if outputs > min(count, self.batch_size):
             raise ValueError(f"{outputs} outputs asked for of {count} tokens")
-        size = min(self.batch_size, max(self.options.ubatch_size, outputs))
+        size = min(self.batch_size, max(self.ubatch_size, outputs))
         begin = 0
         while begin < count:
             # all outputs must come from one batch: llama.cpp forgets those of the batch before
