@@ -535,11 +535,38 @@ def test_plots_show_every_policy(tmp_path: Path) -> None:
     ]
     made = plots.draw(report.lines(rows), tmp_path)
     assert sorted(path.name for path in made) == sorted(path.name for path in tmp_path.iterdir())
-    assert [path.suffix for path in made] == [".png", ".svg"] * 2
+    assert [path.suffix for path in made] == [".png", ".svg"] * 4
     for path in made:
         data = path.read_bytes()
-        assert data.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in data
+        assert data.startswith(b"\x89PNG") if path.suffix == ".png" else b">random</text>" in data
     assert plots.draw([], tmp_path) == []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_no_point_of_a_plot_hides_another_or_is_left_out(exact: bool) -> None:
+    pytest.importorskip("matplotlib")
+    names = ("full", *(f"p{i}" for i in range(20)))
+    rows = [row_of(n, name, float(n % 2), ratio=0.25) for n in range(4) for name in names]
+    found = report.lines(rows)
+    figure = plots.panels(
+        {"all": found},
+        ("kept", "y"),
+        lambda line: line.kept,
+        plots.share if exact else lambda line: line.gold_logprob,
+    )
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    inside = axis.get_window_extent()
+    points = [
+        tuple(line.get_transform().transform(line.get_xydata())[0])
+        for line in axis.lines
+        if line.get_marker() in plots.MARKS
+    ]
+    assert len(points) == len(names)
+    assert len({(round(x, 2), round(y, 2)) for x, y in points}) == len(names)
+    assert all(inside.contains(x, y) for x, y in points)
+    looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
+    assert len(looks) >= len(names)
 
 
 def test_the_bar_knows_what_is_right_so_far() -> None:

@@ -1,21 +1,29 @@
-"""Accuracy against length and against the kept fraction, as PNG and SVG."""
+"""Accuracy and likelihood against length and against the kept fraction, as PNG and SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.evaluation.report import Line
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARKS = "osD^v<>Ph*Xpd8"
+# points between policies, so that equal ones do not hide each other; and from the first to the last
+ASIDE, SPREAD = 3.0, 24.0
+
+Number = Callable[[Line], float | None]
 
 
 def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     """Writes what can be drawn of the results.
 
-    Bars are Wilson's 95 % intervals of exact matches; `fidelity` has its top-1 agreement instead.
+    Bars of an accuracy are Wilson's 95 % intervals of exact matches; `fidelity` has its top-1
+    agreement instead. Likelihoods tell policies apart where a model is too weak to answer.
 
     Returns:
         The files; none where matplotlib is not installed.
@@ -28,56 +36,71 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     except ImportError:
         return []
     mpl.use("Agg")
-    done: list[Path] = []
     drawn = [line for line in found if line.run]
     if not drawn:
-        return done
+        return []
     ratios = sorted({line.ratio for line in drawn if line.policy != "full"}, reverse=True) or [1.0]
-    done += _panels(
-        folder / "accuracy_by_length",
-        {f"r = {r:g}": [line for line in drawn if line.ratio in (r, 1.0)] for r in ratios},
-        "tokens of the document",
-        lambda line: line.length,
-    )
+    by_ratio = {f"r = {r:g}": [line for line in drawn if line.ratio in (r, 1.0)] for r in ratios}
     lengths = sorted({line.length for line in drawn})
-    done += _panels(
-        folder / "accuracy_by_kept",
-        {f"{n:,} tokens": [line for line in drawn if line.length == n] for n in lengths},
-        "kept fraction",
-        lambda line: line.kept,
-    )
+    by_length = {f"{n:,} tokens": [line for line in drawn if line.length == n] for n in lengths}
+    done: list[Path] = []
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        for name, label, y in (
+            ("accuracy", "accuracy", share),
+            ("likelihood", "gold log-probability, nats", lambda line: line.gold_logprob),
+        ):
+            for end, rows, below, x in (
+                ("length", by_ratio, "tokens of the document", lambda line: line.length),
+                ("kept", by_length, "kept fraction", lambda line: line.kept),
+            ):
+                done += _write(panels(rows, (below, label), x, y), folder / f"{name}_by_{end}")
     return done
 
 
-def _panels(
-    path: Path,
-    rows: Mapping[str, Sequence[Line]],
-    label: str,
-    x: Callable[[Line], float | None],
-) -> list[Path]:
-    """A panel a task and row, a line a policy."""
+def panels(
+    rows: Mapping[str, Sequence[Line]], labels: tuple[str, str], x: Number, y: Number
+) -> Figure:
+    """A panel a task and row, a line a policy.
+
+    Args:
+        rows: what is drawn, by what stands above the panels of a row.
+        labels: of the axes.
+        x, y: where a line of the table stands.
+    """
     from matplotlib.figure import Figure
 
     found = [line for row in rows.values() for line in row]
     tasks = list(dict.fromkeys(line.task for line in found))
     policies = list(dict.fromkeys(line.policy for line in found))
     figure = Figure(figsize=(2.5 + 3.6 * len(tasks), 0.8 + 2.9 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(tasks), squeeze=False, sharex=True, sharey=True)
+    alike: Literal["all", "col"] = "all" if y is share else "col"  # an accuracy is from 0 to 1
+    axes = figure.subplots(len(rows), len(tasks), squeeze=False, sharex=True, sharey=alike)
     handles: dict[str, Any] = {}
     for across, (title, drawn) in zip(axes, rows.items(), strict=True):
         for axis, task in zip(across, tasks, strict=True):
             for index, policy in enumerate(policies):
                 points = [line for line in drawn if (line.task, line.policy) == (task, policy)]
+                points = [line for line in points if y(line) is not None]
                 if points:
-                    handles[policy] = _line(axis, sorted(points, key=lambda p: x(p) or 0), index, x)
+                    points.sort(key=lambda point: x(point) or 0)
+                    step = min(ASIDE, SPREAD / len(policies))
+                    place = step * (index - (len(policies) - 1) / 2)
+                    handles[policy] = _line(axis, points, _style(policy, policies), place, x, y)
             axis.set_title(f"{task}, {title}", fontsize=9)
-            axis.set_ylim(-0.03, 1.03)
+            if y is share:
+                axis.set_ylim(-0.03, 1.03)
+            axis.margins(x=0.1)
+            axis.autoscale_view(scaley=y is not share)
             axis.grid(alpha=0.3)
-        across[0].set_ylabel("accuracy")
+        across[0].set_ylabel(labels[1])
     for axis in axes[-1]:
-        axis.set_xlabel(label)
-    shown = {name: handles[name] for name in policies}
+        axis.set_xlabel(labels[0])
+    shown = {name: handles[name] for name in policies if name in handles}
     figure.legend(list(shown.values()), list(shown), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _write(figure: Figure, path: Path) -> list[Path]:
     made = []
     for kind in ("png", "svg"):
         name = path.with_suffix(f".{kind}")
@@ -92,21 +115,37 @@ def _panels(
     return made
 
 
-def _line(axis: Any, points: Sequence[Line], index: int, x: Callable[[Line], float | None]) -> Any:
-    """One policy's points; returns what stands for it in the legend."""
+def _style(policy: str, policies: Sequence[str]) -> dict[str, Any]:
+    """`full` is black and dashed: what the others are measured by."""
     import matplotlib as mpl
 
-    color = mpl.colormaps["tab20"](index % 20)
-    style: dict[str, Any] = {"color": color, "marker": MARKS[index % len(MARKS)], "markersize": 4}
-    across, shares = [x(point) for point in points], [_share(point) for point in points]
-    if points[0].measures_fidelity:
-        return axis.plot(across, shares, linewidth=1, **style)[0]
-    below = [max(0.0, s - p.low) for s, p in zip(shares, points, strict=True)]
-    above = [max(0.0, p.high - s) for s, p in zip(shares, points, strict=True)]
-    style |= {"capsize": 2, "linewidth": 1, "elinewidth": 0.6}
-    return axis.errorbar(across, shares, yerr=[below, above], **style)
+    marker = {"marker": MARKS[policies.index(policy) % len(MARKS)], "markersize": 4, "linewidth": 1}
+    if policy == "full":
+        return {**marker, "color": "black", "linestyle": "--"}
+    others = [name for name in policies if name != "full"]
+    colors = mpl.colormaps["tab10" if len(others) <= 10 else "tab20"]
+    return {**marker, "color": colors(others.index(policy) % colors.N)}
 
 
-def _share(line: Line) -> float:
-    """What is drawn: exact matches' share, or the agreement."""
+def _line(
+    axis: Any, points: Sequence[Line], style: dict[str, Any], place: float, x: Number, y: Number
+) -> Any:
+    """One policy's points, `place` points beside where they are; returns what the legend shows."""
+    from matplotlib.transforms import ScaledTranslation
+
+    aside = ScaledTranslation(place / 72, 0, axis.figure.dpi_scale_trans)
+    style = {**style, "transform": axis.transData + aside}
+    if points[0].policy == "full" and len(points) == 1:
+        axis.axhline(y(points[0]), color="black", linestyle="--", linewidth=0.6)
+    across, values = [x(point) or 0.0 for point in points], [y(point) or 0.0 for point in points]
+    axis.update_datalim(list(zip(across, values, strict=True)))  # not done for moved points
+    if y is not share or points[0].measures_fidelity:
+        return axis.plot(across, values, **style)[0]
+    below = [max(0.0, s - p.low) for s, p in zip(values, points, strict=True)]
+    above = [max(0.0, p.high - s) for s, p in zip(values, points, strict=True)]
+    return axis.errorbar(across, values, yerr=[below, above], capsize=2, elinewidth=0.6, **style)
+
+
+def share(line: Line) -> float:
+    """Exact matches' share, or the agreement."""
     return (line.score or 0.0) if line.measures_fidelity else line.exact / line.run
