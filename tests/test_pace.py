@@ -23,6 +23,7 @@ pytest.importorskip("llama_cpp")
 import llama_cpp as L
 
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama import library
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.pace import TokenThreads
@@ -111,7 +112,11 @@ def test_the_number_changes_no_bit(flash_attn: str, tmp_path: Path) -> None:
     ],
 )
 def test_tokens_computed_at_a_time(
-    options: dict[str, Any], on_cpu: int, on_gpu: int, tmp_path: Path
+    options: dict[str, Any],
+    on_cpu: int,
+    on_gpu: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = ContextOptions(**options, threads=1)
     assert (wanted.micro_batch(False), wanted.micro_batch(True)) == (on_cpu, on_gpu)
@@ -121,6 +126,11 @@ def test_tokens_computed_at_a_time(
         Context(model, 1024, wanted) as context,
     ):
         assert context.ubatch_size == L.llama_n_ubatch(context.handle) == on_cpu
+        # with a GPU llama.cpp computes large batches there, whatever -ngl is
+        gpu = library.Device("GPU", "a GPU", "gpu", 1, 1)
+        monkeypatch.setattr(library, "devices", lambda: [gpu])
+        with Context(model, 1024, wanted) as context:
+            assert context.ubatch_size == on_gpu
 
 
 def test_all_is_decoded_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,9 @@ class ContextOptions:
 
         Without flash attention every token of a micro-batch is scored against all cells up to the
         last one's, so on a CPU small ones are faster: there is less to mask, and it stays in cache.
+
+        Args:
+            offloaded: whether a GPU computes; large batches also where no layer is offloaded.
         """
         plain = self.flash_type(offloaded) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
         size = self.ubatch_size or (CPU_MICRO_BATCH if plain and not offloaded else MICRO_BATCH)
@@ -150,7 +153,8 @@ class Context:
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()
-        self.ubatch_size = options.micro_batch(model.gpu_layers != 0)
+        gpu = any(device.kind in ("gpu", "igpu") for device in library.devices())
+        self.ubatch_size = options.micro_batch(gpu or model.gpu_layers != 0)
         # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
         # would change the last bits of an answer.
         plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
