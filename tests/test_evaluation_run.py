@@ -542,18 +542,13 @@ def test_plots_show_every_policy(tmp_path: Path) -> None:
     assert plots.draw([], tmp_path) == []
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_no_point_of_a_plot_hides_another_or_is_left_out(exact: bool) -> None:
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_no_point_of_a_plot_hides_another_or_is_left_out(likelihood: bool) -> None:
     pytest.importorskip("matplotlib")
     names = ("full", *(f"p{i}" for i in range(20)))
     rows = [row_of(n, name, float(n % 2), ratio=0.25) for n in range(4) for name in names]
     found = report.lines(rows)
-    figure = plots.panels(
-        {"all": found},
-        ("kept", "y"),
-        lambda line: line.kept,
-        plots.share if exact else lambda line: line.gold_logprob,
-    )
+    figure = plots.panels({"all": found}, "kept", lambda line: line.kept, likelihood=likelihood)
     figure.canvas.draw()
     (axis,) = figure.axes
     inside = axis.get_window_extent()

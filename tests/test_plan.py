@@ -277,6 +277,7 @@ OPTIONS = [
     {"type_k": "q8_0"},
     {"type_k": "q4_0", "type_v": "q4_0"},
     {"ubatch_size": 64},
+    {"ubatch_size": 512},
     {"ubatch_size": 64, "flash_attn": "on"},
 ]
 
@@ -319,6 +320,7 @@ def test_tiny_models_against_llama_cpp(name: str, tiny: dict[str, Path], log: Lo
         (8192, {"flash_attn": "on"}),
         (8192, {"type_k": "q8_0", "type_v": "q8_0"}),
         (8192, {"ubatch_size": 128}),
+        (2048, {"ubatch_size": 512}),
     ],
 )
 def test_smollm2_against_llama_cpp(cells: int, options: dict[str, Any], log: Log) -> None:

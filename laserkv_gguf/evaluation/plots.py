@@ -45,27 +45,26 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     by_length = {f"{n:,} tokens": [line for line in drawn if line.length == n] for n in lengths}
     done: list[Path] = []
     with mpl.rc_context({"svg.fonttype": "none"}):
-        for name, label, y in (
-            ("accuracy", "accuracy", share),
-            ("likelihood", "gold log-probability, nats", lambda line: line.gold_logprob),
-        ):
-            for end, rows, below, x in (
+        for name, likelihood in (("accuracy", False), ("likelihood", True)):
+            for end, rows, label, x in (
                 ("length", by_ratio, "tokens of the document", lambda line: line.length),
                 ("kept", by_length, "kept fraction", lambda line: line.kept),
             ):
-                done += _write(panels(rows, (below, label), x, y), folder / f"{name}_by_{end}")
+                figure = panels(rows, label, x, likelihood=likelihood)
+                done += _write(figure, folder / f"{name}_by_{end}")
     return done
 
 
 def panels(
-    rows: Mapping[str, Sequence[Line]], labels: tuple[str, str], x: Number, y: Number
+    rows: Mapping[str, Sequence[Line]], label: str, x: Number, *, likelihood: bool
 ) -> Figure:
     """A panel a task and row, a line a policy.
 
     Args:
         rows: what is drawn, by what stands above the panels of a row.
-        labels: of the axes.
-        x, y: where a line of the table stands.
+        label: of the axis across.
+        x: where a line of the table stands on it.
+        likelihood: the gold answer's is drawn upwards, instead of the accuracy.
     """
     from matplotlib.figure import Figure
 
@@ -73,28 +72,31 @@ def panels(
     tasks = list(dict.fromkeys(line.task for line in found))
     policies = list(dict.fromkeys(line.policy for line in found))
     figure = Figure(figsize=(2.5 + 3.6 * len(tasks), 0.8 + 2.9 * len(rows)), layout="constrained")
-    alike: Literal["all", "col"] = "all" if y is share else "col"  # an accuracy is from 0 to 1
+    # an accuracy is from 0 to 1 everywhere
+    alike: Literal["all", "col"] = "col" if likelihood else "all"
     axes = figure.subplots(len(rows), len(tasks), squeeze=False, sharex=True, sharey=alike)
     handles: dict[str, Any] = {}
+    step = min(ASIDE, SPREAD / len(policies))
     for across, (title, drawn) in zip(axes, rows.items(), strict=True):
         for axis, task in zip(across, tasks, strict=True):
             for index, policy in enumerate(policies):
                 points = [line for line in drawn if (line.task, line.policy) == (task, policy)]
-                points = [line for line in points if y(line) is not None]
+                if likelihood:
+                    points = [line for line in points if line.gold_logprob is not None]
                 if points:
                     points.sort(key=lambda point: x(point) or 0)
-                    step = min(ASIDE, SPREAD / len(policies))
                     place = step * (index - (len(policies) - 1) / 2)
-                    handles[policy] = _line(axis, points, _style(policy, policies), place, x, y)
+                    style = _style(policy, policies)
+                    handles[policy] = _line(axis, points, style, place, x, likelihood)
             axis.set_title(f"{task}, {title}", fontsize=9)
-            if y is share:
+            if not likelihood:
                 axis.set_ylim(-0.03, 1.03)
             axis.margins(x=0.1)
-            axis.autoscale_view(scaley=y is not share)
+            axis.autoscale_view(scaley=likelihood)
             axis.grid(alpha=0.3)
-        across[0].set_ylabel(labels[1])
+        across[0].set_ylabel("gold log-probability, nats" if likelihood else "accuracy")
     for axis in axes[-1]:
-        axis.set_xlabel(labels[0])
+        axis.set_xlabel(label)
     shown = {name: handles[name] for name in policies if name in handles}
     figure.legend(list(shown.values()), list(shown), loc="outside right upper", fontsize=8)
     return figure
@@ -128,24 +130,30 @@ def _style(policy: str, policies: Sequence[str]) -> dict[str, Any]:
 
 
 def _line(
-    axis: Any, points: Sequence[Line], style: dict[str, Any], place: float, x: Number, y: Number
+    axis: Any,
+    points: Sequence[Line],
+    style: dict[str, Any],
+    place: float,
+    x: Number,
+    likelihood: bool,
 ) -> Any:
     """One policy's points, `place` points beside where they are; returns what the legend shows."""
     from matplotlib.transforms import ScaledTranslation
 
     aside = ScaledTranslation(place / 72, 0, axis.figure.dpi_scale_trans)
     style = {**style, "transform": axis.transData + aside}
+    across = [x(point) or 0.0 for point in points]
+    values = [(point.gold_logprob or 0.0) if likelihood else _share(point) for point in points]
     if points[0].policy == "full" and len(points) == 1:
-        axis.axhline(y(points[0]), color="black", linestyle="--", linewidth=0.6)
-    across, values = [x(point) or 0.0 for point in points], [y(point) or 0.0 for point in points]
+        axis.axhline(values[0], color="black", linestyle="--", linewidth=0.6)
     axis.update_datalim(list(zip(across, values, strict=True)))  # not done for moved points
-    if y is not share or points[0].measures_fidelity:
+    if likelihood or points[0].measures_fidelity:
         return axis.plot(across, values, **style)[0]
     below = [max(0.0, s - p.low) for s, p in zip(values, points, strict=True)]
     above = [max(0.0, p.high - s) for s, p in zip(values, points, strict=True)]
     return axis.errorbar(across, values, yerr=[below, above], capsize=2, elinewidth=0.6, **style)
 
 
-def share(line: Line) -> float:
+def _share(line: Line) -> float:
     """Exact matches' share, or the agreement."""
     return (line.score or 0.0) if line.measures_fidelity else line.exact / line.run

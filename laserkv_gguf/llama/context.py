@@ -153,8 +153,7 @@ class Context:
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()
-        gpu = any(device.kind in ("gpu", "igpu") for device in library.devices())
-        self.ubatch_size = options.micro_batch(gpu or model.gpu_layers != 0)
+        self.ubatch_size = options.micro_batch(library.can_offload())
         # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
         # would change the last bits of an answer.
         plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
