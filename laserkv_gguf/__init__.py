@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from laserkv_gguf.budget import Account
-    from laserkv_gguf.conversation import Conversation, Reply
+    from laserkv_gguf.conversation.conversation import Conversation, Reply
+    from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
-    from laserkv_gguf.session import LaserKV
 
 __version__ = "0.1.0"
 
@@ -30,10 +30,10 @@ _HOMES = {
     "Account": "budget",
     "Cancelled": "errors",
     "ContextOptions": "llama.context",
-    "Conversation": "conversation",
-    "LaserKV": "session",
+    "Conversation": "conversation.conversation",
+    "LaserKV": "engine.engine",
     "LaserKVError": "errors",
-    "Reply": "conversation",
+    "Reply": "conversation.conversation",
     "Sampling": "llama.sampler",
     "UserError": "errors",
 }

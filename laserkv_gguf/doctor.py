@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.memory import free_ram
+from laserkv_gguf.machine import free_ram
 
 GOOD, DEGRADED, BAD = "good", "degraded", "bad"
 REQUIRED = {

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from laserkv_gguf import LaserKV, models
+from laserkv_gguf.conversation.talk import Talk
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.trial import extra_buffers_work
-from laserkv_gguf.talk import Talk
 
 SYSTEM = "You are a helpful assistant. Answer in one short sentence."
 

@@ -29,8 +29,8 @@ from tiny import make
 
 pytest.importorskip("llama_cpp")
 
-from laserkv_gguf import batch
-from laserkv_gguf.batch import Input, Output, OutputError
+from laserkv_gguf.batch import run as batch
+from laserkv_gguf.batch.run import Input, Output, OutputError
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
 
@@ -595,11 +595,11 @@ def test_questions_from_a_pipe(model: Path, folder: Path) -> None:
 DRIVER = """
 import os, random, signal, sys, time
 import llama_cpp, numba
-import laserkv_gguf.batch, laserkv_gguf.cli.app, laserkv_gguf.kernels, laserkv_gguf.policies
+import laserkv_gguf.batch.run, laserkv_gguf.cli.app, laserkv_gguf.kernels, laserkv_gguf.policies
 from pathlib import Path
 
 laserkv_gguf.policies.available()
-laserkv_gguf.llama.probe.Probe(1, 1, 1, 32).callback  # what Numba compiles is loaded once, too
+laserkv_gguf.llama.capture.Probe(1, 1, 1, 32).callback  # what Numba compiles is loaded once, too
 
 out, kills, *arguments = sys.argv[1:]
 files = [Path(out), Path(out + ".run")]

@@ -34,9 +34,9 @@ from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.bare import Bare, BareSettings
+from laserkv_gguf.llama.capture import CaptureError, Probe
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.llama.probe import CaptureError, Probe
 from laserkv_gguf.timings import STEPS, Timings, step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -602,7 +602,8 @@ def test_the_full_cache_is_measured_without_numba(loaded: tuple[Tiny, Model]) ->
     script = (
         "import sys; from laserkv_gguf.benchmark import child; import json;"
         "child.full(json.loads(sys.argv[1]));"
-        "print(*sorted(m for m in sys.modules if m in ('numba', 'laserkv_gguf.engine')), 'end')"
+        "print(*sorted(m for m in sys.modules if m in ('numba', 'laserkv_gguf.reading.reader')"
+        "), 'end')"
     )
     job = {
         "model": str(loaded[0].path),

@@ -17,10 +17,10 @@ from test_cli import CHATML
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
+from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.session import Conversation, LaserKV
 
 SPEC = TinySpec(layers=1, heads=2, kv_heads=1, n_ff=64, ctx_train=4096, chat_template=CHATML)
 DOCUMENT = "All work and no play makes Jack a dull boy. " * 30  # a token a character

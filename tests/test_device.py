@@ -21,17 +21,18 @@ from tiny import TinySpec, make, random_tokens
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import ProbeSettings, Reader
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import attention_consensus
-from laserkv_gguf.llama import device, library
+from laserkv_gguf.llama import library
+from laserkv_gguf.llama import scorer as device
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
-from laserkv_gguf.llama.device import open_scorer
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.scorer import open_scorer
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, Policy
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.reading.reader import ProbeSettings, Reader
 
 OPTIONS = ContextOptions(
     batch_size=64, ubatch_size=16, type_k="f32", type_v="f32", flash_attn="off", threads=1

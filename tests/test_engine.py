@@ -28,15 +28,16 @@ from tiny import TinySpec, forward, make, random_tokens, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import Drafts, ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, LaserKVError
 from laserkv_gguf.kernels._jit import set_threads, threads_in_use
-from laserkv_gguf.llama import device, stored
+from laserkv_gguf.llama import scorer as device
+from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, PolicyError
+from laserkv_gguf.reading.reader import Drafts, ProbeSettings, Progress, Reader, Reading
 from laserkv_gguf.timings import STEPS
 
 OPTIONS = ContextOptions(
@@ -1118,7 +1119,7 @@ def test_types_that_cannot_be_compacted_are_refused(kind: str, tmp_path: Path) -
     code = f"""
 import numpy as np
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import Reader
+from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model

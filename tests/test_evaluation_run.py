@@ -26,17 +26,17 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.engine import Reader
+from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.evaluation import plots, presets, report, results, tasks
 from laserkv_gguf.evaluation.background import Background
+from laserkv_gguf.evaluation.bar import Bar
 from laserkv_gguf.evaluation.results import Results, difference
 from laserkv_gguf.evaluation.runner import Plan, Runner
-from laserkv_gguf.evaluation.running import Bar
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.session import Conversation, LaserKV
+from laserkv_gguf.reading.reader import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (

@@ -15,13 +15,13 @@ from tiny import Tiny, TinySpec, forward, make, random_tokens
 
 from laserkv_gguf import LaserKV, policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import ProbeSettings, Reader
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.bare import Bare, BareSettings
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN
+from laserkv_gguf.reading.reader import ProbeSettings, Reader
 
 pytestmark = pytest.mark.gpu
 

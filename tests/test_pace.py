@@ -26,8 +26,8 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.llama.pace import TokenThreads
 from laserkv_gguf.llama.sequence import MAIN
+from laserkv_gguf.llama.threads import TokenThreads
 from laserkv_gguf.llama.worker import Worker
 
 

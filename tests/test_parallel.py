@@ -16,14 +16,14 @@ import pytest
 from numpy.typing import NDArray
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, greedy, turn
 
-from laserkv_gguf import parallel
 from laserkv_gguf.budget import Account
+from laserkv_gguf.conversation import parallel
+from laserkv_gguf.conversation.parallel import Question, Spent, answer
+from laserkv_gguf.engine.engine import LaserKV, Reply
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama.context import SEQUENCES
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.sequence import Sequence
-from laserkv_gguf.parallel import Question, Spent, answer
-from laserkv_gguf.session import LaserKV, Reply
 
 # Of different lengths, so that they end at different steps and others take their places.
 QUESTIONS = [

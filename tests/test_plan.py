@@ -26,16 +26,17 @@ pytest.importorskip("llama_cpp")
 import llama_cpp
 from test_cli import Files, files, fill, refusal  # noqa: F401
 
-from laserkv_gguf import models, plan, policies
+from laserkv_gguf import models, policies
 from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.cli.plan import parse_size
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.header import Header
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import CACHE_TYPES, Model
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.models.header import Header
+from laserkv_gguf.planning import fits as plan
 
 GIB = 1 << 30
 SHAPES = {

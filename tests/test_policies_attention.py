@@ -17,7 +17,6 @@ from tiny import Tiny, TinySpec, forward, make, random_tokens, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import Reader
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -25,6 +24,7 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.policies import Candidates, checked, h2o
 from laserkv_gguf.policies.chunkkv import ChunkKV
 from laserkv_gguf.policies.pyramidkv import PyramidKV
+from laserkv_gguf.reading.reader import Reader
 
 # ---- the papers' formulas ----------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from tiny import TinySpec, make, random_tokens
 
 from laserkv_gguf import kernels, policies
-from laserkv_gguf.engine import ProbeSettings, Reader
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import geometry
 from laserkv_gguf.llama.chat import Prompt
@@ -19,6 +18,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.lagkv import _standing_out as standing_out
+from laserkv_gguf.reading.reader import ProbeSettings, Reader
 
 FIRST = 40  # the sequence's number of the first candidate
 BACK = 20  # candidates before the block

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tiny import TinySpec, forward, make, random_tokens, rope_factors
 
 from laserkv_gguf.llama import rope
+from laserkv_gguf.llama.capture import CaptureError
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.llama.probe import CaptureError
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 
 N = 40

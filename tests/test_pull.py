@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laserkv_gguf import hub, models
+from laserkv_gguf import models
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.models import hub
 
 pytest.importorskip("huggingface_hub")
 

@@ -32,9 +32,11 @@ from test_session import (
 )
 from tiny import forward
 
-from laserkv_gguf import memory, policies, store
+from laserkv_gguf import machine as memory
+from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
+from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.kernels import planes, pool, top_k
 from laserkv_gguf.kernels.hamming import hamming_votes
@@ -42,9 +44,9 @@ from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates
-from laserkv_gguf.recall import Recaller, RecallSettings
-from laserkv_gguf.session import Conversation, LaserKV
-from laserkv_gguf.store import DiskStore, Store
+from laserkv_gguf.recall import store
+from laserkv_gguf.recall.recaller import Recaller, RecallSettings
+from laserkv_gguf.recall.store import DiskStore, Store
 
 ENDING = len("\n[assistant]")
 QUESTIONS = ("What is ore?", "Where is tin9?", "And copper17, where?")
@@ -566,7 +568,7 @@ FULL = """
 import resource, sys
 import numpy as np
 from laserkv_gguf.errors import LaserKVError
-from laserkv_gguf.store import DiskStore
+from laserkv_gguf.recall.store import DiskStore
 if sys.argv[2] == "start":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -626,7 +628,7 @@ def test_a_disk_that_fills_while_reading(
 
 HOLD = """
 import sys
-from laserkv_gguf.store import DiskStore
+from laserkv_gguf.recall.store import DiskStore
 store = DiskStore(10, 2, 64, 64, path=sys.argv[1])
 print("held", flush=True)
 sys.stdin.readline()

@@ -19,13 +19,15 @@ import pytest
 from safetensors import safe_open
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, in_cache, turn
 
-from laserkv_gguf import saved, saved_document, saved_talk
 from laserkv_gguf.cli.app import run
+from laserkv_gguf.conversation.talk import Talk
+from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.files import archive as saved
 from laserkv_gguf.llama import library, rows
 from laserkv_gguf.llama.sequence import MAIN, Sequence
-from laserkv_gguf.session import Conversation, LaserKV
-from laserkv_gguf.talk import Talk
+from laserkv_gguf.saving import conversation as saved_talk
+from laserkv_gguf.saving import document as saved_document
 
 QUESTIONS = ("What is ore?", "Where is tin9?")
 READ: dict[str, Any] = {"block_size": 64, "ratio": 0.3, "lookahead": 2}
@@ -340,7 +342,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from laserkv_gguf.llama.context import ContextOptions
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.engine.engine import LaserKV
 model, target = sys.argv[1:]
 options = ContextOptions(128, 32, threads=1)
 with LaserKV(model, context=options, block_size=64, ratio=0.3, recall="ram") as engine:

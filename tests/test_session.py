@@ -26,11 +26,11 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.engine.engine import Conversation, LaserKV, Reply, Sampling
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
-from laserkv_gguf.session import Conversation, LaserKV, Reply, Sampling
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
@@ -425,7 +425,7 @@ def test_a_closed_context_is_not_used(user: str, loaded: Loaded) -> None:
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.engine.engine import LaserKV
 import llama_cpp
 
 model = Model({str(loaded.path)!r}, gpu_layers=0, extra_buffers=False)

@@ -23,16 +23,16 @@ from tiny import BOS, TinySpec, forward
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.conversation.space import Space, Thinning
+from laserkv_gguf.conversation.talk import Talk
+from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
-from laserkv_gguf.history import Space, Thinning
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
-from laserkv_gguf.recall import Recaller
-from laserkv_gguf.saved_talk import load, save
-from laserkv_gguf.session import Conversation, LaserKV
-from laserkv_gguf.talk import Talk
+from laserkv_gguf.recall.recaller import Recaller
+from laserkv_gguf.saving.conversation import load, save
 
 SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
 SHORT = TinySpec(layers=1, ctx_train=400, chat_template=TEMPLATE)
@@ -1135,7 +1135,7 @@ def test_no_room_to_park_what_was_saved(
         held, offset = talk.parked_bytes, talk._parked[1].offset
         wanted = turn(talk, QUESTIONS[1]).tokens
         free = iter([held, 1, held, held])
-        monkeypatch.setattr("laserkv_gguf.memory.free_ram", lambda: next(free))
+        monkeypatch.setattr("laserkv_gguf.machine.free_ram", lambda: next(free))
         with pytest.raises(UserError, match="use --recall disk"):
             load(engine, tmp_path / "talk")
         assert closed == [0, offset, 0]  # of the conversation before, and what was made

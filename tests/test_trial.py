@@ -15,7 +15,7 @@ import llama_cpp
 import pytest
 from tiny import TinySpec, make
 
-from laserkv_gguf import session
+from laserkv_gguf.engine import engine as session
 from laserkv_gguf.llama import library, trial
 from laserkv_gguf.llama.model import Model
 

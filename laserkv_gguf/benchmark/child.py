@@ -25,12 +25,12 @@ from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.bare import Bare, BareSettings, generate, read, state_of
 from laserkv_gguf.llama.model import Model, Tokens
-from laserkv_gguf.memory import peak_rss, reset_peak_rss
+from laserkv_gguf.machine import peak_rss, reset_peak_rss
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation import Conversation, Reply
+    from laserkv_gguf.conversation.conversation import Conversation, Reply
+    from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.llama.chat import Opening
-    from laserkv_gguf.session import LaserKV
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -181,8 +181,8 @@ def _memory(buffers: dict[str, int], free_before: int | None) -> Result:
 
 
 def _engine(job: Job, model: Model, settings: dict[str, Any]) -> LaserKV:
+    from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.llama.context import ContextOptions
-    from laserkv_gguf.session import LaserKV
 
     engine = LaserKV(
         model,
@@ -208,7 +208,7 @@ def _warm_up(job: Job, model: Model, text: str) -> None:
 
 def policy(job: Job) -> Result:
     """The engine reads with a policy and answers."""
-    from laserkv_gguf.conversation import Conversation
+    from laserkv_gguf.conversation.conversation import Conversation
 
     free = free_device_memory()
     question, predict = job["question"], job["predict"]
@@ -409,7 +409,7 @@ def token(job: Job) -> Result:
 
 def idle(job: Job) -> Result:
     """The same reading and generating with the probe set but unarmed, and without, A B A B."""
-    from laserkv_gguf.llama.probe import Probe
+    from laserkv_gguf.llama.capture import Probe
 
     settings, count = BareSettings(**job["bare"]), job["predict"]
     with _loaded(job) as model:

@@ -95,7 +95,7 @@ def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -
     """Refuses files that cannot be written or read before anything long is done."""
     if not (save or load):
         return
-    from laserkv_gguf import saved
+    from laserkv_gguf.files import archive as saved
 
     if save:
         saved.check_target(save)

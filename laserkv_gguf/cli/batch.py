@@ -23,9 +23,9 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.batch import Batch, Summary
-    from laserkv_gguf.engine import Progress as Read
-    from laserkv_gguf.parallel import Spent
+    from laserkv_gguf.batch.run import Batch, Summary
+    from laserkv_gguf.conversation.parallel import Spent
+    from laserkv_gguf.reading.reader import Progress as Read
 
 TERMINATED = 143
 PATIENCE = 1.0  # seconds
@@ -79,7 +79,7 @@ def batch(
     if [source, *named].count(documents.STANDARD_INPUT) > 1:
         raise UserError("--input and --document are both standard input, which can be read once")
     with _Signals() as signals, _opened(source) as file:
-        from laserkv_gguf.batch import Batch, Output, check_apart, read, summary
+        from laserkv_gguf.batch.run import Batch, Output, check_apart, read, summary
 
         files = [Path(name) for name in (source, *named) if name != documents.STANDARD_INPUT]
         check_apart(Path(target), files)
@@ -91,7 +91,7 @@ def batch(
         job: Batch | None = None
         bar = _Bar(signals, quiet)
         if not output.complete:
-            from laserkv_gguf.parallel import check
+            from laserkv_gguf.conversation.parallel import check
 
             with options.engine() as engine, bar.shown(len(questions.items)):
                 _warn_once()
@@ -147,7 +147,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What an answer depends on. Threads, batches, cells and the like are no part of it."""
     from laserkv_gguf import models
-    from laserkv_gguf.batch import digest_of, fingerprint
+    from laserkv_gguf.batch.run import digest_of, fingerprint
     from laserkv_gguf.llama.model import check_file
 
     model = models.find(options.model)

@@ -18,10 +18,10 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation import Answer, Reply
-    from laserkv_gguf.engine import Progress
-    from laserkv_gguf.session import LaserKV
-    from laserkv_gguf.talk import Talk
+    from laserkv_gguf.conversation.conversation import Answer, Reply
+    from laserkv_gguf.conversation.talk import Talk
+    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.reading.reader import Progress
 
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def chat(
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
-        from laserkv_gguf.talk import Talk
+        from laserkv_gguf.conversation.talk import Talk
 
         talk = Talk(
             engine,
@@ -164,7 +164,7 @@ class Loop:
 
     def read_for(self, question: str) -> None:
         """Reads the documents with a question in mind and answers it."""
-        from laserkv_gguf.conversation import Answer
+        from laserkv_gguf.conversation.conversation import Answer
 
         def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
             stream = Answer(

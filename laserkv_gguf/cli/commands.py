@@ -127,7 +127,7 @@ def _set(loop: Loop, rest: str) -> None:
 
 def _save(loop: Loop, rest: str) -> None:
     """Write the conversation to a file: /save FILE."""
-    from laserkv_gguf import saved_talk
+    from laserkv_gguf.saving import conversation as saved_talk
 
     if not rest:
         raise UserError("name a file: /save FILE")
@@ -138,7 +138,7 @@ def _save(loop: Loop, rest: str) -> None:
 
 def _load(loop: Loop, rest: str) -> None:
     """Go on with a saved conversation in place of this one: /load FILE."""
-    from laserkv_gguf import saved_talk
+    from laserkv_gguf.saving import conversation as saved_talk
 
     if not rest:
         raise UserError("name a file: /load FILE")

@@ -232,7 +232,7 @@ def _positive(flag: str, number: int) -> int:
 
 def _run(runner: Runner, results: Results) -> None:
     """Runs, with a bar that shows what is done and how many answers were right."""
-    from laserkv_gguf.evaluation.running import Bar
+    from laserkv_gguf.evaluation.bar import Bar
 
     there = runner.among(results.rows)
     if there:

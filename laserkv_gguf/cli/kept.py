@@ -12,7 +12,7 @@ from rich.text import Text
 from laserkv_gguf.cli import terminal
 
 if TYPE_CHECKING:
-    from laserkv_gguf.talk import Talk
+    from laserkv_gguf.conversation.talk import Talk
 
 POOLS = ("anchor", "long-term", "window")
 COLOURS = ("bold cyan", "bold green", "bold yellow")

@@ -15,7 +15,7 @@ from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, with_options
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.plan import Memory, Plan, Run
+    from laserkv_gguf.planning.fits import Memory, Plan, Run
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -45,8 +45,8 @@ def plan(
     """Say what fits: cells and bytes for a model, a document and a card, from the header alone."""
     log_to_stderr(options.debug)
     from laserkv_gguf import models
-    from laserkv_gguf import plan as planning
-    from laserkv_gguf.header import Header
+    from laserkv_gguf.models.header import Header
+    from laserkv_gguf.planning import fits as planning
 
     if predict < 1 or question_tokens < 1:
         raise UserError("-n and --question-tokens must be at least 1")
@@ -70,8 +70,8 @@ def plan(
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
     """The run the flags ask for, checked as `ask` checks them."""
     from laserkv_gguf.llama.context import ContextOptions
-    from laserkv_gguf.plan import Run
-    from laserkv_gguf.settings import Settings
+    from laserkv_gguf.planning.fits import Run
+    from laserkv_gguf.planning.settings import Settings
 
     given = options.settings()
     settings = Settings(**{key: value for key, value in given.items() if value is not None})
@@ -139,7 +139,7 @@ def parse_size(text: str) -> int:
 
 
 def _card(vram: str) -> Memory:
-    from laserkv_gguf.plan import Memory
+    from laserkv_gguf.planning.fits import Memory
 
     return Memory(parse_size(vram), True, f"a card of {vram.strip()}")
 
@@ -147,8 +147,8 @@ def _card(vram: str) -> Memory:
 def _this_machine(gpu_layers: int) -> Memory:
     """The memory of the GPUs that llama.cpp can use here, else the RAM that is free."""
     from laserkv_gguf.llama import library
-    from laserkv_gguf.memory import free_ram
-    from laserkv_gguf.plan import Memory
+    from laserkv_gguf.machine import free_ram
+    from laserkv_gguf.planning.fits import Memory
 
     devices = library.devices()
     if gpu_layers != 0 and library.can_offload():

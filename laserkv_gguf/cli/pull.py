@@ -21,7 +21,8 @@ def pull(
 ) -> None:
     """Download a model of models.txt, resumed and verified; without a name list them."""
     log_to_stderr(debug)
-    from laserkv_gguf import hub, models
+    from laserkv_gguf import models
+    from laserkv_gguf.models import hub
 
     if name is None:
         _list()

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from laserkv_gguf.budget import Account
-    from laserkv_gguf.engine import Progress as Read
+    from laserkv_gguf.reading.reader import Progress as Read
 
 console = Console(stderr=True, highlight=False)
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.conversation import Conversation, Reply
+from laserkv_gguf.conversation.conversation import Conversation, Reply
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.evaluation.samples import Sample, Tokens
 from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity, agreement, divergence, mean_of
-from laserkv_gguf.session import LaserKV
 
 Row = dict[str, Any]
 

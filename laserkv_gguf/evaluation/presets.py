@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.evaluation.background import read_text
-from laserkv_gguf.hub import digest
+from laserkv_gguf.models.hub import digest
 from laserkv_gguf.policies.laser import PAPER
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.conversation import Conversation
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.evaluation import measure
 from laserkv_gguf.evaluation.results import Results, Row
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
-from laserkv_gguf.session import LaserKV
 
 _SPEED_ONLY = ("threads", "threads_batch", "batch_size", "outputs")  # of the context's options
 BLOCK, BLOCKS = 4096, 4  # where no block size is given: S, and the least number of blocks
@@ -303,7 +303,7 @@ def _failure(sample: Sample | None, error: LaserKVError) -> Row:
 @contextmanager
 def _said_once() -> Iterator[None]:
     """Says each warning of the session once, not with every sample."""
-    log, said = logging.getLogger("laserkv_gguf.session"), set[str]()
+    log, said = logging.getLogger("laserkv_gguf.engine.engine"), set[str]()
 
     def first(record: logging.LogRecord) -> bool:
         new = record.msg not in said

@@ -19,7 +19,7 @@ from laserkv_gguf.llama import library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 
 if TYPE_CHECKING:
-    from laserkv_gguf.llama.probe import Probe
+    from laserkv_gguf.llama.capture import Probe
 
 State: TypeAlias = "ctypes.Array[ctypes.c_uint8]"
 

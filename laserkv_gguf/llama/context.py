@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama import library
+from laserkv_gguf.llama.capture import AbortFlag, Probe
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
-from laserkv_gguf.llama.pace import TokenThreads
-from laserkv_gguf.llama.probe import AbortFlag, Probe
+from laserkv_gguf.llama.threads import TokenThreads
 from laserkv_gguf.llama.worker import Worker
 
 log = logging.getLogger(__name__)

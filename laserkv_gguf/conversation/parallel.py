@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from laserkv_gguf.conversation import Conversation, Reply
-from laserkv_gguf.engine import Progress
+from laserkv_gguf.conversation.conversation import Conversation, Reply
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import sequence
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import MAX_SEQUENCES, Context, padded
 from laserkv_gguf.llama.model import PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.reading.reader import Progress
 
 FIRST = sequence.SPARE + 1
 """The first of the sequences that answers are generated in."""

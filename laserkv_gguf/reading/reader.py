@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.llama import device, rope, stored
+from laserkv_gguf.llama import rope, stored
+from laserkv_gguf.llama import scorer as device
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama import library
+from laserkv_gguf.llama.capture import CaptureError
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import CACHE_TYPES, row_bytes
-from laserkv_gguf.llama.probe import CaptureError
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 
 log = logging.getLogger(__name__)

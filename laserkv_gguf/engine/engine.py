@@ -21,19 +21,19 @@ from laserkv_gguf.budget import (
     Budget,
     largest_ratio_that,
 )
-from laserkv_gguf.conversation import Answer, Conversation, Reply, Run
-from laserkv_gguf.engine import ProbeSettings, Progress, Reader
+from laserkv_gguf.conversation.conversation import Answer, Conversation, Reply, Run
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sampler import Sampling
-from laserkv_gguf.recall import Recaller, warm_up
-from laserkv_gguf.settings import Settings
+from laserkv_gguf.planning.settings import Settings
+from laserkv_gguf.reading.reader import ProbeSettings, Progress, Reader
+from laserkv_gguf.recall.recaller import Recaller, warm_up
 
 if TYPE_CHECKING:
-    from laserkv_gguf.talk import Talk
+    from laserkv_gguf.conversation.talk import Talk
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ class LaserKV:
         Raises:
             UserError: max_tokens below 1.
         """
-        from laserkv_gguf.talk import Talk
+        from laserkv_gguf.conversation.talk import Talk
 
         return Talk(
             self,
@@ -564,7 +564,9 @@ class LaserKV:
             UserError: no such file, a damaged one, one of another model, build or cache type, or
                 one that does not fit the context; the message says which.
         """
-        from laserkv_gguf import saved, saved_document, saved_talk
+        from laserkv_gguf.files import archive as saved
+        from laserkv_gguf.saving import conversation as saved_talk
+        from laserkv_gguf.saving import document as saved_document
 
         if saved.kind(path) == saved.CONVERSATION:
             return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)

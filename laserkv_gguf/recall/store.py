@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf import memory
+from laserkv_gguf import machine as memory
 from laserkv_gguf.errors import LaserKVError, UserError
 
 Bytes = NDArray[np.uint8]

@@ -9,7 +9,7 @@ from typing import Any
 from laserkv_gguf import policies
 from laserkv_gguf.budget import RATIO, check_settings
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.recall import RecallSettings
+from laserkv_gguf.recall.recaller import RecallSettings
 
 POSITIONS = ("auto", "original", "compact")
 SCORING = ("host", "device")

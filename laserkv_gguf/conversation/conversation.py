@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Account, Budget
-from laserkv_gguf.engine import Progress, Reader, Reading
 from laserkv_gguf.errors import Cancelled, UserError
 from laserkv_gguf.llama.chat import Opening, Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import PieceDecoder, Tokens
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
-from laserkv_gguf.recall import Recalled, Recaller
+from laserkv_gguf.reading.reader import Progress, Reader, Reading
+from laserkv_gguf.recall.recaller import Recalled, Recaller
 from laserkv_gguf.timings import STEPS
 
 if TYPE_CHECKING:
-    from laserkv_gguf.session import LaserKV
+    from laserkv_gguf.engine.engine import LaserKV
 
 CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
 
@@ -378,7 +378,7 @@ class Conversation:
 
     def save(self, path: str | Path) -> int:
         """Writes the document as it was read, to be loaded in seconds; see `saved_document`."""
-        from laserkv_gguf import saved_document
+        from laserkv_gguf.saving import document as saved_document
 
         return saved_document.save(self, path)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from laserkv_gguf import saved
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.recall import Recaller
+from laserkv_gguf.files import archive as saved
+from laserkv_gguf.recall.recaller import Recaller
 
 _CHUNK = 1 << 24
 _INDEX = "index."

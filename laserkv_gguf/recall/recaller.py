@@ -36,13 +36,13 @@ from numpy.typing import NDArray
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.engine import Drafts, Reader, Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rope, rows
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Policy, checked
-from laserkv_gguf.store import DiskStore, Store
+from laserkv_gguf.reading.reader import Drafts, Reader, Reading
+from laserkv_gguf.recall.store import DiskStore, Store
 
 WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")

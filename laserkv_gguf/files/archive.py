@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from laserkv_gguf import __version__
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
-from laserkv_gguf.store import human
+from laserkv_gguf.recall.store import human
 
 if TYPE_CHECKING:
+    from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.llama.model import Model
-    from laserkv_gguf.session import LaserKV
 
 DOCUMENT, CONVERSATION = KINDS = ("document", "conversation")
 _FORMAT = "laserkv-gguf {} 2"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, largest_ratio_that
-from laserkv_gguf.header import Header
+from laserkv_gguf.models.header import Header
 from laserkv_gguf.policies import Policy
 
 PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this

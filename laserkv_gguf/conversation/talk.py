@@ -28,23 +28,23 @@ from numpy.typing import NDArray
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.conversation import CONVERSATION_CELLS, Conversation, Reply
-from laserkv_gguf.engine import Progress, Reader, Reading
+from laserkv_gguf.conversation.conversation import CONVERSATION_CELLS, Conversation, Reply
+from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
+from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.history import SHORT_ANSWER, Space, Thinning
-from laserkv_gguf.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.llama import rope, stored
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.laser import Laser
-from laserkv_gguf.recall import Recalled, Recaller
+from laserkv_gguf.reading.reader import Progress, Reader, Reading
+from laserkv_gguf.recall.recaller import Recalled, Recaller
 
 if TYPE_CHECKING:
+    from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.llama.context import Context
     from laserkv_gguf.llama.model import Tokens
     from laserkv_gguf.llama.sampler import Sampling
-    from laserkv_gguf.session import LaserKV
 
 ATTENTION = 0.25  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
@@ -189,7 +189,7 @@ class Talk(Conversation):
 
     def save(self, path: str | Path) -> int:
         """Writes documents, turns and parked rows; see `saved_talk`. Returns the file's bytes."""
-        from laserkv_gguf import saved_talk
+        from laserkv_gguf.saving import conversation as saved_talk
 
         return saved_talk.save(self, path)
 

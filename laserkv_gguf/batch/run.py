@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from laserkv_gguf.conversation import Reply
-from laserkv_gguf.engine import Progress
+from laserkv_gguf.conversation.conversation import Reply
+from laserkv_gguf.conversation.parallel import Question, Spent, answer
+from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama.sampler import Sampling
-from laserkv_gguf.parallel import Question, Spent, answer
-from laserkv_gguf.session import LaserKV
+from laserkv_gguf.reading.reader import Progress
 
 FIELDS = ["id", "question", "document", "document_path", "system", "max_tokens", "stop", "expected"]
 RECORD = ".run"

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from laserkv_gguf import saved, saved_rows
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.files import archive as saved
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
+from laserkv_gguf.reading.reader import Reading
+from laserkv_gguf.saving import parked as saved_rows
 from laserkv_gguf.timings import STEPS, Timings
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation import Conversation
-    from laserkv_gguf.session import LaserKV, Sampling
+    from laserkv_gguf.conversation.conversation import Conversation
+    from laserkv_gguf.engine.engine import LaserKV, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def load(
         UserError: no such file, a damaged one, one of another model, build or cache type, or one
             that does not fit the context; the message says which.
     """
-    from laserkv_gguf.conversation import Conversation
+    from laserkv_gguf.conversation.conversation import Conversation
 
     path = Path(path)
     about = saved.checked(path, saved.DOCUMENT, engine)

@@ -11,20 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from laserkv_gguf import saved, saved_rows
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.conversation import Run
-from laserkv_gguf.engine import Reading
+from laserkv_gguf.conversation.conversation import Run
+from laserkv_gguf.conversation.ledger import TURN, Ledger, Segment
+from laserkv_gguf.conversation.talk import Talk
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.ledger import TURN, Ledger, Segment
+from laserkv_gguf.files import archive as saved
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.sequence import MAIN
-from laserkv_gguf.recall import Recaller
-from laserkv_gguf.talk import Talk
+from laserkv_gguf.reading.reader import Reading
+from laserkv_gguf.recall.recaller import Recaller
+from laserkv_gguf.saving import parked as saved_rows
 from laserkv_gguf.timings import Timings
 
 if TYPE_CHECKING:
-    from laserkv_gguf.session import LaserKV
+    from laserkv_gguf.engine.engine import LaserKV
 
 log = logging.getLogger(__name__)
 

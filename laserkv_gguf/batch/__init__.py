@@ -1,0 +1,1 @@
+"""A file of questions, answered one after the other or together."""

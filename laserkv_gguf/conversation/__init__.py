@@ -1,0 +1,1 @@
+"""Documents and turns over the cells of a context."""

@@ -1,0 +1,1 @@
+"""The model, its context and who may use them."""

@@ -1,0 +1,1 @@
+"""Files that are whole on disk, or not there."""

@@ -1,0 +1,1 @@
+"""What is asked for and what it takes; without llama.cpp."""

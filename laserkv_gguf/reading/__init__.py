@@ -1,0 +1,1 @@
+"""A document becomes kept cells: the block loop of LASER-KV."""

@@ -1,0 +1,1 @@
+"""Evicted tokens come back: parked rows and what finds them."""
