@@ -30,8 +30,8 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import Cancelled, LaserKVError
 from laserkv_gguf.kernels._jit import set_threads, threads_in_use
+from laserkv_gguf.llama import moving, rows
 from laserkv_gguf.llama import scorer as device
-from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -805,10 +805,11 @@ def test_a_sequence_is_gathered_bit_for_bit(loaded: dict[str, Loaded]) -> None:
         context.decode(one.tokens[90:], 90, MAIN)
         main, kept = Sequence(context, MAIN), np.arange(TOKENS % 3 + 8, TOKENS, 3)
         main.remove_all(np.setdiff1d(np.arange(TOKENS), kept))
-        before = stored.read(context, MAIN, kept)
+        form = rows.check(context)
+        before = rows.read(context, form, MAIN, kept)
         for at_once in (1, 7, 1000):
-            stored.gather(context, MAIN, kept, at_once)
-            after = stored.read(context, MAIN, kept)
+            moving.gather(context, MAIN, kept, at_once)
+            after = rows.read(context, form, MAIN, kept)
             assert np.array_equal(before.keys, after.keys)
             assert np.array_equal(before.values, after.values)
             cells = context.probe.new("cells", 1)

@@ -27,7 +27,7 @@ from laserkv_gguf.conversation.space import Space, Thinning
 from laserkv_gguf.conversation.talk import Talk
 from laserkv_gguf.engine.engine import Conversation, LaserKV
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
-from laserkv_gguf.llama import stored
+from laserkv_gguf.llama import rows, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
@@ -382,21 +382,22 @@ def test_stored_rows_are_what_was_captured(
     tokens = np.arange(40, dtype=np.int32) + 5
     with one.model, Context(one.model, 256, options) as context:
         keys, values = context.probe.new("keys", 44), context.probe.new("values", 44)
+        form = rows.check(context)
         with context.probe.armed(keys=(keys[:, :40], 0), values=(values[:, :40], 0)):
             context.decode(tokens, 0, MAIN)
         Sequence(context, MAIN).remove(3, 9)
         with context.probe.armed(keys=(keys[:, 40:], 0), values=(values[:, 40:], 0)):
             context.decode(tokens[:4], 40, MAIN)  # goes into the hole: cells are out of order
         wanted = np.array([0, 2, 11, 12, 30, 41, 43])
-        found = stored.read(context, MAIN, wanted)
+        found = rows.read(context, form, MAIN, wanted)
         assert found.positions.tolist() == wanted.tolist()
         assert error(found.keys, keys[:, wanted]) < tolerance
         assert error(found.values, values[:, wanted]) < tolerance
         assert Sequence(context, 2).last == -1
-        blob = stored.save(context, MAIN)
+        blob = state.save(context.handle, MAIN)
         for broken in (blob[:-1], blob[:5], np.concatenate((blob, blob[:4]))):
-            with pytest.raises(Exception, match="lays out its cache's state differently"):
-                stored.Stored.of(context, broken)
+            with pytest.raises(rows.FormatError, match=r"llama\.cpp's state"):
+                rows.parse(broken, form)
 
 
 # ---- how the cells are shared ------------------------------------------------------------------
@@ -941,8 +942,9 @@ def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
 def rows_of(engine: LaserKV) -> list[NDArray[Any]]:
     """Positions, keys and values of the main sequence."""
     assert engine._context is not None
-    found = stored.Stored.of(engine._context, stored.save(engine._context, MAIN))
-    return [found.positions, found.keys.copy(), found.values.copy()]
+    found = rows.take(engine._context, engine.row_format(engine._context), MAIN)
+    order = np.argsort(found.positions)
+    return [found.positions[order], found.keys[:, order], found.values[:, order]]
 
 
 @pytest.mark.parametrize("mode", ["replay", "shortlist"])

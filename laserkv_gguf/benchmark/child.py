@@ -22,8 +22,8 @@ import numpy as np
 from laserkv_gguf.benchmark import tuning
 from laserkv_gguf.benchmark.statistics import spread
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library
-from laserkv_gguf.llama.bare import Bare, BareSettings, generate, read, state_of
+from laserkv_gguf.llama import library, state
+from laserkv_gguf.llama.bare import Bare, BareSettings, generate, read
 from laserkv_gguf.llama.model import Model, Tokens
 from laserkv_gguf.machine import peak_rss, reset_peak_rss
 
@@ -290,7 +290,7 @@ def _generation(job: Job, engine: LaserKV, conversation: Conversation) -> Result
     same = True
     conversation.reset()
     with Bare(engine.model, len(reading.kept) + len(prompt) + count, settings) as packed:
-        packed.restore(state_of(context.handle))
+        state.restore(packed.handle, 0, state.save(context.handle, 0))
         for _ in range(job["generation"]):
             answer = _answered(conversation, question)
             times["engine"].append(answer.seconds_per_token)

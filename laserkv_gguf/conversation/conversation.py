@@ -281,6 +281,8 @@ class Conversation:
             whole=whole,
             compact=compact,
         )
+        if self.goes_on:  # while cells are free to try it in: ageing will want to read rows
+            engine.try_row_format(run.reader)
         recaller = engine.recaller(run)
         whole = whole and not recaller and run.reader.context.cells >= len(tokens) + reply
         reader = engine.first_reader(run) if recaller and question is None else run.reader

@@ -32,7 +32,7 @@ from laserkv_gguf.conversation.conversation import CONVERSATION_CELLS, Conversat
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import rope, stored
+from laserkv_gguf.llama import moving, rope, rows, state
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, checked
@@ -556,24 +556,25 @@ class Talk(Conversation):
     def _chosen(
         self,
         policy: policies.Policy,
-        rows: NDArray[np.int64],
+        among: NDArray[np.int64],
         keep: int,
         queries: NDArray[np.float32] | None,
     ) -> NDArray[np.int64]:
         if keep == 0:
-            return rows[:0]
+            return among[:0]
         views: dict[str, Any] = {}
         needs = policy.needs
         wanted = {"keys": needs.host_keys, "values": needs.values}
         if any(wanted.values()):
             self._settle()
-            found = stored.read(self._context, MAIN, self.ledger.position[rows])
+            form = self.engine.row_format(self._context)
+            found = rows.read(self._context, form, MAIN, self.ledger.position[among])
             for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
                 view = getattr(found, kind)
                 views[kind] = view.astype(np.float32) if needs.precise else view
-        block = (int(rows[0]), int(rows[-1]) + 1)
-        candidates = Candidates(rows, block, self.thinnings, queries, **views)
-        return rows[checked(policy, policy.select(candidates, keep), candidates, keep)]
+        block = (int(among[0]), int(among[-1]) + 1)
+        candidates = Candidates(among, block, self.thinnings, queries, **views)
+        return among[checked(policy, policy.select(candidates, keep), candidates, keep)]
 
     def _policy(self) -> policies.Policy:
         """The run's own policy, or `laser` where that must see a block while it is decoded.
@@ -638,7 +639,7 @@ class Talk(Conversation):
         """Lets llama.cpp turn keys that were moved."""
         if self._settled:
             return
-        stored.settle(self._context)
+        moving.settle(self._context)
         self._settled = True
 
     # documents
@@ -810,7 +811,7 @@ class Talk(Conversation):
         if self.engine.ctx_size is not None or cells <= context.cells:
             return
         self._settle()
-        blob, run = stored.save(context, MAIN), self._run
+        blob, run = state.save(context.handle, MAIN), self._run
         assert run is not None
         before = context.cells
         try:
@@ -819,7 +820,7 @@ class Talk(Conversation):
             reader = self.engine._reader_for(before, run.compact)
             raise
         finally:
-            stored.restore(reader.context, MAIN, blob)
+            state.restore(reader.context.handle, MAIN, blob)
             self._run = replace(run, reader=reader, cells=reader.context.cells)
             for recaller in self._parked:
                 recaller.use(reader)

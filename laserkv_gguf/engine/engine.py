@@ -540,6 +540,14 @@ class LaserKV:
         self._format = self._format or rows.check(context)
         return self._format
 
+    def try_row_format(self, reader: Reader) -> None:
+        """Tries the form of the rows while the context is empty; `row_format` then knows it."""
+        reader.forget()
+        try:
+            self.row_format(reader.context)
+        except rows.FormatError as error:
+            log.debug("rows cannot be read: %s", error)
+
     def turn_recall_on(self, saved: Mapping[str, Any]) -> None:
         """Recalls from now on, as a saved document's settings have it, unless it does already.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp as L
 import numpy as np
@@ -17,11 +17,10 @@ import numpy as np
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
+from laserkv_gguf.llama.state import State, restore, save
 
 if TYPE_CHECKING:
     from laserkv_gguf.llama.capture import Probe
-
-State: TypeAlias = "ctypes.Array[ctypes.c_uint8]"
 
 _SPARE = 1
 _CHUNK = 4096  # cells copied at a time where a depth is made
@@ -137,15 +136,6 @@ class Bare:
         """Forgets positions from `position` on."""
         L.llama_memory_seq_rm(self.memory, 0, position, -1)
 
-    def restore(self, state: State, sequence: int = 0) -> None:
-        """Puts in what `state_of` took from a sequence, into free cells.
-
-        Raises:
-            LaserKVError: the contexts differ in type or shape, or there is no room.
-        """
-        if not L.llama_state_seq_set_data(self.handle, state, len(state), sequence):
-            raise LaserKVError("llama.cpp does not take back the state of a sequence; see --debug")
-
     def deepen(self, held: int, cells: int) -> int:
         """Fills the cache with copies of what was read, computing nothing; needs `spare`.
 
@@ -160,12 +150,12 @@ class Bare:
             How many are held now: short of `cells` by less than were read at first.
         """
         if not self._copies:
-            self._copies = [(held, state_of(self.handle))]
+            self._copies = [(held, save(self.handle, 0))]
         while held + self._copies[0][0] <= cells:
             if self._copies[-1][0] < held <= _CHUNK:  # fewer, larger copies
-                self._copies.append((held, state_of(self.handle)))
+                self._copies.append((held, save(self.handle, 0)))
             size, state = next(c for c in reversed(self._copies) if held + c[0] <= cells)
-            self.restore(state, _SPARE)
+            restore(self.handle, _SPARE, state)
             L.llama_memory_seq_cp(self.memory, _SPARE, 0, -1, -1)
             L.llama_memory_seq_rm(self.memory, _SPARE, -1, -1)
             held += size
@@ -205,16 +195,3 @@ def generate(context: Any, count: int) -> Generated:
         return Generated(tokens, first, time.perf_counter())
     finally:
         L.llama_sampler_free(sampler)
-
-
-def state_of(context: Any, sequence: int = 0) -> State:
-    """The cells of a sequence as llama.cpp saves them.
-
-    Raises:
-        LaserKVError: llama.cpp does not give them.
-    """
-    size = L.llama_state_seq_get_size(context, sequence)
-    state: State = (ctypes.c_uint8 * size)()
-    if L.llama_state_seq_get_data(context, state, size, sequence) != size:
-        raise LaserKVError("llama.cpp does not give out the state of a sequence; see --debug")
-    return state

@@ -8,7 +8,7 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.llama import library, stored
+from laserkv_gguf.llama import library, state
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
@@ -40,11 +40,11 @@ def state_round_trip(model: Model) -> float:
     with Context(model, 2 * _TOKENS, ContextOptions(ubatch_size=64, threads=1)) as context:
         main, spare = Sequence(context, MAIN), Sequence(context, SPARE)
         context.decode(tokens[:-1], 0, MAIN)
-        rows = stored.save(context, MAIN)
+        rows = state.save(context.handle, MAIN)
         context.decode(tokens[-1:], _TOKENS - 1, MAIN, outputs=1)
         before = context.logits()
         main.remove()
-        stored.restore(context, SPARE, rows)
+        state.restore(context.handle, SPARE, rows)
         spare.share_with(main)
         spare.remove()
         context.decode(tokens[-1:], _TOKENS - 1, MAIN, outputs=1)

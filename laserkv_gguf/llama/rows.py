@@ -1,7 +1,7 @@
-"""The rows of a sequence's cells, taken out of llama.cpp's cache and put back bit for bit.
+"""llama.cpp's saved state of a sequence: its format, and rows taken out of it and put back.
 
-llama.cpp writes and reads the state of a sequence as one blob (`llama_state_seq_get_data`). Its
-format is internal, and this file is all that knows it:
+llama.cpp writes and reads the state of a sequence as one blob (`llama.state`). Its format is
+internal, and this file is all that knows it:
 
     magic u32 | sequence i32 | streams u32 (1) | cells u32
     per cell    position i32 | sequences u32 (1) | sequence i32
@@ -15,20 +15,19 @@ format is internal, and this file is all that knows it:
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import gguf
-import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.llama import hadamard, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, row_bytes
-from laserkv_gguf.llama.sequence import Sequence
+from laserkv_gguf.llama.sequence import SPARE, Sequence, runs
 
 Bytes = NDArray[np.uint8]
 
@@ -59,6 +58,8 @@ class Format:
         element: bytes of one value where llama.cpp stores values transposed, else 0.
         kv_heads, head_dim: what a key row holds.
         hadamard: size of the Hadamard matrix llama.cpp has turned quantised keys with, 0 for none.
+        value_dim: dimensions of a head's values.
+        value_hadamard: as `hadamard`, of the values.
     """
 
     layers: int
@@ -70,6 +71,8 @@ class Format:
     kv_heads: int
     head_dim: int
     hadamard: int = 0
+    value_dim: int = 0
+    value_hadamard: int = 0
 
     @property
     def cell_bytes(self) -> int:
@@ -94,30 +97,26 @@ class Format:
         """Whether keys can be read as they lie, and turned without quantising them again."""
         return self.key_type in (CACHE_TYPES["f32"], CACHE_TYPES["f16"])
 
-    def keys(self, rows: Bytes) -> NDArray[Any]:
+    def keys(self, rows: Bytes, wide: Any = np.float16) -> NDArray[Any]:
         """Key rows (layers, n, key_bytes) as (layers, n, kv_heads, head_dim).
 
-        A view of float16 or float32 where the cache holds these, else a float16 copy.
+        A view of float16 or float32 where the cache holds these, else a copy of type `wide`.
         """
-        shape = (*rows.shape[:2], self.kv_heads, self.head_dim)
-        if self.exact:
-            wide = np.float32 if self.key_type == CACHE_TYPES["f32"] else np.float16
-            return rows.view(wide).reshape(shape)
-        kind = gguf.GGMLQuantizationType(self.key_type)
-        values = gguf.quants.dequantize(np.ascontiguousarray(rows), kind).astype(np.float32)
-        if self.hadamard:
-            values = values.reshape(-1, self.hadamard) @ _hadamard(self.hadamard)
-        result: NDArray[np.float16] = values.reshape(shape).astype(np.float16)
-        return result
+        return self._numbers(rows, self.key_type, self.head_dim, self.hadamard, wide)
 
+    def values(self, rows: Bytes, wide: Any = np.float16) -> NDArray[Any]:
+        """Value rows (layers, n, width, element) as (layers, n, kv_heads, value_dim); as `keys`."""
+        flat = rows.reshape(*rows.shape[:2], -1)
+        return self._numbers(flat, self.value_type, self.value_dim, self.value_hadamard, wide)
 
-def _hadamard(size: int) -> NDArray[np.float32]:
-    """Sylvester's matrix, scaled to be its own inverse."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    scaled: NDArray[np.float32] = (matrix / np.sqrt(size)).astype(np.float32)
-    return scaled
+    def _numbers(self, rows: Bytes, kind: int, dim: int, turned: int, wide: Any) -> NDArray[Any]:
+        shape = (*rows.shape[:2], self.kv_heads, dim)
+        plain = {CACHE_TYPES["f32"]: np.float32, CACHE_TYPES["f16"]: np.float16}
+        if kind in plain:
+            return rows.view(plain[kind]).reshape(shape)
+        quantised = gguf.GGMLQuantizationType(kind)
+        found = gguf.quants.dequantize(np.ascontiguousarray(rows), quantised).astype(np.float32)
+        return hadamard.turned(found.reshape(shape), turned).astype(wide, copy=False)
 
 
 @dataclass(frozen=True)
@@ -198,8 +197,9 @@ def parse(blob: Bytes, form: Format) -> Rows:
     Raises:
         FormatError: it is not one of this format.
     """
-    head = blob[: _HEADER.itemsize].view(_HEADER)
-    if len(head) != 1 or head["magic"][0] != _MAGIC or head["streams"][0] != 1:
+    whole = len(blob) >= _HEADER.itemsize
+    head = blob[: _HEADER.itemsize].view(_HEADER) if whole else np.empty(0, _HEADER)
+    if not whole or head["magic"][0] != _MAGIC or head["streams"][0] != 1:
         raise FormatError("llama.cpp's state of a sequence begins differently than expected")
     count = int(head["cells"][0])
     if not count:
@@ -235,12 +235,10 @@ def take(context: Context, form: Format, sequence: int) -> Rows:
     Raises:
         FormatError: llama.cpp's format is another.
     """
-    size = int(L.llama_state_seq_get_size(context.handle, sequence))
-    blob = np.empty(size, np.uint8)
-    pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    written = int(L.llama_state_seq_get_data(context.handle, pointer, size, sequence))
-    if written != size or size < _HEADER.itemsize:
-        raise FormatError(f"llama.cpp wrote {written} of {size} bytes of a sequence's state")
+    try:
+        blob = state.save(context.handle, sequence)
+    except LaserKVError as error:
+        raise FormatError(str(error)) from error
     return parse(blob, form)
 
 
@@ -250,14 +248,53 @@ def put(context: Context, rows: Rows, sequence: int) -> None:
     Raises:
         LaserKVError: no cells are free, or llama.cpp refuses the rows; the sequence is empty.
     """
-    pointer = rows.blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    size = len(rows.blob)
-    if int(L.llama_state_seq_set_data(context.handle, pointer, size, sequence)) != size:
+    try:
+        state.restore(context.handle, sequence, rows.blob)
+    except LaserKVError as error:
         Sequence(context, sequence).remove()
         raise LaserKVError(
             f"the KV cache of {context.allocated_cells} cells has no room for "
             f"{len(rows.positions)} more; use a larger --ctx-size"
-        )
+        ) from error
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands at some positions of a sequence, in ascending order of these.
+
+    Attributes:
+        positions: (n,) int32.
+        keys: (layers, n, kv_heads, head_dim) after RoPE, float16 or float32.
+        values: (layers, n, kv_heads, value_dim), likewise.
+    """
+
+    positions: NDArray[np.int32]
+    keys: NDArray[Any]
+    values: NDArray[Any]
+
+
+def read(context: Context, form: Format, sequence: int, positions: NDArray[np.int64]) -> Held:
+    """Copies what stands at some ascending positions of a sequence.
+
+    Shifts that llama.cpp has not applied yet are not in the keys: `moving.settle` first.
+
+    Raises:
+        FormatError: llama.cpp's format is another.
+    """
+    source, spare = Sequence(context, sequence), Sequence(context, SPARE)
+    spare.remove()
+    try:
+        for start, end in runs(positions):
+            source.share_with(spare, int(start), int(end))
+        taken = take(context, form, SPARE)
+    finally:
+        spare.remove()
+    order = np.argsort(taken.positions, kind="stable")
+    return Held(
+        taken.positions[order],
+        form.keys(np.ascontiguousarray(taken.keys[:, order]), np.float32),
+        form.values(np.ascontiguousarray(taken.values[:, order]), np.float32),
+    )
 
 
 def expected(model: Model, type_k: str, type_v: str, *, transposed: bool) -> Format:
@@ -273,6 +310,7 @@ def expected(model: Model, type_k: str, type_v: str, *, transposed: bool) -> For
         element=value_bytes // values if transposed else 0,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
+        value_dim=model.value_dim,
     )
 
 
@@ -292,17 +330,18 @@ def check(context: Context) -> Format:
     first, second = SEQUENCES - 1, SEQUENCES - 2
     tokens = np.arange(_PROBED, dtype=np.int32) + context.model.vocab_size // 2
     start = 3
+    quantised_v = context.options.quantised_v
     captured = context.probe.new("keys", _PROBED)
+    shown = context.probe.new("values", _PROBED if quantised_v else 0)
     try:
-        with context.probe.armed(keys=(captured, 0)):
+        with context.probe.armed(keys=(captured, 0), values=(shown, 0)):
             context.decode(tokens, start, first)
-        size = int(L.llama_state_seq_get_size(context.handle, first))
-        form = _matching(context, size)
+        form = _matching(context, first)
         rows = take(context, form, first)
         order = np.argsort(rows.positions)
         if not np.array_equal(rows.positions[order], start + np.arange(_PROBED)):
             raise FormatError("llama.cpp's state names other positions than were decoded")
-        form = replace(form, hadamard=_turned_with(form, rows.keys[:, order], captured))
+        form = _measured(form, rows.keys[:, order], rows.values[:, order], captured, shown)
         own = build(form, rows.positions)
         own.keys[...], own.values[...] = rows.keys, rows.values
         theirs = rows.blob.copy()
@@ -323,19 +362,16 @@ def check(context: Context) -> Format:
     return form
 
 
-def _matching(context: Context, size: int) -> Format:
-    """The layout of values that a state of that size can have, by trying both."""
+def _matching(context: Context, sequence: int) -> Format:
+    """The layout of values that a sequence's state has, by trying both."""
     model, options = context.model, context.options
-    blob = np.empty(size, np.uint8)
-    pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    L.llama_state_seq_get_data(context.handle, pointer, size, SEQUENCES - 1)
     reason: FormatError | None = None
     for transposed in (False, True):
         if transposed and options.quantised_v:
             continue
         form = expected(model, options.type_k, options.type_v, transposed=transposed)
         try:
-            parse(blob, form)
+            take(context, form, sequence)
         except FormatError as error:
             reason = error
         else:
@@ -344,15 +380,31 @@ def _matching(context: Context, size: int) -> Format:
     raise reason
 
 
-def _turned_with(form: Format, keys: Bytes, captured: NDArray[np.float32]) -> int:
-    """The size of the Hadamard matrix with which stored keys equal those the graph showed."""
-    sizes = [0]
-    if not form.exact:
-        sizes += [1 << n for n in range(6, 13) if form.head_dim % (1 << n) == 0][::-1]
-    length = np.linalg.norm(captured)
-    for size in sizes:
-        found = replace(form, hadamard=size).keys(np.ascontiguousarray(keys)).astype(np.float32)
-        # 4-bit keys are off by a tenth, keys turned with another matrix by more than their length
-        if np.linalg.norm(found - captured) <= 0.25 * length:
-            return size
-    raise FormatError("the keys in llama.cpp's state are not those of its graph")
+def _measured(
+    form: Format,
+    keys: Bytes,
+    values: Bytes,
+    captured: NDArray[np.float32],
+    shown: NDArray[np.float32],
+) -> Format:
+    """The format with the rotations under which stored rows equal those the graph showed."""
+    keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    for size in hadamard.sizes(form.head_dim) if not form.exact else [0]:
+        found = replace(form, hadamard=size)
+        if _are_close(found.keys(keys), captured):
+            break
+    else:
+        raise FormatError("the keys in llama.cpp's state are not those of its graph")
+    if not shown.size:  # llama.cpp turns quantised values only
+        return found
+    for size in hadamard.sizes(form.value_dim):
+        whole = replace(found, value_hadamard=size)
+        if _are_close(whole.values(values), shown):
+            return whole
+    raise FormatError("the values in llama.cpp's state are not those of its graph")
+
+
+def _are_close(found: NDArray[Any], wanted: NDArray[np.float32]) -> bool:
+    """4-bit rows are off by a tenth, rows turned with another matrix by more than their length."""
+    difference = np.linalg.norm(found.astype(np.float32) - wanted)
+    return bool(difference <= 0.25 * np.linalg.norm(wanted))

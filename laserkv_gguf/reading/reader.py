@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.llama import rope, stored
+from laserkv_gguf.llama import moving, rope
 from laserkv_gguf.llama import scorer as device
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
@@ -572,8 +572,8 @@ class Reader:
             return
         with state.timings.spent("evict"):
             if self.compact:
-                stored.settle(self.context)
-            stored.gather(self.context, MAIN, self._positions(state))
+                moving.settle(self.context)
+            moving.gather(self.context, MAIN, self._positions(state))
 
     # where tokens stand
 

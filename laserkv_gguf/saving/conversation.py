@@ -17,7 +17,7 @@ from laserkv_gguf.conversation.ledger import TURN, Ledger, Segment
 from laserkv_gguf.conversation.talk import Talk
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive as saved
-from laserkv_gguf.llama import stored
+from laserkv_gguf.llama import state
 from laserkv_gguf.llama.sequence import MAIN
 from laserkv_gguf.reading.reader import Reading
 from laserkv_gguf.recall.recaller import Recaller
@@ -51,7 +51,7 @@ def save(talk: Talk, path: str | Path) -> int:
         ledger = talk.ledger
         segments = list(ledger.segments.items())
         arrays: dict[str, Any] = {
-            "state": stored.save(talk._context, MAIN),
+            "state": state.save(talk._context.handle, MAIN),
             "rows": np.stack((ledger.segment, ledger.index, ledger.position)),
             "tokens": np.concatenate([s.tokens for _, s in segments]),
             "pools": np.concatenate([s.pools for _, s in segments]),
@@ -146,7 +146,7 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
         except BaseException:
             reader.forget()
             raise
-        stored.restore(reader.context, MAIN, arrays["state"])
+        state.restore(reader.context.handle, MAIN, arrays["state"])
         budget = Budget(**found["budget"])
         read = [s.tokens for s in ledger.segments.values() if s.kind != TURN]
         talk._run = Run(budget, cells, reader, found["compact"])
