@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laserkv_gguf.budget import Account
+    from laserkv_gguf.conversation.account import Account
     from laserkv_gguf.conversation.conversation import Conversation, Reply
     from laserkv_gguf.engine.engine import LaserKV
     from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Account": "budget",
+    "Account": "conversation.account",
     "Cancelled": "errors",
     "ContextOptions": "llama.context",
     "Conversation": "conversation.conversation",

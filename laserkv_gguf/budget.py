@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.timings import OVERHEAD
 
 MIN_DIVISOR = 3
 RATIO = 0.25  # kept where nobody says otherwise, as in the paper
@@ -331,66 +329,3 @@ def largest_ratio_that(
         if passes(thousandths):
             return thousandths / 1000
     return low / 1000
-
-
-@dataclass
-class Account:
-    """What one answer cost: counts in tokens and cells, sizes in bytes, times in seconds.
-
-    `document_tokens` are all tokens read before the question, the template's and the system
-    prompt's included. `kept_tokens` of them are in the cache when the answer starts.
-    `ctx_cells` are the cells the run was planned for; llama.cpp rounds its allocation up to a
-    multiple of 256, and `kv_bytes` is that allocation. `full_kv_bytes` is what all tokens of
-    document, question and answer would take. `first_token_seconds` runs from the start of reading
-    to the first token of the answer. `recall` says where rows of evicted tokens are parked, if they
-    are, and `parked_bytes` what they take with what finds them; `recalled_tokens` came in for this
-    question, in `recall_seconds` and `recall_calls` state calls.
-    """
-
-    policy: str = ""
-    document_tokens: int = 0
-    kept_tokens: int = 0
-    kept_fraction: float = 1.0
-    blocks: int = 0
-    budget: int = 0
-    anchors: int = 0
-    window: int = 0
-    long_term: int = 0
-    ctx_cells: int = 0
-    kv_bytes: int = 0
-    full_kv_bytes: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    probe_seconds: float = 0.0
-    lookahead_seconds: float = 0.0
-    score_seconds: float = 0.0
-    select_seconds: float = 0.0
-    evict_seconds: float = 0.0
-    park_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    decode_tokens_per_second: float = 0.0
-    seed: int = 0
-    ratio: float = 1.0
-    block_size: int = 0
-    protection_divisor: int = 0
-    positions: str = "original"
-    scoring: str = "host"
-    kept_per_block: list[int] = field(default_factory=list)
-    recall: str = "off"
-    recall_mode: str = ""
-    parked_tokens: int = 0
-    parked_bytes: int = 0
-    recalled_tokens: int = 0
-    recall_calls: int = 0
-    recall_seconds: float = 0.0
-
-    @property
-    def overhead_share(self) -> float:
-        """Share of prefill spent on probing, scoring and evicting: on all but decoding blocks."""
-        extra = sum(getattr(self, f"{step}_seconds") for step in OVERHEAD)
-        return extra / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserkv_gguf.budget import Account, Budget, as_fraction, block_budget, largest_ratio
+from laserkv_gguf.budget import Budget, as_fraction, block_budget, largest_ratio
+from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.full import Full
 from laserkv_gguf.policies.streamingllm import StreamingLLM

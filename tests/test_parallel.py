@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, greedy, turn
 
-from laserkv_gguf.budget import Account
 from laserkv_gguf.conversation import parallel
+from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
 from laserkv_gguf.engine.engine import LaserKV, Reply
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from laserkv_gguf.budget import Account
+    from laserkv_gguf.conversation.account import Account
     from laserkv_gguf.reading.reader import Progress as Read
 
 console = Console(stderr=True, highlight=False)
