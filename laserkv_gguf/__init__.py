@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from laserkv_gguf.budget import Account
     from laserkv_gguf.conversation import Conversation, Reply
-    from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+    from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
     from laserkv_gguf.session import LaserKV
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Account",
     "Cancelled",
+    "Closed",
     "ContextOptions",
     "Conversation",
     "LaserKV",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Account": "budget",
     "Cancelled": "errors",
+    "Closed": "errors",
     "ContextOptions": "llama.context",
     "Conversation": "conversation",
     "LaserKV": "session",
