@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.conversation.account import Account
     from laserkv_gguf.conversation.conversation import Conversation, Reply
     from laserkv_gguf.engine.engine import LaserKV
-    from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+    from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Account",
     "Cancelled",
+    "Closed",
     "ContextOptions",
     "Conversation",
     "LaserKV",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Account": "conversation.account",
     "Cancelled": "errors",
+    "Closed": "errors",
     "ContextOptions": "llama.context",
     "Conversation": "conversation.conversation",
     "LaserKV": "engine.engine",

@@ -15,6 +15,13 @@ class UserError(LaserKVError):
     exit_code = 2
 
 
+class Closed(UserError):
+    """The engine, or what it works with, was closed, or belongs to another process; exit code 2.
+
+    What was under way when it was closed ends with this, and so does every call afterwards.
+    """
+
+
 class Cancelled(LaserKVError):
     """Reading or answering was stopped on request; exit code 130."""
 

@@ -430,7 +430,7 @@ def test_compacted_and_quantised_is_refused(tmp_path: Path) -> None:
         talk = engine.conversation(document=DOCUMENT)
         with pytest.raises(UserError, match=r"quantised keys.*-ctk f16.*--recall off"):
             talk.read()
-        assert engine._owner is None
+        assert engine.access.holder is None
     with LaserKV(one.model, context=options, positions="original", **RECALL) as engine:
         assert turn(engine.conversation(document=DOCUMENT, max_tokens=3), QUESTIONS[0]).tokens
     one.model.close()

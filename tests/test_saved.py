@@ -173,7 +173,7 @@ def refused(loaded: Loaded, path: Path, said: str, **settings: Any) -> None:
         with pytest.raises(UserError, match=said) as raised:
             engine.load(path)
         assert "\n" not in str(raised.value)
-        assert engine._owner is None
+        assert engine.access.holder is None
         reply = engine.ask(QUESTIONS[0], document=DOCUMENT[:50], max_tokens=3)
         assert len(reply.tokens) == 3  # the engine works on
 

@@ -27,7 +27,7 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine.engine import Conversation, LaserKV, Reply, Sampling
-from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
@@ -273,7 +273,8 @@ def test_a_path_is_loaded_and_closed(loaded: Loaded, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("laserkv_gguf.llama.trial.extra_buffers_work", lambda: False)
     with LaserKV(loaded.path, gpu_layers=0, context=OPTIONS, **SETTINGS) as engine:
         reply = engine.ask(QUESTION, document=DOCUMENT, max_tokens=5)
-    assert engine.model.handle is None
+    with pytest.raises(Closed, match="is closed"):
+        _ = engine.model.handle
     with loaded.engine() as engine:
         assert engine.ask(QUESTION, document=DOCUMENT, max_tokens=5).tokens == reply.tokens
     assert loaded.model.handle is not None  # a model that was handed over stays open

@@ -23,7 +23,7 @@ from typing import IO, Any
 from laserkv_gguf.conversation.conversation import Reply
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
 from laserkv_gguf.engine.engine import LaserKV
-from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress
 
@@ -583,7 +583,7 @@ class Batch:
                 on_progress=self.on_progress,
                 spent=self.spent,
             )
-        except (Cancelled, OutputError, Stopped):
+        except (Cancelled, Closed, OutputError, Stopped):
             raise
         except Exception as error:
             for index in indices:

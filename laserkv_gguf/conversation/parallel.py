@@ -18,7 +18,7 @@ import numpy as np
 
 from laserkv_gguf.conversation.conversation import Conversation, Reply
 from laserkv_gguf.engine.engine import LaserKV
-from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama import sequence
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import MAX_SEQUENCES, Context, padded
@@ -122,6 +122,7 @@ def answer(
     Raises:
         UserError: `parallel` cannot be.
         Cancelled: `cancel` was called; answers under way are dropped.
+        Closed: the engine is closed; likewise.
     """
     check(parallel, engine)
     with engine._alone():
@@ -130,9 +131,7 @@ def answer(
         try:
             together.run(questions, read_once, answered)
         finally:
-            if engine._owner:
-                engine._owner.forget_parked()
-            engine._owner = None
+            engine.access.hand_over(None)
         return together.spent
 
 
@@ -231,6 +230,8 @@ class _Together:
         for index, question in enumerate(questions):
             try:
                 planned = self._plan(index, question, read_once)
+            except Closed:
+                raise
             except UserError as error:
                 if index not in answered:
                     self.on_reply(index, error)
@@ -296,7 +297,7 @@ class _Together:
             began = time.perf_counter()
             try:
                 conversation.recall_for(planned.prompt)
-            except Cancelled:
+            except (Cancelled, Closed):
                 raise
             except Exception as error:
                 self.on_reply(planned.index, error)
@@ -309,7 +310,7 @@ class _Together:
         """Whether the document could be read; where not, the error is everyone's answer."""
         try:
             self._make_ready(conversation, waiting[0], cells)
-        except Cancelled:
+        except (Cancelled, Closed):
             raise
         except Exception as error:
             for planned in waiting:
@@ -348,11 +349,10 @@ class _Together:
         if engine.options.sequences >= needed:
             return
         engine.options = replace(engine.options, sequences=needed)
-        if engine._owner:
-            engine._owner.forget_parked()
+        engine.access.hand_over(None)
         if engine._context:
             engine._context.close()
-            engine._context = engine._owner = None
+            engine._context = None
 
     # answering
 
@@ -409,15 +409,14 @@ class _Together:
             one.first = time.perf_counter()
             one.decoded = len(tokens)
             self._take(one, one.sampler.sample(context.handle))
-        except Cancelled:
+        except (Cancelled, Closed):
             raise
         except Exception as error:
             one.error = error
 
     def _step(self, context: Context, live: list[_Live]) -> None:
         """One more token for every answer, in one batch."""
-        if self.engine._cancelled.is_set():
-            raise Cancelled("cancelled")
+        self.engine.access.check_cancelled()
         if not live:
             return
         try:
@@ -429,7 +428,7 @@ class _Together:
             for row, one in enumerate(live):
                 one.decoded += 1
                 self._take(one, one.sampler.sample(context.handle, row))
-        except Cancelled:
+        except (Cancelled, Closed):
             raise
         except Exception as error:
             for one in live:

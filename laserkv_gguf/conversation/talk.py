@@ -815,16 +815,17 @@ class Talk(Conversation):
         assert run is not None
         before = context.cells
         try:
-            reader = self.engine._reader_for(cells, run.compact)
-        except UserError:
-            reader = self.engine._reader_for(before, run.compact)
+            reader = self.engine._reader_for(cells, run.compact, whatever=True)
+        except BaseException:  # no memory, or Ctrl-C
+            reader = self.engine._reader_for(before, run.compact, whatever=True)
             raise
         finally:
             state.restore(reader.context.handle, MAIN, blob)
             self._run = replace(run, reader=reader, cells=reader.context.cells)
             for recaller in self._parked:
                 recaller.use(reader)
-            self.engine._owner = self
+            self.engine.access.hand_over(self)
+        self.engine.access.check_cancelled()
 
     def drop(self, name: str) -> None:
         """Takes a document out of the cache; one that is being read is stopped.

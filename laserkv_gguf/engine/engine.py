@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from laserkv_gguf.budget import (
     largest_ratio_that,
 )
 from laserkv_gguf.conversation.conversation import Answer, Conversation, Reply, Run
-from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.engine.access import Access
+from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Cancelled", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
+__all__ = ["Cancelled", "Closed", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
 
 
 class LaserKV:
@@ -52,7 +52,8 @@ class LaserKV:
         **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
             without a `ratio` each run keeps as much as fits into these cells.
 
-    Calls from several threads queue.
+    Calls from several threads queue. Once it is closed, and in a process forked off after it was
+    made, every call raises `Closed`.
 
     Raises:
         UserError: unusable model or settings.
@@ -89,12 +90,8 @@ class LaserKV:
         self._context: Context | None = None
         self._reader: Reader | None = None
         self._format: rows.Format | None = None  # of parked rows, once it has been tried
-        self._lock = threading.Lock()
-        # The answer that holds the lock; weakly, so that one nobody reads on ends by itself.
-        self._active: weakref.ref[Answer] | None = None
-        self._owner: Conversation | None = None  # whose cells are in the context
         self._warming: threading.Thread | None = None
-        self._cancelled = threading.Event()
+        self.access = Access(self)  # who may use all this, and whose cells are in the context
 
     def _use(self, settings: Settings) -> None:
         settings.check()
@@ -118,26 +115,34 @@ class LaserKV:
         """
         with self._alone():
             self._use(replace(self.settings, **changes))
-            if self._owner:
-                self._owner.forget_parked()
-            self._reader = self._owner = None
+            self.access.hand_over(None)
+            self._reader = None
             if self._warming:
                 self._warming.join()
                 self._warming = None
 
     def close(self) -> None:
-        """Frees the context, and the model if it was loaded here."""
+        """Frees the context, and the model if it was loaded here.
+
+        From any thread, at any moment, also twice. What is under way is stopped first: it raises
+        `Closed`, as does every call that waits, and every one that comes later. Called by what the
+        engine calls back it returns at once, and frees when that has returned. The end of the
+        process closes, too; a process that was forked off has nothing to close.
+        """
+        self.access.close()
+
+    def _free(self) -> None:
         if self._warming:
             self._warming.join()
-        if self._owner:
-            self._owner.forget_parked()
+        self.access.hand_over(None)
         if self._context:
             self._context.close()
-            self._context = self._reader = self._owner = None
+            self._context = self._reader = None
         if self._owns_model:
             self.model.close()
 
     def __enter__(self) -> LaserKV:
+        self.access.check()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,32 +154,18 @@ class LaserKV:
         Calls of other threads that wait for their turn are not stopped, and with nothing under way
         nothing is. The engine can be used as before.
         """
-        self._cancelled.set()
-        if self._context:
-            self._context.cancel()
+        self.access.cancel()
 
-    def _enter(self, answer: Answer | None) -> None:
-        """Takes the engine; waits for other threads, and drops what this one left half-way."""
-        left = self._active() if self._active else None
-        if left is not None and left is not answer and left.thread == threading.get_ident():
-            left.close()
-        self._lock.acquire()
-        self._active = weakref.ref(answer) if answer else None
-        self._cancelled.clear()
-        if self._context:
-            self._context.resume()
+    def _stop(self) -> None:
+        if context := self._context:
+            context.cancel()
 
-    def _leave(self) -> None:
-        self._active = None
-        self._lock.release()
+    def _resume(self) -> None:
+        if context := self._context:
+            context.resume()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self._enter(None)
-        try:
-            yield
-        finally:
-            self._leave()
+    def _alone(self) -> AbstractContextManager[None]:
+        return self.access.alone()
 
     # answers
 
@@ -202,6 +193,7 @@ class LaserKV:
 
         Raises:
             UserError: what is asked cannot be done with these settings.
+            Closed: the engine is closed.
             Cancelled: `cancel` was called.
             LaserKVError: llama.cpp failed.
         """
@@ -241,7 +233,8 @@ class LaserKV:
 
         Raises:
             UserError, Cancelled: as `ask`, while it is iterated over. `cancel` may come from any
-                thread; leaving the loop, or `Answer.close`, drops the answer as well.
+                thread; leaving the loop, or `Answer.close`, drops the answer as well. What is read
+                on after its thread has asked the engine something else is Cancelled, too.
         """
         conversation = Conversation(
             self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
@@ -288,6 +281,7 @@ class LaserKV:
 
     def budget(self, tokens: int, protected: int = 0) -> Budget:
         """What of so many tokens is kept, at the settings' ratio."""
+        self.access.check()
         settings = self.settings
         budget = self.policy.budget(
             tokens, settings.block_size, settings.ratio, settings.protection_divisor
@@ -324,6 +318,7 @@ class LaserKV:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
+        self.access.check()
         settings = self.settings
 
         def make(*shape: Any) -> Budget:
@@ -412,6 +407,10 @@ class LaserKV:
             budget=budget,
             compact=compact,
         )
+        with self.access.alone(again=True):
+            return self._prepare(plan, tokens, reply, whole=whole)
+
+    def _prepare(self, plan: _Plan, tokens: int, reply: int, *, whole: bool) -> Run:
         budget, cells, compact = plan.budget, plan.cells, plan.compact
         if whole and tokens + reply <= (self.ctx_size or tokens + reply):
             cells = max(cells, tokens + reply)
@@ -476,17 +475,21 @@ class LaserKV:
         beyond = positions > self.model.trained_context > 0
         return not budget.keeps_all and (wanted == "compact" or (wanted == "auto" and beyond))
 
-    def _reader_for(self, cells: int, compact: bool) -> Reader:
-        """The reader, over a context that is made anew only when it must grow."""
+    def _reader_for(self, cells: int, compact: bool, *, whatever: bool = False) -> Reader:
+        """The reader, over a context that is made anew only when it must grow.
+
+        Args:
+            whatever: also where `cancel` was called, which the caller then sees to.
+        """
         if self._context is None or self._context.cells < cells:
             if self._context:
                 self._context.close()
-                self._context = self._owner = None
+                self._context = self.access.holder = None
             self._context = Context(self.model, cells, self.options)
             self._reader = self._format = None
         self._context.resume()
-        if self._cancelled.is_set():
-            raise Cancelled("cancelled")
+        if not whatever:
+            self.access.check_cancelled()
         if self._reader is None or self._reader.compact != compact:
             self._reader = Reader(
                 self._context,
@@ -554,6 +557,7 @@ class LaserKV:
         Raises:
             UserError: not with this policy.
         """
+        self.access.check()
         if self.settings.recall == "off":
             names = ("recall_mode", "recall_bits", "recall_shortlist", "recall_share")
             settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
@@ -576,6 +580,7 @@ class LaserKV:
         from laserkv_gguf.saving import conversation as saved_talk
         from laserkv_gguf.saving import document as saved_document
 
+        self.access.check()
         if saved.kind(path) == saved.CONVERSATION:
             return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)
         return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
@@ -594,6 +599,7 @@ class LaserKV:
 
     @property
     def cell_bytes(self) -> int:
+        """Bytes of one cell of the cache."""
         return self.model.cell_bytes(self.options.type_k, self.options.type_v)
 
 

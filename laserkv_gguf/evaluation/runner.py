@@ -15,7 +15,7 @@ from typing import Any
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.engine.engine import LaserKV
-from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.evaluation import measure
 from laserkv_gguf.evaluation.results import Results, Row
 from laserkv_gguf.evaluation.samples import Sample, Source
@@ -232,7 +232,7 @@ class Runner:
                 reads = self._read(task, length, sample, "full", 1.0)
                 spent = time.perf_counter() - started
                 full = measure.reference(sample, reads, self._predict(task))
-        except Cancelled:
+        except (Cancelled, Closed):
             raise
         except LaserKVError as error:
             failed = error
@@ -252,7 +252,7 @@ class Runner:
                         if full
                         else measure.answered(task, sample, talk, self._predict(task))
                     )
-                except Cancelled:
+                except (Cancelled, Closed):
                     raise
                 except LaserKVError as error:
                     found, talk = _failure(sample, error), None

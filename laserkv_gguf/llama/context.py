@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +17,10 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.capture import AbortFlag, Probe
+from laserkv_gguf.llama.handle import closed_at_exit
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 from laserkv_gguf.llama.threads import TokenThreads
 from laserkv_gguf.llama.worker import Worker
@@ -32,6 +35,8 @@ PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 MAX_THREADS = 512  # ggml's own limit
 MICRO_BATCH, CPU_MICRO_BATCH = 512, 128  # the first is llama.cpp's default
 _SHORT = 8  # batches up to this size get the threads of a single token
+
+_open = closed_at_exit(lambda context: context.close())
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,10 @@ def padded(cells: int) -> int:
 class Context:
     """A context over a model. Close it, or use it as a context manager.
 
+    Once closed it raises `Closed` wherever llama.cpp would be asked.
+
     Args:
-        model: the model; it must outlive the context.
+        model: the model; closing it before the context bars it from everything new.
         cells: cells of the KV cache, shared by all sequences.
         options: see ContextOptions.
 
@@ -165,17 +172,24 @@ class Context:
         self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
-        self.handle: Any = None
+        self._handle: Any = None
+        self._process, self._closing = os.getpid(), threading.Lock()
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
         self._check_memory()
-        with library.recorded() as lines:
-            self.handle = L.llama_init_from_model(model.handle, self._params())
-        if not self.handle:
-            raise UserError(self._why_not_made(lines))
-        self._worker = Worker("llama-decode")
+        address = model.memory.__enter__()  # until `close`
+        try:
+            with library.recorded() as lines:
+                self._handle = L.llama_init_from_model(address, self._params())
+            if not self._handle:
+                raise UserError(self._why_not_made(lines))
+            self._worker = Worker("llama-decode")
+        except BaseException:
+            model.memory.__exit__()
+            raise
+        _open.add(self)
         self.buffers = library.buffers()
-        self.memory = L.llama_get_memory(self.handle)
-        if not self.memory:
+        self._memory = L.llama_get_memory(self.handle)
+        if not self._memory:
             self.close()
             raise UserError(
                 f"{model.path.name} has no KV cache: an embedding model cannot answer questions"
@@ -229,14 +243,45 @@ class Context:
         detail = lines[-1].split(": ", 1)[-1] if lines else "see --debug"
         return f"llama.cpp cannot make a context of {self.cells} cells: {detail}"
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's pointer.
+
+        Raises:
+            Closed: there is none any more.
+        """
+        if self._handle is None:
+            raise Closed("this context is closed")
+        return self._handle
+
+    @property
+    def memory(self) -> Any:
+        """llama.cpp's pointer to the cells; likewise."""
+        if self._handle is None:
+            raise Closed("this context is closed")
+        return self._memory
+
     def close(self) -> None:
-        if getattr(self, "handle", None):
+        """Ends what is being decoded, waits for it, and frees; once, in the process that made it.
+
+        Where the interpreter is at its end, nothing is: the thread cannot be waited for any more.
+        """
+        if not hasattr(self, "_worker") or os.getpid() != self._process or sys.is_finalizing():
+            return
+        if not self._closing.acquire(blocking=False):
+            return
+        self.cancel()
+        try:
             self._worker.close()
-            if self.scorer:
-                self.scorer.close()
-                self.scorer = None
-            L.llama_free(self.handle)
-            self.handle = None
+        except BaseException:  # Ctrl-C; what may still be decoding is not freed
+            self._closing.release()
+            raise
+        handle, self._handle = self._handle, None
+        if self.scorer:
+            self.scorer.close()
+            self.scorer = None
+        L.llama_free(handle)
+        self.model.memory.__exit__()
 
     def __enter__(self) -> Context:
         return self

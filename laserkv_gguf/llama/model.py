@@ -8,6 +8,7 @@ import logging
 import os
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as L
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
+from laserkv_gguf.llama.handle import Handle, closed_at_exit
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ CACHE_TYPES = {
 
 Tokens = NDArray[np.int32]
 
+_open = closed_at_exit(lambda model: model.close())
+
 
 @cache
 def row_bytes(cache_type: str, values: int) -> int:
@@ -44,6 +48,9 @@ def row_bytes(cache_type: str, values: int) -> int:
 
 class Model:
     """A loaded model. Close it, or use it as a context manager.
+
+    Once closed it raises `Closed` wherever llama.cpp would be asked. Its memory is given back when
+    the last context over it has been closed, too.
 
     Args:
         path: a GGUF file.
@@ -73,21 +80,41 @@ class Model:
         params.n_gpu_layers = self.gpu_layers
         params.use_extra_bufts = extra_buffers
         with library.recorded() as lines:
-            self.handle = L.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self.handle:
+            address = L.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not address:
             raise UserError(_why_not_loaded(self.path, lines))
+        self.memory = Handle(address, L.llama_model_free, f"the model {self.path.name}")
+        _open.add(self)
         self.buffers, self.offloaded_layers = library.buffers(), library.offloaded()
         try:
-            self.vocab = L.llama_model_get_vocab(self.handle)
+            self.vocab = L.llama_model_get_vocab(address)
             self._check_architecture()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's pointer.
+
+        Raises:
+            Closed: there is none any more.
+        """
+        return self.memory.address
+
+    def _ask(self, function: Any, *arguments: Any) -> Any:
+        """What a function of llama.cpp says of the model, which is not freed meanwhile."""
+        with self.memory as address:
+            return function(address, *arguments)
+
+    def _look_up(self, function: Any, *arguments: Any) -> Any:
+        """What a function of llama.cpp says of its vocabulary; likewise."""
+        with self.memory:
+            return function(self.vocab, *arguments)
+
     def close(self) -> None:
-        if getattr(self, "handle", None):
-            L.llama_model_free(self.handle)
-            self.handle = None
+        if hasattr(self, "memory"):
+            self.memory.close()
 
     def __enter__(self) -> Model:
         return self
@@ -105,7 +132,7 @@ class Model:
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = L.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            length = self._ask(L.llama_model_meta_val_str, key.encode(), buffer, size)
             if length < 0:
                 return None
             if length < size:
@@ -126,19 +153,19 @@ class Model:
 
     @cached_property
     def layers(self) -> int:
-        return int(L.llama_model_n_layer(self.handle))
+        return int(self._ask(L.llama_model_n_layer))
 
     @cached_property
     def heads(self) -> int:
-        return int(L.llama_model_n_head(self.handle))
+        return int(self._ask(L.llama_model_n_head))
 
     @cached_property
     def kv_heads(self) -> int:
-        return int(L.llama_model_n_head_kv(self.handle))
+        return int(self._ask(L.llama_model_n_head_kv))
 
     @cached_property
     def head_dim(self) -> int:
-        default = int(L.llama_model_n_embd(self.handle)) // max(self.heads, 1)
+        default = int(self._ask(L.llama_model_n_embd)) // max(self.heads, 1)
         return self._number("attention.key_length", default)
 
     @cached_property
@@ -153,24 +180,24 @@ class Model:
     @cached_property
     def rope_type(self) -> int:
         """llama.cpp's rope type: 0 rotates pairs (2i, 2i+1), 2 pairs (i, i + dims/2)."""
-        return int(L.llama_model_rope_type(self.handle))
+        return int(self._ask(L.llama_model_rope_type))
 
     @cached_property
     def trained_context(self) -> int:
-        return int(L.llama_model_n_ctx_train(self.handle))
+        return int(self._ask(L.llama_model_n_ctx_train))
 
     @cached_property
     def vocab_size(self) -> int:
-        return int(L.llama_vocab_n_tokens(self.vocab))
+        return int(self._look_up(L.llama_vocab_n_tokens))
 
     @cached_property
     def weights_bytes(self) -> int:
-        return int(L.llama_model_size(self.handle))
+        return int(self._ask(L.llama_model_size))
 
     @cached_property
     def description(self) -> str:
         buffer = ctypes.create_string_buffer(256)
-        L.llama_model_desc(self.handle, buffer, 256)
+        self._ask(L.llama_model_desc, buffer, 256)
         return buffer.value.decode("utf-8", "replace")
 
     def cell_bytes(self, type_k: str, type_v: str) -> int:
@@ -189,26 +216,26 @@ class Model:
                 "use a model with plain attention such as Llama 3, Qwen 2.5 or SmolLM2"
             )
 
-        if L.llama_model_is_recurrent(self.handle):
+        if self._ask(L.llama_model_is_recurrent):
             refuse("which is recurrent", "it keeps a state, not keys and values to choose from")
-        if L.llama_model_is_hybrid(self.handle):
+        if self._ask(L.llama_model_is_hybrid):
             refuse("a hybrid", "its recurrent layers cannot forget single tokens")
-        if L.llama_model_is_diffusion(self.handle):
+        if self._ask(L.llama_model_is_diffusion):
             refuse("a diffusion model", "it does not generate token by token from a cache")
-        if L.llama_model_has_encoder(self.handle):
+        if self._ask(L.llama_model_has_encoder):
             refuse("which has an encoder", "only decoders have a KV cache to compress")
         pooling = self.metadata(f"{name}.pooling_type")
         causal = self.metadata(f"{name}.attention.causal")
         if causal == "false" or (pooling or "0") not in ("0", "-1"):
             refuse("made for embeddings", "it does not generate text")
-        if L.llama_model_n_swa(self.handle) > 0:
+        if self._ask(L.llama_model_n_swa) > 0:
             refuse(
                 "with sliding-window attention",
                 "llama.cpp frees its old cells by itself, so nothing could be kept",
             )
         if self.metadata(f"{name}.attention.kv_lora_rank"):
             refuse("with latent attention", "its cache holds no keys per head to score")
-        if not L.llama_model_has_decoder(self.handle) or self.heads == 0:
+        if not self._ask(L.llama_model_has_decoder) or self.heads == 0:
             refuse("without attention", "there is no KV cache to compress")
 
     # tokens
@@ -225,12 +252,12 @@ class Model:
         size = len(data) + 8
         buffer = np.empty(size, np.int32)
         pointer = buffer.ctypes.data_as(L.llama_token_p)
-        count = L.llama_tokenize(self.vocab, data, len(data), pointer, size, bos, special)
+        count = self._look_up(L.llama_tokenize, data, len(data), pointer, size, bos, special)
         if count < 0:
             size = -count
             buffer = np.empty(size, np.int32)
             pointer = buffer.ctypes.data_as(L.llama_token_p)
-            count = L.llama_tokenize(self.vocab, data, len(data), pointer, size, bos, special)
+            count = self._look_up(L.llama_tokenize, data, len(data), pointer, size, bos, special)
         return buffer[:count].copy()
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
@@ -238,7 +265,7 @@ class Model:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = L.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            length = self._look_up(L.llama_token_to_piece, token, buffer, size, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
@@ -248,11 +275,11 @@ class Model:
         return data.decode("utf-8", "replace")
 
     def ends_generation(self, token: int) -> bool:
-        return bool(L.llama_vocab_is_eog(self.vocab, token))
+        return bool(self._look_up(L.llama_vocab_is_eog, token))
 
     @property
     def adds_bos(self) -> bool:
-        return bool(L.llama_vocab_get_add_bos(self.vocab))
+        return bool(self._look_up(L.llama_vocab_get_add_bos))
 
     def special_text(self, token: int) -> str:
         """A control token as the template writes it; empty for none."""
@@ -261,7 +288,7 @@ class Model:
     @property
     def bos(self) -> int:
         """The token that begins a text, -1 for none."""
-        return int(L.llama_vocab_bos(self.vocab))
+        return int(self._look_up(L.llama_vocab_bos))
 
     @cached_property
     def bos_text(self) -> str:
@@ -269,7 +296,7 @@ class Model:
 
     @cached_property
     def eos_text(self) -> str:
-        return self.special_text(int(L.llama_vocab_eos(self.vocab)))
+        return self.special_text(int(self._look_up(L.llama_vocab_eos)))
 
 
 class PieceDecoder:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -288,6 +289,7 @@ class _Part:
         self.row = row_bytes(options.type_k, self.kv_heads * self.dim)
         self.head = row_bytes(options.type_k, self.dim)
         self.name = self.ggml.backend_dev_name(device).decode()
+        self._process = os.getpid()
         self._shape: tuple[int, int] | None = None
         self._arena: _Arena | None = None
         self._graph = self._cells = self._queries = self._scores = 0
@@ -396,7 +398,8 @@ class _Part:
         self._shape, self._arena = None, None
 
     def __del__(self) -> None:
-        if hasattr(self, "_backend"):
+        # a process that was forked off must not touch the device
+        if hasattr(self, "_backend") and os.getpid() == self._process:
             self.close()
 
 

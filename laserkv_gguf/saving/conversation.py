@@ -136,9 +136,7 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
     talk._sync()
     ledger = _ledger(found["segments"], arrays)
     with engine._alone():
-        if engine._owner:
-            engine._owner.forget_parked()
-        engine._owner = None
+        engine.access.hand_over(None)
         reader = engine._reader_for(cells, found["compact"])
         reader.forget()
         try:
@@ -167,7 +165,7 @@ def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
             talk._position,
             Timings(),
         )
-        engine._owner = talk
+        engine.access.hand_over(talk)
     return talk
 
 

@@ -158,9 +158,7 @@ def load(
         engine, system=about["system"], max_tokens=max_tokens, sampling=sampling
     )
     with engine._alone(), safe_open(path, framework="numpy") as file:
-        if engine._owner:
-            engine._owner.forget_parked()
-            engine._owner = None
+        engine.access.hand_over(None)
         reading = Reading(
             file.get_tensor("tokens"),
             budget,
