@@ -666,34 +666,56 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
         DiskStore(10, 2, 64, 64, path=tmp_path / "nowhere" / "rows")
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
-def test_little_of_the_file_is_mapped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 MiB that are read in pieces of 1 MiB, resident never more than a few."""
-    monkeypatch.setattr(store, "_PAGED", 4 << 20)
-    path, count = tmp_path / "rows", 8192
-    one = DiskStore(count, 4, 1024, 1024, path=path)
-    rows_of = np.arange(4 * count * 1024, dtype=np.uint32).astype(np.uint8)
-    rows_of = rows_of.reshape(4, count, 1024)
-    one.write(rows_of, rows_of[::-1], np.arange(count))
-    most = 0
-    for first in range(0, count, 128):
-        tokens = np.arange(first, first + 128)
-        keys, values = (np.empty((4, 128, 1024), np.uint8) for _ in range(2))
-        one.copy(tokens, keys, values)
-        assert np.array_equal(keys, rows_of[:, tokens])
-        assert np.array_equal(values, rows_of[::-1][:, tokens])
-        if first % 1024 == 0:
-            most = max(most, resident(path))
-    one.close()
-    assert 0 < most <= 16 << 20  # the kernel maps some pages around each
+@pytest.mark.parametrize("gap", [1, 1 << 10, 1 << 14, 1 << 30])
+def test_rows_of_a_file(
+    gap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Neighbours, some near each other and some far apart, by themselves and all of them."""
+    monkeypatch.setattr(store, "_GAP", gap)
+    monkeypatch.setattr(store, "_PART", 1 << 15)
+    count, random = 1024, np.random.default_rng(0)
+    one = DiskStore(count, 3, 256, 128, path=tmp_path / "rows")
+    request.addfinalizer(one.close)
+    keys = random.integers(0, 256, (3, count, 256), np.uint8)
+    values = random.integers(0, 256, (3, count, 32, 4), np.uint8)
+    for first, last in ((0, 100), (100, 101), (101, count)):
+        one.write(keys[:, first:last], values[:, first:last], np.arange(first, last))
+    chosen: list[NDArray[np.int64]] = [
+        np.empty(0, np.int64),
+        np.array([7]),
+        np.arange(20, 300),
+        np.sort(random.choice(count, 200, replace=False)),
+        np.array([0, 1, 2, 40, 41, 500, 1000, 1023]),
+    ]
+    for tokens in chosen:
+        got = np.zeros((3, len(tokens), 256), np.uint8), np.zeros((3, len(tokens), 32, 4), np.uint8)
+        one.copy(tokens, *got)
+        assert np.array_equal(got[0], keys[:, tokens])
+        assert np.array_equal(got[1], values[:, tokens])
+        assert np.array_equal(one.keys(tokens), keys[:, tokens])
+    for kind, rows_of in (("keys", keys), ("values", values)):
+        assert np.concatenate(list(one.all(kind))).tobytes() == rows_of.tobytes()
 
 
-def resident(path: Path) -> int:
-    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-    for line in lines:
-        if line.endswith(str(path)):
-            return next(int(at.split()[1]) * 1024 for at in lines if at.startswith("Rss:"))
-    return 0
+@pytest.mark.parametrize("left", [0, 5000, -1])
+def test_a_file_that_was_cut_short(
+    left: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path / "rows"
+    one = DiskStore(64, 2, 256, 256, path=path)
+    request.addfinalizer(one.close)
+    rows_of = np.ones((2, 32, 256), np.uint8)
+    one.write(rows_of, rows_of, np.arange(32))
+    os.truncate(path, left % path.stat().st_size)
+    for use in (
+        lambda: one.keys(np.arange(3)),
+        lambda: one.copy(np.arange(32), rows_of.copy(), rows_of.copy()),
+        lambda: one.write(rows_of, rows_of, np.arange(32)),
+        lambda: list(one.all("values")),
+    ):
+        with pytest.raises(LaserKVError, match="cut short.*read the document again") as caught:
+            use()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_store_takes_no_more_than_it_was_made_for() -> None:

@@ -1,4 +1,4 @@
-"""Where parked rows lie: arrays in memory, or one file that is mapped into it.
+"""Where parked rows lie: arrays in memory, or one file.
 
 A store holds, for every token of a document, its key and value rows in the cache's own type, the
 position its keys are turned for, and a packed signature. It is written once, block by block, while
@@ -9,10 +9,10 @@ number of times.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,8 @@ Tokens = NDArray[np.int64]
 
 MAGIC = b"laserkv-gguf parked rows 1\n"
 _HEAD = 4096  # the file's first page says what it is
-_PAGED = 1 << 28  # bytes of the file that are mapped in at a time, about
+_GAP = 1 << 14  # bytes between two rows of the file that are sooner read than left out
+_PART = 1 << 24  # bytes read at a time where all of it is
 
 
 def human(size: int) -> str:
@@ -129,6 +130,10 @@ class Store:
         keys[...] = self._keys[:, chosen]
         values[...] = self._values[:, chosen].reshape(values.shape)
 
+    def all(self, kind: str) -> Iterator[Bytes]:
+        """All rows of "keys" or "values", layer by layer, in parts (n, bytes of a row)."""
+        yield from self._keys if kind == "keys" else self._values
+
     def close(self) -> None:
         """Gives the memory, and the file, back."""
         self._keys = self._values = np.empty((self.layers, 0, 0), np.uint8)
@@ -143,7 +148,9 @@ def _selection(tokens: Tokens) -> Any:
 
 
 class DiskStore(Store):
-    """Rows in one file, mapped; about `_PAGED` bytes of it are in memory at a time.
+    """Rows in one file.
+
+    They are read, not mapped: a page of a mapped file that somebody cut short kills the process.
 
     Args:
         path: the file, which is locked, and removed at the end; None for one without a name in
@@ -161,13 +168,12 @@ class DiskStore(Store):
         super().__init__(*args, **options)
 
     def _allocate(self) -> None:
-        self._paged = 0
         self._file = self._open()
+        self._process = os.getpid()
         try:
             _reserve(self._file.fileno(), _HEAD + self.bytes)
             self._file.write(MAGIC)
             self._file.flush()
-            self._map = mmap.mmap(self._file.fileno(), _HEAD + self.bytes, access=mmap.ACCESS_READ)
         except OSError as error:
             self.close()
             where = self.path or _folder()
@@ -176,10 +182,6 @@ class DiskStore(Store):
                 f"cannot hold ({error.strerror}); give another place with --recall-file"
                 + ("" if self.quantised else ", or use -ctk q8_0 -ctv q8_0 for half of it")
             ) from error
-        size = self.layers * self.tokens * self.key_bytes
-        whole = np.frombuffer(self._map, np.uint8, offset=_HEAD)
-        self._keys = whole[:size].reshape(self.layers, self.tokens, self.key_bytes)
-        self._values = whole[size:].reshape(self.layers, self.tokens, self.value_bytes)
 
     def _open(self) -> BinaryIO:
         try:
@@ -206,16 +208,12 @@ class DiskStore(Store):
         return file
 
     def _write(self, keys: Bytes, values: Bytes) -> None:
-        """With pwrite: on a full disk a mapped page would kill the process."""
-        assert self._file is not None
-        start = _HEAD
+        handle = self._whole()
         try:
-            for rows in (keys, values):
-                row = rows.shape[2]
+            for kind, rows in (("keys", keys), ("values", values)):
                 for layer in range(self.layers):
-                    at = start + (layer * self.tokens + self.parked) * row
-                    _write_at(self._file.fileno(), np.ascontiguousarray(rows[layer]), at)
-                start += self.layers * self.tokens * row
+                    at = self._at(kind, layer, self.parked)
+                    _write_at(handle, np.ascontiguousarray(rows[layer]), at)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise LaserKVError(
@@ -228,28 +226,90 @@ class DiskStore(Store):
             ) from error
 
     def keys(self, tokens: Tokens) -> Bytes:
-        self._page(len(tokens) * self.layers * self.key_bytes)
-        return super().keys(tokens)
+        found = np.empty((self.layers, len(tokens), self.key_bytes), np.uint8)
+        self._read("keys", tokens, found)
+        return found
 
     def copy(self, tokens: Tokens, keys: Bytes, values: Bytes) -> None:
-        self._page(keys.nbytes + values.nbytes)
-        super().copy(tokens, keys, values)
+        for kind, into in (("keys", keys), ("values", values)):
+            self._read(kind, tokens, into)
 
-    def _page(self, wanted: int) -> None:
-        """Lets go of what was mapped in before, once it is too much."""
-        self._paged += wanted
-        if self._paged > _PAGED:
-            self._paged = wanted
-            if hasattr(self._map, "madvise"):
-                self._map.madvise(mmap.MADV_DONTNEED)
+    def all(self, kind: str) -> Iterator[Bytes]:
+        row = self.key_bytes if kind == "keys" else self.value_bytes
+        step = max(1, _PART // row)
+        for layer in range(self.layers):
+            for first in range(0, self.tokens, step):
+                part = np.empty((min(step, self.tokens - first), row), np.uint8)
+                self._read_at(self._whole(), part, self._at(kind, layer, first))
+                yield part
+
+    def _at(self, kind: str, layer: int, token: int) -> int:
+        """Where in the file a row begins."""
+        if kind == "keys":
+            return _HEAD + (layer * self.tokens + token) * self.key_bytes
+        before = self.layers * self.tokens * self.key_bytes
+        return _HEAD + before + (layer * self.tokens + token) * self.value_bytes
+
+    def _read(self, kind: str, tokens: Tokens, into: Bytes) -> None:
+        """Rows of ascending tokens; neighbours come together, with what little lies between."""
+        row = self.key_bytes if kind == "keys" else self.value_bytes
+        count, handle = len(tokens), self._whole()
+        if not count:
+            return
+        cuts = np.flatnonzero(np.diff(tokens) > max(1, _GAP // row)) + 1
+        bounds = [0, *cuts.tolist(), count]
+        spans = [
+            (first, last, int(tokens[first]), int(tokens[last - 1]) + 1)
+            for first, last in zip(bounds, bounds[1:], strict=False)
+        ]
+        found = np.empty((count, row), np.uint8)
+        between = np.empty((max(end - start for _, _, start, end in spans), row), np.uint8)
+        for layer in range(self.layers):
+            for first, last, start, end in spans:
+                whole = end - start == last - first
+                part = found[first:last] if whole else between[: end - start]
+                self._read_at(handle, part, self._at(kind, layer, start))
+                if not whole:
+                    np.take(part, tokens[first:last] - start, axis=0, out=found[first:last])
+            into[layer] = found.reshape(into.shape[1:])
+
+    def _whole(self) -> int:
+        """The file's handle, while the file has all its bytes.
+
+        Raises:
+            LaserKVError: somebody has cut it short.
+        """
+        if self._file is None:
+            raise LaserKVError("the parked rows were given back; read the document again")
+        handle = self._file.fileno()
+        if os.fstat(handle).st_size < _HEAD + self.bytes:
+            raise self._cut_short()
+        return handle
+
+    def _read_at(self, handle: int, rows: Bytes, at: int) -> None:
+        try:
+            complete = _read_at(handle, rows, at)
+        except OSError as error:
+            raise LaserKVError(
+                f"cannot read parked rows from {self.path or _folder()}: {error.strerror}; "
+                "read the document again"
+            ) from error
+        if not complete:
+            raise self._cut_short()
+
+    def _cut_short(self) -> LaserKVError:
+        return LaserKVError(
+            f"{self.path or 'the file of parked rows'} was cut short while it was in use: what was "
+            "parked is lost; read the document again"
+        )
 
     def close(self) -> None:
         super().close()
         if self._file is None:
             return
-        if self.path is not None:
+        if self.path is not None and os.getpid() == self._process:  # a fork leaves it to its owner
             self.path.unlink(missing_ok=True)
-        self._file.close()  # the map goes with the last view of it
+        self._file.close()
         self._file = None
 
 
@@ -281,6 +341,23 @@ def _write_at(handle: int, rows: Bytes, at: int) -> None:
     while data:
         written = os.pwrite(handle, data, at)
         data, at = data[written:], at + written
+
+
+def _read_at(handle: int, rows: Bytes, at: int) -> bool:
+    """Fills `rows`, which lie together in memory; whether the file had as much."""
+    data = memoryview(rows.reshape(-1).data)
+    while data:
+        if hasattr(os, "preadv"):
+            count = os.preadv(handle, [data], at)
+        else:  # Windows, an old macOS
+            os.lseek(handle, at, os.SEEK_SET)
+            read = os.read(handle, len(data))
+            count = len(read)
+            data[:count] = read
+        if not count:
+            return False
+        data, at = data[count:], at + count
+    return True
 
 
 def _lock(handle: int) -> bool:

@@ -24,8 +24,9 @@ def tensors(recaller: Recaller, prefix: str = "") -> Iterator[saved.Tensor]:
     """
     store = recaller.store
     yield saved.whole(f"{prefix}positions", store.positions)
-    for name, array in (("keys", store._keys), ("values", store._values)):
-        yield saved.Tensor(prefix + name, "uint8", array.shape, iter(array))
+    for name, row in (("keys", store.key_bytes), ("values", store.value_bytes)):
+        shape = (store.layers, store.tokens, row)
+        yield saved.Tensor(prefix + name, "uint8", shape, store.all(name))
     if recaller.signatures is not None and recaller.signatures.centre is not None:
         yield saved.whole(f"{prefix}centre", recaller.signatures.centre)
         codes = recaller.signatures.codes
