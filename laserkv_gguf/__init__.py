@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from laserkv_gguf.api import LaserKV
     from laserkv_gguf.conversation.account import Account
-    from laserkv_gguf.conversation.conversation import Conversation, Reply
-    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.conversation.conversation import Conversation
+    from laserkv_gguf.conversation.generation import Reply
     from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
@@ -33,9 +34,9 @@ _HOMES = {
     "Closed": "errors",
     "ContextOptions": "llama.context",
     "Conversation": "conversation.conversation",
-    "LaserKV": "engine.engine",
+    "LaserKV": "api",
     "LaserKVError": "errors",
-    "Reply": "conversation.conversation",
+    "Reply": "conversation.generation",
     "Sampling": "llama.sampler",
     "UserError": "errors",
 }

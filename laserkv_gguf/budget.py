@@ -24,6 +24,14 @@ RATIO = 0.25  # kept where nobody says otherwise, as in the paper
 LOW_RATIO = 0.05  # below this answers suffer
 
 
+PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
+
+
+def padded(cells: int) -> int:
+    """Cells llama.cpp allocates where `cells` are asked for."""
+    return -(-cells // PADDING) * PADDING
+
+
 def as_fraction(ratio: float) -> Fraction:
     """The ratio as the user wrote it: 0.1 is 1/10, not the binary float next to it."""
     return Fraction(repr(float(ratio)))

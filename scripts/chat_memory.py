@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from laserkv_gguf import LaserKV, models
-from laserkv_gguf.conversation.talk import Talk
+from laserkv_gguf.conversation.conversation import Conversation as Talk
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model

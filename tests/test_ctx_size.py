@@ -17,7 +17,8 @@ from test_cli import CHATML
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.engine.engine import Conversation, LaserKV
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model

@@ -21,7 +21,7 @@ from tiny import TinySpec, make, random_tokens
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import attention_consensus
 from laserkv_gguf.llama import library
@@ -473,7 +473,7 @@ def test_gpu_scores_by_itself(tmp_path: Path) -> None:
         ) as engine:
             reply = engine.ask("Which ore?", document="tin copper ore " * 20, max_tokens=4)
             assert reply.account.scoring == "device"
-            assert engine._reader is not None
-            assert "keys" not in engine._reader._arrays
+            assert engine._readers is not None
+            assert "keys" not in next(iter(engine._readers.values()))._arrays
     finally:
         one.model.close()

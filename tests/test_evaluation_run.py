@@ -26,7 +26,8 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.engine.engine import Conversation, LaserKV
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.evaluation import plots, presets, report, results, tasks
 from laserkv_gguf.evaluation.background import Background
@@ -150,7 +151,7 @@ def test_choosing_again_is_reading_again(
         fresh[ratio] = talk.read(question=asked).kept
     engine.configure(**{**SETTINGS, "policy": policy, "ratio": ratios[0]})
     talk = Conversation(engine, document=document, max_tokens=5)
-    reading = talk.read(question=asked, whole=True)
+    reading = talk.read(question=asked, keep_all_cells=True)
     prompt = np.array(chars("\n\nWhat is ore?\n[assistant]"), np.int32)
     for ratio in ratios:
         if ratio != ratios[0] or talk.turns:
@@ -173,7 +174,7 @@ def test_only_one_shot_policies_choose_again(engine: LaserKV) -> None:
     for settings in ({"policy": "laser"}, {"policy": "full"}, {"positions": "compact"}):
         engine.configure(**{**SETTINGS, "policy": "snapkv", "positions": "auto", **settings})
         talk = Conversation(engine, document=DOCUMENT, max_tokens=5)
-        talk.read(question="What?", whole=True)
+        talk.read(question="What?", keep_all_cells=True)
         assert not talk.choose_again(0.2)
     engine.configure(positions="auto")
     talk.read(question="What?")

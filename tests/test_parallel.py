@@ -19,7 +19,8 @@ from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, greedy, tu
 from laserkv_gguf.conversation import parallel
 from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
-from laserkv_gguf.engine.engine import LaserKV, Reply
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama.context import SEQUENCES
 from laserkv_gguf.llama.sampler import Sampling

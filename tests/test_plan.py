@@ -30,7 +30,7 @@ from laserkv_gguf import models, policies
 from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.cli.plan import parse_size
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -398,8 +398,8 @@ def test_a_plan_is_what_a_run_takes(policy: str, tiny: dict[str, Path]) -> None:
         conversation = engine.conversation(document="x" * 700, max_tokens=9)
         reply = engine.ask("What?", document="x" * 700, max_tokens=9)
         opening = conversation._opening("What?")
-        assert engine._reader is not None
-        held = sum(array.nbytes for array in engine._reader._arrays.values())
+        assert engine._readers is not None
+        held = sum(array.nbytes for array in next(iter(engine._readers.values()))._arrays.values())
         chosen = engine.policy
     account = reply.account
     made = plan.make(

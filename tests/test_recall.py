@@ -36,7 +36,8 @@ from laserkv_gguf import machine as memory
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.engine.engine import Conversation, LaserKV
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.kernels import planes, pool, top_k
 from laserkv_gguf.kernels.hamming import hamming_votes
@@ -281,11 +282,11 @@ def test_a_short_document_is_all_there(loaded: Loaded) -> None:
 
 def test_account(loaded: Loaded) -> None:
     tokens = len(first_turn("")[0])
-    with recalling(loaded, recall_mode="shortlist", recall_bits=192) as engine:
+    with recalling(loaded, recall_mode="shortlist") as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
         account = turn(talk, QUESTIONS[0]).account
         row = 2 * SPEC.kv_heads * SPEC.head_dim * 4
-        signatures = SPEC.kv_heads * 192 // 8
+        signatures = SPEC.kv_heads * 128 // 8
         assert account.parked_bytes == tokens * SPEC.layers * (row + signatures)
         assert account.parked_tokens == account.document_tokens == tokens
         assert (account.recall, account.recall_mode) == ("ram", "shortlist")
@@ -318,14 +319,14 @@ def test_any_number_of_moves_is_no_move(
     document, asked = (np.array(part, np.int32) for part in first_turn(QUESTIONS[0]))
     settings = {**RECALL, "recall": where}
     with LaserKV(loaded.model, context=options, ctx_size=1024, **settings) as engine:
-        run = engine.prepare(len(document), 0, 64, asked=False)
+        run = engine.prepare(Conversation(engine), len(document), 0, 64, question_known=False)
         recaller = engine.recaller(run)
         assert recaller is not None
         context, count = run.reader.context, len(document)
         for block in run.budget.blocks:  # read without evicting
             context.decode(document[block.start : block.end], block.start, MAIN)
             recaller.park(block, block.start)
-        recaller.where[:] = np.arange(count)
+        recaller.position_of[:] = np.arange(count)
         before = [part.copy() for part in whole(recaller)]
         Sequence(context, MAIN).share_with(Sequence(context, SPARE))
         context.decode(asked, count, SPARE, outputs=1)
@@ -346,7 +347,7 @@ def test_any_number_of_moves_is_no_move(
         for given, found in zip(before, whole(recaller), strict=True):
             assert np.array_equal(given, found)
         context.clear()
-        recaller.where[:] = -1
+        recaller.position_of[:] = -1
         recaller.restore(np.arange(count))
         context.decode(asked, count, MAIN, outputs=1)
         assert np.array_equal(context.logits(), expected)
@@ -358,7 +359,7 @@ def test_only_what_changes_is_moved(loaded: Loaded, monkeypatch: pytest.MonkeyPa
     with recalling(loaded) as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
         talk.read()
-        recaller = talk._recaller
+        recaller = talk.sources.recallers[0]
         assert recaller is not None
         put: list[list[int]] = []
         removed: list[tuple[int, int]] = []
@@ -396,12 +397,12 @@ def test_compacted_rows_are_turned_once(loaded: Loaded) -> None:
     with recalling(loaded, positions="compact") as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=6)
         turn(talk, QUESTIONS[0])
-        recaller = talk._recaller
+        recaller = talk.sources.recallers[0]
         assert recaller is not None
         begins = recaller.next_position
         positions, keys, values = whole(recaller)
         turns = [part[:, positions >= begins].copy() for part in (keys, values)]
-        assert np.array_equal(positions[positions >= begins], np.arange(begins, talk._position))
+        assert np.array_equal(positions[positions >= begins], np.arange(begins, talk.cells.position))
         talk.recall(QUESTIONS[1])
         positions, keys, values = whole(recaller)
         for given, part in zip(turns, (keys, values), strict=True):
@@ -430,7 +431,7 @@ def test_compacted_and_quantised_is_refused(tmp_path: Path) -> None:
         talk = engine.conversation(document=DOCUMENT)
         with pytest.raises(UserError, match=r"quantised keys.*-ctk f16.*--recall off"):
             talk.read()
-        assert engine.access.holder is None
+        assert not engine.residents.inside
     with LaserKV(one.model, context=options, positions="original", **RECALL) as engine:
         assert turn(engine.conversation(document=DOCUMENT, max_tokens=3), QUESTIONS[0]).tokens
     one.model.close()
@@ -445,7 +446,7 @@ def test_stopped_half_way_the_cache_is_what_it_was(
     with recalling(loaded, recall_mode=mode, positions=positions) as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
         turn(talk, QUESTIONS[0])
-        recaller, context = talk._recaller, engine._context
+        recaller, context = talk.sources.recallers[0], engine._context
         assert recaller is not None
         assert context is not None
         before, likely = whole(recaller), talk.log_likelihood(QUESTIONS[1], "tin")
@@ -770,7 +771,7 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
     with recalling(loaded, **settings) as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
         talk.read()
-        recaller = talk._recaller
+        recaller = talk.sources.recallers[0]
         assert recaller is not None
         assert recaller.mode == "shortlist"
         seen: list[NDArray[np.float32]] = []
@@ -891,9 +892,6 @@ def test_votes_of_nothing_and_of_nonsense() -> None:
         ({"recall": "tape"}, "--recall tape is unknown; use off, ram, disk"),
         ({"recall_mode": "fast"}, "--recall-mode fast is unknown; use replay or shortlist"),
         ({"recall_file": "x"}, "--recall disk"),
-        ({"recall_bits": 100}, "multiple of 64"),
-        ({"recall_bits": 0}, "multiple of 64"),
-        ({"recall_shortlist": 0.5}, "1 or more"),
         ({"recall_share": "layer"}, "all or block"),
         ({"policy": "random"}, "does not look at the question"),
         ({"policy": "lagkv"}, "does not look at the question"),

@@ -20,8 +20,9 @@ from safetensors import safe_open
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, in_cache, turn
 
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.conversation.talk import Talk
-from laserkv_gguf.engine.engine import Conversation, LaserKV
+from laserkv_gguf.conversation.conversation import Conversation as Talk
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files import archive as saved
 from laserkv_gguf.llama import library, rows
@@ -173,7 +174,7 @@ def refused(loaded: Loaded, path: Path, said: str, **settings: Any) -> None:
         with pytest.raises(UserError, match=said) as raised:
             engine.load(path)
         assert "\n" not in str(raised.value)
-        assert engine.access.holder is None
+        assert not engine.residents.inside
         reply = engine.ask(QUESTIONS[0], document=DOCUMENT[:50], max_tokens=3)
         assert len(reply.tokens) == 3  # the engine works on
 
@@ -254,11 +255,11 @@ def test_load_takes_conversations_too(
     other = Path(shutil.copy(path, tmp_path / kept.name))
     with engine_of(loaded) as engine:
         talk = engine.load(other, max_tokens=6)
-        assert isinstance(talk, Talk)
+        assert talk.ageing.endless
         assert (talk.turns, talk.system) == (1, "Be brief.")
         assert turn(talk, QUESTIONS[1]).tokens == expected
         document = engine.load(kept, max_tokens=6)
-        assert not isinstance(document, Talk)
+        assert not document.ageing.endless
         assert document.turns == 0
         with pytest.raises(UserError, match="cache is gone"):
             turn(talk, QUESTIONS[0])
@@ -342,7 +343,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from laserkv_gguf.llama.context import ContextOptions
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
 model, target = sys.argv[1:]
 options = ContextOptions(128, 32, threads=1)
 with LaserKV(model, context=options, block_size=64, ratio=0.3, recall="ram") as engine:

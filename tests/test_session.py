@@ -26,7 +26,10 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.engine.engine import Conversation, LaserKV, Reply, Sampling
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.generation import Reply
+from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -426,7 +429,7 @@ def test_a_closed_context_is_not_used(user: str, loaded: Loaded) -> None:
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
 import llama_cpp
 
 model = Model({str(loaded.path)!r}, gpu_layers=0, extra_buffers=False)

@@ -24,8 +24,9 @@ from tiny import BOS, TinySpec, forward
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.space import Space, Thinning
-from laserkv_gguf.conversation.talk import Talk
-from laserkv_gguf.engine.engine import Conversation, LaserKV
+from laserkv_gguf.conversation.conversation import Conversation as Talk
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama import rows, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
@@ -195,11 +196,11 @@ def test_moved_positions(loaded: Loaded, decodes: list[Decode]) -> None:
         for question in QUESTIONS:
             done = len(decodes)
             pieces = iter(talk.ask(question))
-            first = next(pieces)  # the question is decoded, the ledger as it was before
+            first = next(pieces)  # the question is decoded
             lengths = [len(segment.tokens) for segment in talk.ledger.segments.values()]
-            decodes[done].held = (
-                np.concatenate(([0], np.cumsum(lengths)))[talk.ledger.segment] + talk.ledger.index
-            ).tolist()
+            starts = np.concatenate(([0], np.cumsum(lengths)))
+            before = talk.ledger.position < decodes[done].start
+            decodes[done].held = (starts[talk.ledger.segment] + talk.ledger.index)[before].tolist()
             assert first + "".join(pieces)
         assert talk.thinnings > 4
     looked = {at: candidates for at, candidates, _ in Looking.seen}
@@ -753,12 +754,13 @@ def agrees(talk: Talk, engine: LaserKV) -> None:
     ledger = talk.ledger
     assert ledger.position.tolist() == standing(engine._context)
     assert talk.cells_used == len(ledger) == in_cache(engine)
-    where = [recaller.where[recaller.where >= 0] for recaller in talk._parked]
-    for position, recaller in zip(where, talk._parked, strict=True):
+    where = [recaller.position_of[recaller.position_of >= 0] for recaller in talk.sources.recallers]
+    for position, recaller in zip(where, talk.sources.recallers, strict=True):
         assert np.isin(position, ledger.position).all()
-        assert np.array_equal(np.flatnonzero(recaller.where >= 0), recaller.kept)
-    for number, recaller in talk._added.items():
-        assert ledger.kept(number).tolist() == recaller.kept.tolist()
+        assert np.array_equal(np.flatnonzero(recaller.position_of >= 0), recaller.kept)
+    for parked in talk.sources.parked:
+        held = [parked.recaller.position_of[parked.recaller.position_of >= 0]]
+        assert ledger.position[ledger.of(parked.numbers)].tolist() == held[0].tolist()
 
 
 def read_at_random(budget: Budget) -> set[int]:
@@ -827,12 +829,12 @@ def test_every_document_recalls_its_own(loaded: Loaded, decodes: list[Decode]) -
         talk.read()
         turn(talk, "one?")
         talk.add("b", OTHER[:90])
-        added = talk._parked[1]
+        added = talk.sources.recallers[1]
         assert set(added.kept.tolist()) == read_at_random(added.budget)
         chosen = []
         for question in ("Where is tin1?", "river4?"):
-            first, second = talk._parked
-            asked = [*talk._pending, *talk._prompt(question).tokens.tolist()]
+            first, second = talk.sources.recallers
+            asked = [*talk.pending, *talk._prompt(question).tokens.tolist()]
             tokens, seen = mask_of(decodes)
             stand = set(standing(engine._context))
             own = [set(range(r.offset, r.offset + r.budget.tokens)) for r in (first, second)]
@@ -889,18 +891,18 @@ def test_many_turns_beside_what_is_recalled(mode: str, positions: str, loaded: L
         talk = engine.conversation(documents={"a": DOCUMENT[:220]}, system=SYSTEM, max_tokens=8)
         turn(talk, "one?")
         talk.add("b", OTHER[:220])
-        kept, context, last = [r.budget.kept for r in talk._parked], engine._context, 0
+        kept, context, last = [r.budget.kept for r in talk.sources.recallers], engine._context, 0
         for number in range(9):
             account = turn(talk, QUESTIONS[number % len(QUESTIONS)]).account
             agrees(talk, engine)
-            assert [len(recaller.kept) for recaller in talk._parked] == kept
+            assert [len(recaller.kept) for recaller in talk.sources.recallers] == kept
             assert talk.cells_used <= 512  # all that llama.cpp has allocated, too
             last = max(last, Sequence(engine._context, MAIN).last)
             assert account.recall_seconds > 0
         assert engine._context is context
         assert talk.thinnings > 1
         if positions == "compact":  # the turns move together: they have the other cells
-            assert last < talk._fixed + 512 - sum(kept)
+            assert last < talk.sources.first_movable + 512 - sum(kept)
         assert {p.name: p.kept for p in talk.documents}["b"] == kept[1]
         for name in ("a", "b"):
             assert talk.parked_bytes > 0
@@ -918,12 +920,12 @@ def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
     with loaded.engine(**RECALL, recall_mode=mode, ctx_size=512) as engine:
         talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=8)
         turn(talk, "one?")
-        budgets = [recaller.budget for recaller in talk._parked]
+        budgets = [recaller.budget for recaller in talk.sources.recallers]
         full = [budget.kept for budget in budgets]
         least = [budget.anchors + budget.window for budget in budgets]
         yields = (sum(full) - sum(least)) // 2
         turn(talk, "y" * (talk.capacity - sum(full) + yields))
-        for recaller, budget, low, high in zip(talk._parked, budgets, least, full, strict=True):
+        for recaller, budget, low, high in zip(talk.sources.recallers, budgets, least, full, strict=True):
             assert low <= len(recaller.kept) < high
             ends = {*range(budget.anchors), *range(budget.tokens - budget.window, budget.tokens)}
             assert ends <= set(recaller.kept.tolist())
@@ -935,7 +937,7 @@ def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
         agrees(talk, engine)
         assert talk.cells_used <= used
         turn(talk, "two?")
-        assert [len(recaller.kept) for recaller in talk._parked] == full
+        assert [len(recaller.kept) for recaller in talk.sources.recallers] == full
         agrees(talk, engine)
 
 
@@ -961,7 +963,7 @@ def test_stopped_while_the_second_document_recalls(
             turn(talk, QUESTIONS[0])
             if stops:
                 before = rows_of(engine)
-                first, second = talk._parked
+                first, second = talk.sources.recallers
                 kept, real = first.kept.tolist(), second.reader.ask
                 asked = 0
 
@@ -995,7 +997,7 @@ def test_several_documents_from_the_start(loaded: Loaded, tmp_path: Path) -> Non
     with loaded.engine(**settings) as engine:
         talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
         first = "".join(talk.begin(QUESTIONS[0]))
-        assert [recaller.budget.tokens for recaller in talk._parked] == [
+        assert [recaller.budget.tokens for recaller in talk.sources.recallers] == [
             len([BOS, *chars("[user]" + DOCUMENT)]),
             len("\n\n" + OTHER),
         ]
@@ -1066,7 +1068,7 @@ def test_positions_end_before_cells_do(several: bool, short: Loaded) -> None:
             assert len(turn(talk, question).tokens) == 6
             assert Sequence(engine._context, MAIN).last < SHORT.ctx_train
             agrees(talk, engine)
-            assert all(len(r.kept) == r.budget.kept for r in talk._parked)
+            assert all(len(r.kept) == r.budget.kept for r in talk.sources.recallers)
         assert talk.thinnings > 0
 
 
@@ -1134,7 +1136,7 @@ def test_no_room_to_park_what_was_saved(
         talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=6)
         turn(talk, QUESTIONS[0])
         save(talk, tmp_path / "talk")
-        held, offset = talk.parked_bytes, talk._parked[1].offset
+        held, offset = talk.parked_bytes, talk.sources.recallers[1].offset
         wanted = turn(talk, QUESTIONS[1]).tokens
         free = iter([held, 1, held, held])
         monkeypatch.setattr("laserkv_gguf.machine.free_ram", lambda: next(free))

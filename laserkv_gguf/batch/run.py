@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from laserkv_gguf.conversation.conversation import Reply
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
-from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress

@@ -28,8 +28,9 @@ from laserkv_gguf.llama.model import Model, Tokens
 from laserkv_gguf.machine import peak_rss, reset_peak_rss
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation.conversation import Conversation, Reply
-    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.api import LaserKV
+    from laserkv_gguf.conversation.conversation import Conversation
+    from laserkv_gguf.conversation.generation import Reply
     from laserkv_gguf.llama.chat import Opening
 
 Job = dict[str, Any]
@@ -93,7 +94,7 @@ def facts(job: Job) -> Result:
                     opening = engine.template.opening(job["question"], system=None, document=True)
                     tokens = len(opening.before) + len(model.tokenize(text))
                     prompt = len(opening.after)
-                    engine.prepare(tokens, prompt, prompt + job["predict"])
+                    engine.plan(tokens, prompt, prompt + job["predict"])
         return {
             "name": model.name,
             "file": model.path.name,
@@ -181,7 +182,7 @@ def _memory(buffers: dict[str, int], free_before: int | None) -> Result:
 
 
 def _engine(job: Job, model: Model, settings: dict[str, Any]) -> LaserKV:
-    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.api import LaserKV
     from laserkv_gguf.llama.context import ContextOptions
 
     engine = LaserKV(

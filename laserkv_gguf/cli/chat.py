@@ -18,9 +18,10 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import LaserKVError, UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation.conversation import Answer, Reply
-    from laserkv_gguf.conversation.talk import Talk
-    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.api import LaserKV
+    from laserkv_gguf.conversation.answer import Answer
+    from laserkv_gguf.conversation.conversation import Conversation
+    from laserkv_gguf.conversation.generation import Reply
     from laserkv_gguf.reading.reader import Progress
 
 
@@ -51,10 +52,7 @@ def chat(
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
-        from laserkv_gguf.conversation.talk import Talk
-
-        talk = Talk(
-            engine,
+        talk = engine.conversation(
             documents=texts,
             system=system,
             max_tokens=sampling.predict,
@@ -84,7 +82,7 @@ class Loop:
     """The loop of a conversation on a terminal."""
 
     engine: LaserKV
-    talk: Talk
+    talk: Conversation
     line: Callable[[], str]
     last: Reply | None = None
     running: bool = False
@@ -164,12 +162,8 @@ class Loop:
 
     def read_for(self, question: str) -> None:
         """Reads the documents with a question in mind and answers it."""
-        from laserkv_gguf.conversation.conversation import Answer
-
         def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
-            stream = Answer(
-                self.talk, lambda reply: self.talk.first_turn(question, reply, on_progress)
-            )
+            stream = self.talk.begin(question, on_progress=on_progress)
             return stream, next(iter(stream), "")
 
         begun = self._under_a_bar(begin, self._not_read)

@@ -127,12 +127,10 @@ def _set(loop: Loop, rest: str) -> None:
 
 def _save(loop: Loop, rest: str) -> None:
     """Write the conversation to a file: /save FILE."""
-    from laserkv_gguf.saving import conversation as saved_talk
-
     if not rest:
         raise UserError("name a file: /save FILE")
     path = _path(rest)
-    size = saved_talk.save(loop.talk, path)
+    size = loop.talk.save(path)
     terminal.note(f"saved to {path} ({terminal.size(size)}); /load {path} goes on")
 
 

@@ -12,14 +12,14 @@ from rich.text import Text
 from laserkv_gguf.cli import terminal
 
 if TYPE_CHECKING:
-    from laserkv_gguf.conversation.talk import Talk
+    from laserkv_gguf.conversation.conversation import Conversation
 
 POOLS = ("anchor", "long-term", "window")
 COLOURS = ("bold cyan", "bold green", "bold yellow")
 MARKS = ("a", "l", "w")  # where there are no colours
 
 
-def show(talk: Talk, name: str, ask: Callable[[str], str]) -> None:
+def show(talk: Conversation, name: str, ask: Callable[[str], str]) -> None:
     """Prints a document, a screen at a time on a terminal.
 
     Args:
@@ -40,10 +40,10 @@ def show(talk: Talk, name: str, ask: Callable[[str], str]) -> None:
     _page(text, ask)
 
 
-def runs(talk: Talk, name: str) -> Iterator[tuple[str, int | None]]:
+def runs(talk: Conversation, name: str) -> Iterator[tuple[str, int | None]]:
     """Stretches of the document's text, and the pool that keeps them or None."""
-    numbers = talk.ledger.numbers("document")
-    number = next(n for n in numbers if talk.ledger.segments[n].name == name)
+    number = talk.ledger.document(name)
+    assert number is not None
     segment = talk.ledger.segments[number]
     kept = set(talk.ledger.kept(number).tolist())
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

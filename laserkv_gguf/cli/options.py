@@ -15,7 +15,7 @@ from typer import Option
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.engine.engine import LaserKV, Sampling
+    from laserkv_gguf.api import LaserKV, Sampling
 
 
 @dataclass
@@ -208,7 +208,7 @@ class EngineOptions:
         """
         log_to_stderr(self.debug)
         from laserkv_gguf import models
-        from laserkv_gguf.engine.engine import LaserKV
+        from laserkv_gguf.api import LaserKV
         from laserkv_gguf.llama.context import ContextOptions
 
         settings = {**self.settings(), **changes}

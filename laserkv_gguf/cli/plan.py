@@ -71,7 +71,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
     """The run the flags ask for, checked as `ask` checks them."""
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.planning.fits import Run
-    from laserkv_gguf.planning.settings import Settings
+    from laserkv_gguf.planning.settings import BITS, Settings
 
     given = options.settings()
     settings = Settings(**{key: value for key, value in given.items() if value is not None})
@@ -110,7 +110,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         positions=settings.positions,
         recall=recalling.where,
         recall_mode=recalling.mode_for(policy),
-        signature_bits=recalling.bits if recalling.votes_for(policy) else 0,
+        signature_bits=BITS if recalling.votes_for(policy) else 0,
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from laserkv_gguf.timings import OVERHEAD
+from laserkv_gguf.timings import OVERHEAD, STEPS
+
+if TYPE_CHECKING:
+    from laserkv_gguf.planning.settings import Settings
+    from laserkv_gguf.reading.reader import Reading
 
 
 @dataclass
@@ -69,3 +73,32 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def fill(
+    account: Account, reading: Reading, settings: Settings, *, seconds: float, **known: Any
+) -> None:
+    """Completes an account.
+
+    Args:
+        reading: of the document.
+        seconds: from the first token to the end.
+        known: fields of the account.
+    """
+    budget, timings = reading.budget, reading.timings
+    known |= {f"{step}_seconds": getattr(timings, step) for step in STEPS}
+    known |= {
+        "kept_fraction": known["kept_tokens"] / max(known["document_tokens"], 1),
+        "blocks": len(budget.blocks),
+        "budget": budget.block,
+        "anchors": budget.anchors,
+        "window": budget.window,
+        "long_term": budget.long_term,
+        "prefill_seconds": timings.total,
+        "decode_tokens_per_second": known["generated_tokens"] / seconds if seconds > 0 else 0.0,
+        "block_size": settings.block_size,
+        "protection_divisor": settings.protection_divisor,
+        "kept_per_block": reading.kept_per_block,
+    }
+    for name, value in known.items():
+        setattr(account, name, value)

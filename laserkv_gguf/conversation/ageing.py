@@ -11,25 +11,61 @@ longer than a block's prefill. `space` says how much of what may stay.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf import policies
-from laserkv_gguf.conversation.ledger import TURN
-from laserkv_gguf.conversation.space import Thinning
+from laserkv_gguf.conversation.cells import Cells
+from laserkv_gguf.conversation.documents import Documents
+from laserkv_gguf.conversation.ledger import TURN, Ledger
+from laserkv_gguf.conversation.space import Space, Thinning
+from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.policies import Candidates, Policy, checked
 from laserkv_gguf.policies.laser import Laser
 from laserkv_gguf.reading.reader import Reader
 
-if TYPE_CHECKING:
-    from laserkv_gguf.conversation.conversation import Conversation
-
 ATTENTION = 0.25  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
+
+
+class Growing(Protocol):
+    """A conversation, as ageing sees it."""
+
+    engine: Engine
+    sources: Documents
+    pending: list[int]
+    thinnings: int
+    max_tokens: int
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    @property
+    def cells(self) -> Cells: ...
+
+    @property
+    def drafts(self) -> int: ...
+
+    @property
+    def trained(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def space(self) -> Space: ...
+
+    def turns_from(self, start: int) -> Space: ...
+
+    def share_room(self, space: Space) -> Thinning | None: ...
+
+    def shrink_parked(self) -> None: ...
+
+    def move_down(self, room: int) -> None: ...
 
 
 class Ageing(Protocol):
@@ -37,7 +73,7 @@ class Ageing(Protocol):
 
     endless: bool
 
-    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+    def make_room(self, conversation: Growing, asked: Prompt) -> None:
         """Frees cells until a question and its answer fit.
 
         Args:
@@ -54,7 +90,7 @@ class Refusing:
 
     endless: bool = False
 
-    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+    def make_room(self, conversation: Growing, asked: Prompt) -> None:
         pass
 
 
@@ -68,7 +104,7 @@ class Compressing:
 
     endless: bool = True
 
-    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+    def make_room(self, conversation: Growing, asked: Prompt) -> None:
         """See `Ageing`.
 
         Raises:
@@ -94,7 +130,7 @@ class Compressing:
         conversation.move_down(prompt + conversation.max_tokens)
 
     def _compress(
-        self, conversation: Conversation, thinning: Thinning | None, asked: Prompt, start: int
+        self, conversation: Growing, thinning: Thinning | None, asked: Prompt, start: int
     ) -> None:
         """Thins what stands from a position on."""
         if thinning is None:
@@ -121,7 +157,7 @@ class Compressing:
 
     def _ask(
         self,
-        conversation: Conversation,
+        conversation: Growing,
         policy: Policy,
         asked: Prompt,
         numbers: list[int],
@@ -150,7 +186,7 @@ class Compressing:
         return queries
 
     @staticmethod
-    def _left(conversation: Conversation, start: int) -> int:
+    def _left(conversation: Growing, start: int) -> int:
         """Cells that are left; from a position on, positions too."""
         left = conversation.capacity - conversation.cells.used
         if not start:
@@ -159,7 +195,7 @@ class Compressing:
         return min(left, conversation.trained - start - behind)
 
     @staticmethod
-    def _policy(conversation: Conversation) -> Policy:
+    def _policy(conversation: Growing) -> Policy:
         """The run's own policy, or `laser` where that must see a block while it is decoded.
 
         What the newest question does not attend to may be what a later one asks for: most of
@@ -185,7 +221,7 @@ class Compressing:
         return replace(policy, alpha=ATTENTION if alpha is None else alpha, residual="keydiff")
 
 
-def free(conversation: Conversation, count: int, numbers: list[int], start: int = 0) -> None:
+def free(conversation: Growing, count: int, numbers: list[int], start: int = 0) -> None:
     """Frees so many rows of some segments without a question: the keys most like the others."""
     ledger = conversation.ledger
     rows = int((ledger.of(numbers) & (ledger.position >= start)).sum())
@@ -195,7 +231,7 @@ def free(conversation: Conversation, count: int, numbers: list[int], start: int 
 
 
 def thin(
-    conversation: Conversation,
+    conversation: Growing,
     policy: Policy,
     choices: list[tuple[list[int], int]],
     queries: NDArray[np.float32] | None,
@@ -223,7 +259,7 @@ def thin(
 
 
 def _chosen(
-    conversation: Conversation,
+    conversation: Growing,
     policy: Policy,
     among: NDArray[np.int64],
     keep: int,

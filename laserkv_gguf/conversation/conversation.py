@@ -1,309 +1,344 @@
-"""A document and the turns about it, in an engine's context."""
+"""Documents and the turns about them, in an engine's cells."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import ref
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.budget import Account, Budget
-from laserkv_gguf.engine.access import BUSY, Access
-from laserkv_gguf.errors import Cancelled, UserError
-from laserkv_gguf.llama.chat import Opening, Prompt
-from laserkv_gguf.llama.context import Context
-from laserkv_gguf.llama.model import PieceDecoder, Tokens
-from laserkv_gguf.llama.sampler import Sampler, Sampling
-from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.budget import Budget
+from laserkv_gguf.conversation import account
+from laserkv_gguf.conversation.ageing import Ageing, Refusing, free
+from laserkv_gguf.conversation.answer import Answer
+from laserkv_gguf.conversation.cells import Cells, uninterrupted
+from laserkv_gguf.conversation.documents import Document, Documents, Parked
+from laserkv_gguf.conversation.framing import Framing
+from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
+from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
+from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
+from laserkv_gguf.engine.engine import Engine, Run
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.chat import SEPARATOR, Prompt
+from laserkv_gguf.llama.model import Tokens
+from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress, Reader, Reading
 from laserkv_gguf.recall.recaller import Recalled, Recaller
-from laserkv_gguf.timings import STEPS
-
-if TYPE_CHECKING:
-    from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.timings import Timings
 
 CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
+LEAST_BLOCK = 64  # tokens; smaller blocks than this read too badly to be worth trying
 
 
 @dataclass
-class Reply:
-    """An answer.
+class State:
+    """All that a conversation is, but for its settings: what saving writes.
 
     Attributes:
-        text: what the model said.
-        finish_reason: "stop" where it ended by itself, "length" where the limit ended it.
-        account: what it cost.
-        tokens: the generated tokens.
+        ledger: what stands in the cells; `saved`: the cells as llama.cpp saves them.
+        reading: of the document that was read last.
+        pending: tokens that were generated but not decoded yet.
+        open_turn: number of the turn whose question is still to come; None for none.
+        compact: whether positions were moved together.
+        without_document: whether the document is left out, because reading it was stopped.
     """
 
-    text: str = ""
-    finish_reason: str = ""
-    account: Account = field(default_factory=Account)
-    tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a reading was planned for, and whose context it lies in."""
-
+    ledger: Ledger
+    saved: NDArray[np.uint8]
     budget: Budget
-    cells: int
-    reader: Reader
+    pending: list[int]
+    turns: int
+    thinnings: int
+    open_turn: int | None
     compact: bool
-
-
-class Answer:
-    """Pieces of an answer as they come; `reply` is complete when the iterator ends.
-
-    `conversation` is the one it belongs to.
-
-    An answer that is not read to its end is dropped with its question when it is closed, when the
-    same thread asks the next one (reading on then raises `Cancelled`), when the engine is closed
-    (`Closed`), or at the end of a `with` block. Until then other threads wait. It may go from one
-    thread to another, and be closed from any.
-
-    Raises:
-        Closed: the engine is closed.
-    """
-
-    def __init__(self, conversation: Conversation, start: Callable[[Reply], Iterator[str]]) -> None:
-        self.conversation, self.reply = conversation, Reply()
-        self.thread = 0
-        self._access = conversation.engine.access
-        self._access.check()
-        self._step = threading.RLock()  # held while a piece is generated, or the rest dropped
-        self.unwanted = False  # closed, perhaps before it had its turn
-        self._running = self._ended = False
-        self._why: Exception | None = None  # it was dropped
-        # weakly: an answer that nobody knows any more must end now, not when the garbage is counted
-        self._pieces = _inside(self._access, ref(self), start, self.reply)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        self._access.check_process()
-        with self._access.at_work() as already:
-            if already:
-                raise UserError(BUSY)
-            with self._step:
-                if self._why:
-                    raise self._why
-                self.thread, self._running = threading.get_ident(), True
-                try:
-                    return next(self._pieces)
-                except Cancelled:
-                    self._ended = True
-                    self._access.check()  # whom closing cancels gets told
-                    raise
-                except BaseException:
-                    self._ended = True
-                    raise
-                finally:
-                    self._running = False
-
-    def close(self) -> None:
-        """Drops the rest, and with it the turn; what is being generated is stopped."""
-        self.unwanted = True
-        if self._running:
-            self._access.cancel(self)
-        self.drop(None)
-
-    def drop(self, why: Exception | None, timeout: float = -1) -> None:
-        """As `close`, but waits for the piece that is being generated, and who reads on is told.
-
-        Args:
-            why: raised where it is read on; None for a plain end.
-            timeout: seconds to wait; negative for as long as it takes.
-        """
-        if self._access.elsewhere:
-            return
-        if self._running and self.thread == threading.get_ident():
-            return  # a callback of this very answer; that it ends has been seen to
-        if not self._step.acquire(timeout=timeout):
-            return
-        try:
-            if not self._ended:
-                self._why = why
-            with self._access.at_work():
-                self._pieces.close()
-        finally:
-            self._step.release()
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _inside(
-    access: Access,
-    answer: ref[Answer],
-    start: Callable[[Reply], Iterator[str]],
-    reply: Reply,
-) -> Generator[str, None, None]:
-    """The pieces, generated by whoever has the engine."""
-    access.enter(answer)
-    try:
-        yield from start(reply)
-    finally:
-        access.leave()
+    without_document: bool
 
 
 class Conversation:
-    """A document and the turns about it, in the engine's context.
+    """Documents and turns that share the cells of one context.
+
+    It is in one of five places:
+
+    | place           | what is there                          | how it gets there, and on          |
+    | --------------- | -------------------------------------- | ---------------------------------- |
+    | nowhere         | nothing                                | made, or stopped; `read` or `ask`  |
+    | in the cache    | `cells`: its sequence and ledger       | read; others may want its cells    |
+    | aside in memory | ledger, and its cells as bytes         | put aside; back with the next call |
+    | aside on disk   | ledger, and its cells in a file        | as above, beyond the limit         |
+    | lost            | texts alone                            | the engine keeps none aside;       |
+    |                 |                                        | `read` starts it again             |
 
     Args:
-        engine: the engine; a new conversation or `ask` takes its context over.
-        document: text to talk about, or its tokens (int32); None for none.
-        system: system prompt.
-        max_tokens: of one answer.
-        answer_prefix: how the answer to the first question begins; the model goes on from there.
-        plain: read and ask without the chat template.
+        engine: the engine.
+        document: a text to talk about, or its int32 token ids; None for none.
+        documents: several of them by name.
+        system: system prompt, which is never compressed; None for none.
+        sampling: of the answers; None for greedy.
+        max_tokens: of one answer, at least 1.
+        stop: an answer ends in front of the first of these strings.
+        framing: the chat template around texts, or none.
+        ageing: how room is made for turns that do not fit; by default none is, and the conversation
+            ends when the cells are full.
+        one_turn: whether no cells are kept for turns after the first.
+
+    Attributes:
+        turns: answered so far.
+        thinnings: how often turns were compressed.
+        recalled: what was moved for the last question; None for nothing.
+
+    Raises:
+        UserError: max_tokens below 1, an empty stop string.
+        Closed: the engine is closed.
     """
 
     def __init__(
         self,
-        engine: LaserKV,
+        engine: Engine,
         *,
         document: str | Tokens | None = None,
+        documents: Mapping[str, str | Tokens] | None = None,
         system: str | None = None,
         sampling: Sampling | None = None,
         max_tokens: int = 1024,
-        answer_prefix: str = "",
-        plain: bool = False,
+        stop: Sequence[str] = (),
+        framing: Framing | None = None,
+        ageing: Ageing | None = None,
+        one_turn: bool = False,
     ) -> None:
         if max_tokens < 1:
             raise UserError(f"-n {max_tokens}: give at least 1 token for the answer")
         engine.access.check()
         self.engine, self.system, self.max_tokens = engine, system, max_tokens
-        self.document = document
-        self.answer_prefix, self.plain = answer_prefix, plain
         self.sampling = sampling or Sampling(seed=engine.seed)
-        self.turns = 0
-        self.goes_on = True  # whether cells are left for turns after the first
-        self.reading: Reading | None = None
+        self.stop = check_stop(stop)
+        self.framing, self.ageing = framing or Framing(), ageing or Refusing()
+        self.one_turn = one_turn
+        given = {} if document is None else {"document": document}
+        self.sources = Documents({**given, **(documents or {})})
+        self.turns = self.thinnings = 0
+        self.pending: list[int] = []  # generated, but not decoded yet
+        self.recalled: Recalled | None = None
         self._run: Run | None = None
-        self._position = 0
-        self._pending: list[int] = []  # generated, but not decoded yet
-        self._used = 0  # cells
-        self._document_tokens = None if isinstance(document, str | None) else document
-        self._unread = False  # the document is left out, because reading it was stopped
-        self._protected = 0  # first tokens that reading never evicts: the system prompt
-        self._recaller: Recaller | None = None
-        self._recalled: Recalled | None = None  # for the last question
+        self._read_last: Reading | None = None
+        self._read_parts: dict[int, int] = {}  # segments it covered, and where each begins in it
+        self._cells: Cells | None = None
+        self._ledger = Ledger()
+        self._open_turn: int | None = None  # the turn whose question is still to come
+        self._compact = False
+        self._without_document = False  # reading it was stopped
+        self._adding: str | None = None
+
+    # what it is made of
+
+    @property
+    def texts(self) -> dict[str, str | Tokens]:
+        """The documents' texts by name, in the order they were added."""
+        return self.sources.texts
+
+    @property
+    def documents(self) -> list[Document]:
+        """What became of each document, in the order they were added."""
+        return self.sources.listed(self.ledger)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What stands in the cells."""
+        return self._ledger
+
+    @property
+    def cells(self) -> Cells:
+        """The cells, where something has been read."""
+        assert self._cells is not None
+        return self._cells
+
+    @property
+    def run(self) -> Run:
+        """What the last reading was planned for."""
+        assert self._run is not None
+        return self._run
+
+    @property
+    def reading(self) -> Reading | None:
+        """The last reading, with what is in the cache of it now; None before there was one."""
+        if self._read_last is None:
+            return None
+        kept = [start + self.ledger.kept(number) for number, start in self._read_parts.items()]
+        return replace(self._read_last, kept=np.concatenate(kept))
+
+    @property
+    def cells_used(self) -> int:
+        """Cells of the cache that are taken."""
+        return len(self.ledger)
+
+    @property
+    def parked_tokens(self) -> int:
+        """Tokens whose rows are parked."""
+        return self.sources.parked_tokens
+
+    @property
+    def parked_bytes(self) -> int:
+        """What parked rows take, with what finds them."""
+        return self.sources.parked_bytes
+
+    @property
+    def drafts(self) -> int:
+        """Lookahead tokens that a question drafts."""
+        return self.engine.drafts
+
+    @property
+    def _recalls(self) -> bool:
+        return self.engine.settings.recall != "off"
+
+    @property
+    def _reads_apart(self) -> bool:
+        """Whether every document is read, and recalled, by itself."""
+        return self._recalls and self.ageing.endless
 
     # reading
-
-    def _opening(self, question: str) -> Opening:
-        template = self.engine.template
-        if self.plain:
-            opening = template.plain(question)
-        else:
-            has_document = self.document is not None and len(self.document) > 0
-            opening = template.opening(
-                question, system=self.system, document=has_document and not self._unread
-            )
-        if not self.answer_prefix:
-            return opening
-        begun = self.engine.model.tokenize(self.answer_prefix)
-        tokens = np.concatenate((opening.after.tokens, begun)).astype(np.int32)
-        return replace(opening, after=Prompt(tokens, opening.after.ending + len(begun)))
-
-    def _sequence(self, before: Tokens) -> Tokens:
-        """Everything in front of the question."""
-        self._protected = len(before) if self.system else 0
-        if self._unread:
-            return before
-        if self._document_tokens is None:
-            assert isinstance(self.document, str | None)
-            self._document_tokens = self.engine.model.tokenize(self.document or "")
-        return np.concatenate((before, self._document_tokens)).astype(np.int32)
 
     def read(
         self,
         on_progress: Callable[[Progress], None] | None = None,
         *,
         question: str | None = None,
-        whole: bool = False,
+        keep_all_cells: bool = False,
     ) -> Reading:
-        """Reads the document, with a question in mind if one is given.
+        """Reads the documents, with a question in mind if one is given.
 
-        Without one each block asks for itself. The next `ask` starts the conversation anew. With
-        `whole` a one-shot policy can `choose_again`.
+        Without one each block asks for itself. The next `ask` starts the conversation anew.
+
+        Args:
+            on_progress: called after every micro-batch.
+            question: what the next turn will ask.
+            keep_all_cells: of a one-shot policy, so that it can `choose_again`.
 
         Raises:
-            UserError, Cancelled, KeyboardInterrupt: nothing of the document stays in the cache.
+            UserError, Cancelled, KeyboardInterrupt: nothing of the documents stays in the cache.
         """
-        self._unread = False
-        with self.engine._alone():
-            return self._read(*self._wanted(question), on_progress, whole=whole)
+        self._without_document = False
+        with self.engine.access.alone():
+            tokens, segments, asked, reply = self._wanted(question)
+            self._read(
+                tokens, segments, asked, reply, on_progress, keep_all_cells=keep_all_cells
+            )
+            reading = self.reading
+            assert reading is not None
+            return reading
+
+    def read_for_many(
+        self,
+        asked: Prompt | None,
+        reply: int,
+        on_progress: Callable[[Progress], None] | None,
+        *,
+        extra_cells: int,
+    ) -> Reading:
+        """As `read`, for a caller that has the engine and counts cells itself.
+
+        Args:
+            asked: the question that asks while the document is read; None where there are several.
+            reply: cells for what follows the document.
+            extra_cells: for answers to other questions, generated at the same time.
+        """
+        tokens, segments, _, _ = self._wanted("")
+        self._read(tokens, segments, asked, reply, on_progress, extra_cells=extra_cells)
+        assert self._read_last is not None
+        return self._read_last
 
     def check(self, question: str | None = None) -> Budget:
         """Refuses what `read` would refuse, without reading; returns what it would keep to."""
-        tokens, asked, reply = self._wanted(question)
+        tokens, segments, asked, reply = self._wanted(question)
         prompt = 0 if asked is None else len(asked)
         return self.engine.plan(
-            len(tokens), prompt, reply, asked=asked is not None, protected=self._protected
+            len(tokens),
+            prompt,
+            reply,
+            question_known=asked is not None,
+            protected=self._protected(segments),
         ).budget
 
     def choose_again(self, ratio: float) -> bool:
         """Goes on as if the document had just been read at another ratio.
 
         Returns:
-            Whether that could be done: only with a one-shot policy, after `read(whole=True)`.
+            Whether that could be done: only with a one-shot policy, after
+            `read(keep_all_cells=True)`.
         """
-        with self.engine._alone():
-            if not self._owns_cells or self._run is None or not self._run.reader.holds_whole:
+        with self.engine.access.alone():
+            reading = self._read_last
+            if reading is None or not self.owns_cells or not self.run.reader.holds_all:
                 return False
-            assert self.reading is not None
             settings = replace(self.engine.settings, ratio=ratio)
             settings.check()
             self.engine.settings = settings
-            budget = self.engine.budget(len(self.reading.tokens), self._protected)
-            self.reading = self._run.reader.choose_again(budget)
-            self._run = replace(self._run, budget=budget)
-            self.turns, self._pending = 0, []
-            self._position, self._used = self.reading.next_position, len(self.reading.kept)
+            budget = self.engine.budget(len(reading.tokens), reading.budget.protected)
+            self._read_last = self.run.reader.choose_again(budget)
+            self._run = replace(self.run, budget=budget)
+            self.turns, self.pending = 0, []
+            for number in self.ledger.numbers(TURN):
+                self.ledger.forget(number)
+            where = self._read_last.where(self._compact)
+            self.ledger.put(self.ledger.numbers(SYSTEM, DOCUMENT), where)
             return True
 
-    def _wanted(self, question: str | None) -> tuple[Tokens, Prompt | None, int]:
+    def _wanted(
+        self, question: str | None
+    ) -> tuple[Tokens, list[Segment], Prompt | None, int]:
         """What is read, what asks, and cells for what follows."""
         opening = self._opening(question or "")
-        tokens = self._sequence(opening.before)
+        segments = self._segments(opening.before)
+        tokens = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
         if question is None:
-            return tokens, None, self._room(len(tokens))
+            return tokens, segments, None, self._room(len(tokens), self._protected(segments))
         reply = len(opening.after) + self.max_tokens
-        if self.engine.fills_cells and self.goes_on:
-            reply = max(reply, self._room(len(tokens)))
-        return tokens, opening.after, reply
+        fills = self.engine.fills_cells and not self.one_turn
+        if fills or self._reads_apart:  # room for what recalling needs beside later turns, too
+            reply = max(reply, self._room(len(tokens), self._protected(segments)))
+        return tokens, segments, opening.after, reply
 
-    def _read_unasked(self) -> Reading:
-        return self._read(*self._wanted(None), None)
+    def _opening(self, question: str) -> Any:
+        document = bool(self.sources) and not self._without_document
+        return self.framing.opening(self.engine, question, system=self.system, document=document)
 
-    def _room(self, tokens: int, budget: Budget | None = None) -> int:
+    def _segments(self, before: Tokens) -> list[Segment]:
+        """The opening and the documents that are read with it."""
+        tokenize = self.engine.model.tokenize
+        segments = [Segment(SYSTEM, before)]
+        if self._without_document:
+            return segments
+        together = list(self.texts.items())[: 1 if self._reads_apart else None]
+        for name, text in together:
+            own = tokenize(text) if isinstance(text, str) else text
+            if len(segments) > 1:
+                own = np.concatenate((tokenize(SEPARATOR), own)).astype(np.int32)
+            segments.append(Segment(DOCUMENT, own, name))
+        return segments
+
+    def _protected(self, segments: list[Segment]) -> int:
+        """First tokens that reading never evicts: the system prompt."""
+        return len(segments[0].tokens) if self.system else 0
+
+    def _room(self, tokens: int, protected: int = 0, budget: Budget | None = None) -> int:
         """Cells for the turns: what --ctx-size leaves, else enough for a few.
 
         Args:
             tokens: of the document and what stands before it.
+            protected: first tokens of these that stay.
             budget: what was kept of them, where they were read before.
         """
         engine = self.engine
         room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
-        if budget is None and engine.fills_cells and engine.ctx_size is not None:
+        if budget is None and engine.fills_cells and engine.share is not None:
             # what is kept will take the rest
-            return max(self.max_tokens, min(room, engine.ctx_size // 4))
-        budget = budget or engine.budget(tokens, self._protected)
+            return max(self.max_tokens, min(room, engine.share // 4))
+        budget = budget or engine.budget(tokens, protected)
         kept = budget.kept + engine.recall_cells(budget)
-        cells = room if engine.ctx_size is None else engine.ctx_size - kept
+        cells = room if engine.share is None else engine.share - kept
         trained = engine.model.trained_context
         if trained > 0:
             # no position need move where there is room for a few turns behind all that is read
@@ -314,52 +349,127 @@ class Conversation:
                 cells = min(cells, trained - kept)
         return max(cells, self.max_tokens)
 
+    def room_after(self, budget: Budget) -> int:
+        """Cells for turns after a document that was read before."""
+        return self._room(budget.tokens, budget.protected, budget)
+
+    def _forget(self) -> None:
+        """Nothing has been read or said."""
+        self._read_last, self._cells, self._ledger = None, None, Ledger()
+        self._read_parts = {}
+        self.turns, self.pending, self.recalled, self._open_turn = 0, [], None, None
+        self.sources.forget_parked()
+
     def _read(
         self,
         tokens: Tokens,
+        segments: list[Segment],
         question: Prompt | None,
         reply: int,
         on_progress: Callable[[Progress], None] | None,
         *,
-        beside: int = 0,
-        whole: bool = False,
-        compact: bool | None = None,
-    ) -> Reading:
+        extra_cells: int = 0,
+        keep_all_cells: bool = False,
+    ) -> None:
         engine = self.engine
-        self.reading, self.turns, self._pending, self._recalled = None, 0, [], None
-        self.forget_parked()
-        engine.access.hand_over(None)
-        prompt = 0 if question is None else len(question)
+        later = [] if self._without_document else list(self.texts.items())[len(segments) - 1 :]
+        compact = self._compacts_with(later, len(tokens) + reply) if later else None
+        self._forget()
+        engine.leave(self)
         run = engine.prepare(
+            self,
             len(tokens),
-            prompt,
+            0 if question is None else len(question),
             reply,
-            asked=question is not None,
-            beside=beside,
-            protected=self._protected,
-            whole=whole,
+            question_known=question is not None,
+            extra_cells=extra_cells,
+            protected=self._protected(segments),
+            keep_all_cells=keep_all_cells,
             compact=compact,
         )
-        if self.goes_on:  # while cells are free to try it in: ageing will want to read rows
-            engine.try_row_format(run.reader)
-        recaller = engine.recaller(run)
-        whole = whole and not recaller and run.reader.context.cells >= len(tokens) + reply
-        reader = engine.first_reader(run) if recaller and question is None else run.reader
-        park = partial(recaller.park, reader=reader) if recaller else None
+        fits = run.reader.context.cells >= len(tokens) + reply
+        recaller = None
         try:
+            run.reader.forget()
+            if self.ageing.endless:  # while cells are free to try it: ageing will want to read rows
+                engine.try_row_format(run.reader)
+            recaller = engine.recaller(run)
+            reader = engine.first_reader(run) if recaller and question is None else run.reader
             reading = reader.read(
-                tokens, run.budget, question, on_progress=on_progress, whole=whole, park=park
+                tokens,
+                run.budget,
+                question,
+                on_progress=on_progress,
+                keep_all_cells=keep_all_cells and not recaller and fits,
+                park=partial(recaller.park, reader=reader) if recaller else None,
             )
             if recaller:
                 recaller.settle(reading)
         except BaseException:
             if recaller:
                 recaller.close()
+            engine.leave(self)
             raise
-        self._recaller, self._run, self.reading = recaller, run, reading
-        engine.access.hand_over(self)
-        self._position, self._used = reading.next_position, len(reading.kept)
-        return reading
+        self._run, self._compact = run, run.compact
+        self._enter(segments, reading, recaller)
+        if self.ageing.endless:
+            engine.warm_up_beside()
+        try:
+            for name, text in later:
+                self._read_onto(name, text, on_progress)
+        except BaseException:
+            self.without_document()
+            raise
+
+    def _enter(self, segments: list[Segment], reading: Reading, recaller: Recaller | None) -> None:
+        """Writes down what a reading from an empty cache has left."""
+        ledger = self._ledger
+        pools, start = reading.all_pools, 0
+        for segment in segments:
+            end = start + len(segment.tokens)
+            if segment.kind == DOCUMENT:
+                segment.pools = pools[start:end]
+            self._read_parts[ledger.new(segment)] = start
+            start = end
+        self._read_last = reading
+        where = recaller.position_of if recaller else reading.where(self._compact)
+        ledger.put(ledger.segments, where)
+        run = self.run
+        self._cells = Cells(run.reader.context, run.reader.main.number, run.limit, ledger)
+        self._cells.settled = not self._compact
+        if recaller and len(segments) > 1:
+            recaller.follow(ledger, list(ledger.segments))
+            self.sources.parked.append(Parked(tuple(ledger.segments), recaller))
+        elif recaller:  # a system prompt alone stays as it is
+            recaller.close()
+
+    def _compacts_with(self, later: list[tuple[str, str | Tokens]], tokens: int) -> bool:
+        """Whether positions move in a reading of several documents, one after the other.
+
+        Raises:
+            UserError: --ctx-size alone does not say how much each of them may keep.
+        """
+        settings, trained = self.engine.settings, self.engine.model.trained_context
+        if self.engine.fills_cells:
+            raise UserError(
+                "with --recall and several documents --ctx-size does not say how much to keep of "
+                "each; give --ratio too"
+            )
+        if settings.positions != "auto":
+            return settings.positions == "compact"
+        if trained <= 0:
+            return False
+        beyond = tokens + sum(len(self._tokens(text)) for _, text in later)
+        return trained < beyond
+
+    def _tokens(self, text: str | Tokens) -> Tokens:
+        return self.engine.model.tokenize(text) if isinstance(text, str) else text
+
+    def without_document(self) -> None:
+        """Goes on without the documents until `read` is called; nothing of them is in the cache."""
+        self._forget()
+        self.engine.leave(self)
+        self._without_document = True
 
     # turns
 
@@ -367,111 +477,192 @@ class Conversation:
         self, question: str, *, on_progress: Callable[[Progress], None] | None = None
     ) -> Answer:
         """The first turn: reads with the question in mind and answers it."""
-        return Answer(self, lambda reply: self.first_turn(question, reply, on_progress))
+        return Answer(
+            self.engine.access, lambda reply: self._first_turn(question, reply, on_progress), self
+        )
 
-    def first_turn(
-        self,
-        question: str,
-        reply: Reply,
-        on_progress: Callable[[Progress], None] | None = None,
+    def _first_turn(
+        self, question: str, reply: Reply, on_progress: Callable[[Progress], None] | None
     ) -> Iterator[str]:
-        """Reads with the question in mind and answers it."""
         started = time.perf_counter()
-        self._unread = False
-        asked = self._read_for(question, on_progress)
+        self._without_document = False
+        # where each document is read by itself, a question recalls of each in turn
+        apart = self._reads_apart and len(self.texts) > 1
+        tokens, segments, asked, room = self._wanted(None if apart else question)
+        self._read(tokens, segments, asked, room, on_progress)
+        asked = asked or self._opening(question).after
+        if apart:
+            self._recall(asked)
+        else:
+            self.ageing.make_room(self, asked)
         yield from self._answer(asked, reply, started)
-
-    def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
-        """Reads with the question in mind; returns what is decoded before the answer starts."""
-        self._read(*self._wanted(question), on_progress)
-        return self._opening(question).after
 
     def ask(self, question: str) -> Answer:
         """The next turn. An answer that is stopped half-way is dropped with its question.
 
         Raises:
-            UserError: the context is full, or the engine was asked something else meanwhile.
+            UserError: the context is full, or the conversation's cells are lost.
             Cancelled: `LaserKV.cancel` was called. Both while the answer is iterated over.
         """
-        return Answer(self, lambda reply: self._turn(question, reply))
+        return Answer(self.engine.access, lambda reply: self._turn(question, reply), self)
 
     def _turn(self, question: str, reply: Reply) -> Iterator[str]:
         started = time.perf_counter()
-        if self.reading is None:
-            self._read_unasked()
-        self._check_owner()
+        self._be_there()
         asked = self._prompt(question)
         self._recall(asked)
         yield from self._answer(asked, reply, started)
 
-    def recall(self, question: str) -> Recalled | None:
-        """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
+    def _be_there(self) -> None:
+        """Has something read and in the cache.
 
-        The document must have been read, or is read now. The conversation so far stays as it is; a
-        `Talk` makes room for the question first.
-
-        Returns:
-            What was moved; None without recall, or where everything is in the cache anyway.
+        Raises:
+            UserError: what was read is lost.
         """
-        with self.engine._alone():
-            if self.reading is None:
-                self._read_unasked()
-            self._check_owner()
-            self._recall(self._prompt(question))
-            return self._recalled
+        if self._read_last is None:
+            tokens, segments, asked, reply = self._wanted(None)
+            self._read(tokens, segments, asked, reply, None)
+        self.engine.come_back(self)
 
-    def recall_for(self, asked: Prompt) -> None:
-        """As if nothing had been asked or recalled since the document was read."""
-        if self._recaller and self.reading:
-            self._recaller.begin_again()
-            self._used += len(self._recaller.kept) - len(self.reading.kept)
-            self.reading.kept = self._recaller.kept
-        self._recall(asked)
-
-    def _recall(self, asked: Prompt) -> None:
-        self._recalled = None
-        if self._recaller is None or self.reading is None:
-            return
-        pending = np.array(self._pending, np.int32)
-        asked = Prompt(np.concatenate((pending, asked.tokens)), asked.ending)
-        recalled = self._recaller.recall(asked, self._position, self._used)
-        self._used += len(recalled.kept) - len(self.reading.kept)
-        self.reading.kept, self._recalled = recalled.kept, recalled
-
-    def save(self, path: str | Path) -> int:
-        """Writes the document as it was read, to be loaded in seconds; see `saved_document`."""
-        from laserkv_gguf.saving import document as saved_document
-
-        return saved_document.save(self, path)
-
-    def _adopt(self, run: Run, reading: Reading, recaller: Recaller | None) -> None:
-        """Takes over a document that lies in the context already."""
-        head = len(self.engine.template.opening("", system=self.system).before)
-        self._document_tokens = reading.tokens[head:]
-        self.document = self.engine.model.text(self._document_tokens)
-        self._recaller, self._run, self.reading = recaller, run, reading
-        self._position, self._used = reading.next_position, len(reading.kept)
-        self.engine.access.hand_over(self)
-
-    def forget_parked(self) -> None:
-        """Gives back the memory or file of parked rows; nothing can be recalled afterwards."""
-        if self._recaller:
-            self._recaller.close()
-        self._recaller = None
-
-    def _check_owner(self) -> None:
-        """Refuses to go on in cells that hold something else by now."""
-        if not self._owns_cells:
-            raise UserError(
-                "this conversation's cache is gone, because the engine was asked something else; "
-                "read() starts it again"
-            )
+    @property
+    def owns_cells(self) -> bool:
+        """Whether the cache holds what this conversation read and said."""
+        return self.engine.residents.holds(self)
 
     def _prompt(self, question: str) -> Prompt:
         """What the next turn decodes before its answer starts."""
+        if self._open_turn is not None:
+            return self.framing.go_on(self.engine, question, system=self.system)
         if self.turns == 0:
-            return self._opening(question).after
-        return self.engine.template.next_turn(question, system=self.system)
+            prompt: Prompt = self._opening_after(question)
+            return prompt
+        return self.framing.next_turn(self.engine, question, system=self.system)
+
+    def _opening_after(self, question: str) -> Prompt:
+        document = any(len(self.ledger.segments[n].tokens) for n in self.ledger.numbers(DOCUMENT))
+        opening = self.framing.opening(
+            self.engine, question, system=self.system, document=document
+        )
+        return opening.after
+
+    def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
+        cells, engine = self.cells, self.engine
+        prompt = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
+        room = self._room_left() - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the conversation has filled the context of {cells.limit} cells; "
+                "use /reset, or a larger --ctx-size"
+            )
+        mark, before = cells.mark(), (self.pending, self._open_turn)
+        sampling = replace(self.sampling, seed=self.sampling.seed + self.turns)
+        generation = Generation(
+            engine.model,
+            sampling,
+            min(self.max_tokens, room),
+            stop=self.stop,
+            ignore_end=engine.ignore_end,
+            reply=reply,
+        )
+        try:
+            with generation:
+                number = self._open_turn
+                if number is None:
+                    number = self.ledger.new(Segment(TURN))
+                cells.decode(prompt.astype(np.int32), number, outputs=1)
+                self.pending, self._open_turn = [], None
+                first = time.perf_counter()
+                while True:
+                    engine.access.check_cancelled()
+                    text = generation.sample(cells.context.handle)
+                    if text:
+                        yield text
+                    if generation.ended:
+                        break
+                    cells.decode(np.array([generation.last], np.int32), number, outputs=1)
+        except BaseException:
+            # the turn is dropped, the documents and earlier turns stay
+            self.pending, self._open_turn = before
+            if self.owns_cells:
+                cells.revert(mark)
+            raise
+        if reply.finish_reason == "length":
+            self.pending = [generation.last]
+        self.turns += 1
+        self.fill(reply, len(prompt), started, first)
+
+    def _room_left(self) -> int:
+        """Cells that the next question and its answer may take.
+
+        All cells of a sequence kept for `choose_again` are taken.
+        """
+        left = self.cells.limit - self.cells.used
+        if self.ageing.endless:
+            return min(left, self.trained - self.cells.position) if self.trained else left
+        if self.run.reader.holds_all:
+            assert self._read_last is not None
+            left -= len(self._read_last.tokens) - len(self._read_last.kept)
+        return left
+
+    def fill(
+        self, reply: Reply, prompt: int, started: float, first: float, *, apart: int = 0
+    ) -> None:
+        """Completes the account of an answer.
+
+        Args:
+            prompt: tokens of the question with the template around it.
+            started, first: when the turn began, and its first token was there
+                (`time.perf_counter`).
+            apart: tokens decoded in another sequence than the conversation's own.
+        """
+        engine, run, ledger = self.engine, self.run, self.ledger
+        assert self._read_last is not None
+        read, kept = ledger.tokens_of(SYSTEM, DOCUMENT), int(ledger.of_kind(SYSTEM, DOCUMENT).sum())
+        limit = self.cells.limit if self.ageing.endless else run.cells
+        account.fill(
+            reply.account,
+            self._read_last,
+            engine.settings,
+            policy=engine.policy.name or engine.settings.policy,
+            document_tokens=read,
+            kept_tokens=kept,
+            ctx_cells=limit,
+            kv_bytes=run.reader.context.kv_bytes,
+            full_kv_bytes=(ledger.tokens_read + apart) * engine.cell_bytes,
+            first_token_seconds=first - started,
+            prompt_tokens=prompt,
+            generated_tokens=len(reply.tokens),
+            seconds=time.perf_counter() - first,
+            seed=engine.seed,
+            ratio=run.budget.ratio if engine.fills_cells else engine.settings.ratio,
+            positions="compact" if self._compact else "original",
+            scoring=run.reader.scoring,
+        )
+        if self.sources.parked:
+            recaller = self.sources.recallers[0]
+            reply.account.recall = recaller.store.kind
+            reply.account.recall_mode = recaller.mode
+            reply.account.parked_tokens = self.parked_tokens
+            reply.account.parked_bytes = self.parked_bytes
+        if self.recalled:
+            reply.account.recalled_tokens = self.recalled.moved_in
+            reply.account.recall_calls = self.recalled.state_calls
+            reply.account.recall_seconds = self.recalled.seconds
+
+    def reset(self) -> None:
+        """Forgets the turns; the documents stay as they stand in the cache."""
+        with self.engine.access.alone():
+            if self._read_last is None or not self.engine.residents.can_come_back(self):
+                self._forget()
+                return
+            self._be_there()
+            with uninterrupted():
+                self.cells.evict(~self.ledger.of_kind(TURN))
+                for number in self.ledger.numbers(TURN):
+                    self.ledger.forget(number)
+                self.pending, self.turns, self._open_turn = [], 0, None
+
+    # likelihoods
 
     def log_likelihood(self, question: str, answer: str) -> float:
         """Mean log-probability (nats) of an answer's tokens, were it given to the next question.
@@ -481,16 +672,14 @@ class Conversation:
         Raises:
             UserError: an empty answer, or one with its question that the context cannot hold.
         """
-        with self.engine._alone():
-            if self.reading is None:
-                self._read_unasked()
-            self._check_owner()
-            prompt = np.concatenate((self._pending, self._prompt(question).tokens))
+        with self.engine.access.alone():
+            self._be_there()
+            prompt = np.concatenate((self.pending, self._prompt(question).tokens))
             wanted = self.engine.model.tokenize(answer)
             if not len(wanted):
                 raise UserError("an empty answer has no likelihood")
-            rows = self._log_probabilities(prompt, wanted)
-            return float(rows[np.arange(len(wanted)), wanted].mean(dtype=np.float64))
+            found = self.cells.log_probabilities(prompt, wanted, self._room_left())
+            return float(found[np.arange(len(wanted)), wanted].mean(dtype=np.float64))
 
     def log_probabilities(self, prompt: Tokens, following: Tokens) -> NDArray[np.float32]:
         """What the model thinks of tokens that might follow.
@@ -507,189 +696,409 @@ class Conversation:
         Raises:
             UserError: the context cannot hold them.
         """
-        with self.engine._alone():
-            if self.reading is None:
-                self._read_unasked()
-            self._check_owner()
-            return self._log_probabilities(np.concatenate((self._pending, prompt)), following)
+        with self.engine.access.alone():
+            self._be_there()
+            prompt = np.concatenate((self.pending, prompt))
+            return self.cells.log_probabilities(prompt, following, self._room_left())
 
-    def _log_probabilities(self, prompt: NDArray[Any], following: Tokens) -> NDArray[np.float32]:
-        assert self._run is not None
-        context = self._run.reader.context
-        room = self._room_left() - len(prompt) + 1
-        if len(following) > room:
-            raise UserError(
-                f"an answer of {len(following)} tokens does not fit: there is room for {room}; "
-                "use a larger --ctx-size or a shorter answer"
-            )
-        tokens = np.concatenate((prompt, following[:-1])).astype(np.int32)
-        rows = np.empty((len(following), self.engine.model.vocab_size), np.float32)
-        most = min(context.options.outputs, context.batch_size)
-        start, done = 0, 0  # of the tokens, of the rows
-        try:
-            while done < len(rows):
-                count = min(most, len(rows) - done)
-                end = len(prompt) - 1 + done + count
-                context.decode(tokens[start:end], self._position + start, MAIN, outputs=count)
-                for index in range(-count, 0):
-                    logits = context.logits(index).astype(np.float64)
-                    logits -= logits.max()
-                    rows[done + count + index] = logits - np.log(np.exp(logits).sum())
-                start, done = end, done + count
-        finally:
-            Sequence(context, MAIN).remove(self._position, -1)
-        return rows
+    # recall
 
-    def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
-        assert self._run is not None
-        assert self.reading is not None
-        context = self._run.reader.context
-        before = (self._position, self._used, list(self._pending))
-        prompt = np.concatenate((np.array(self._pending, np.int32), asked.tokens))
-        room = self._room_left() - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"the conversation has filled the context of {context.cells} cells; "
-                "use /reset, or a larger --ctx-size"
-            )
-        try:
-            context.decode(prompt, self._position, MAIN, outputs=1)
-            self._position += len(prompt)
-            self._used += len(prompt)
-            self._pending = []
-            first = time.perf_counter()
-            yield from self._generate(context, reply, min(self.max_tokens, room))
-        except BaseException:
-            # the turn is dropped, the document and earlier turns stay
-            self._position, self._used, self._pending = before
-            if self._owns_cells:
-                context.resume()
-                Sequence(context, MAIN).remove(self._position, -1)
-            raise
-        self.turns += 1
-        assert self.reading is not None
-        self._fill(reply, len(prompt), started, first, self._used - len(self.reading.kept))
+    def recall(self, question: str) -> Recalled | None:
+        """Brings the tokens into the cache that the next turn's question needs; `ask` does it too.
 
-    def _room_left(self) -> int:
-        """Cells that the next question and its answer may take.
+        The document must have been read, or is read now. Room is made for the question first.
 
-        A whole sequence kept for `choose_again` takes its own.
+        Returns:
+            What was moved; None without recall, or where everything is in the cache anyway.
         """
-        assert self._run is not None
-        assert self.reading is not None
-        reader, reading = self._run.reader, self.reading
-        held = len(reading.tokens) - len(reading.kept) if reader.holds_whole else 0
-        return reader.context.cells - self._used - held
+        with self.engine.access.alone():
+            self._be_there()
+            self._recall(self._prompt(question))
+            return self.recalled
 
-    def _generate(self, context: Context, reply: Reply, limit: int) -> Iterator[str]:
-        model, decoder = self.engine.model, PieceDecoder(self.engine.model)
-        with Sampler(replace(self.sampling, seed=self.sampling.seed + self.turns)) as sampler:
-            while True:
-                self.engine.access.check_cancelled()
-                token = sampler.sample(context.handle)
-                if model.ends_generation(token) and not self.engine.ignore_end:
-                    reply.finish_reason = "stop"
-                    break
-                reply.tokens.append(token)
-                text = decoder.feed(token)
-                reply.text += text
-                if text:
-                    yield text
-                if len(reply.tokens) >= limit:
-                    reply.finish_reason = "length"
-                    self._pending = [token]
-                    break
-                context.decode(np.array([token], np.int32), self._position, MAIN, outputs=1)
-                self._position += 1
-                self._used += 1
-        rest = decoder.finish()
-        reply.text += rest
-        if rest:
-            yield rest
+    def recall_for(self, asked: Prompt) -> None:
+        """Recalls for a question as if it were the first: what earlier ones recalled is undone."""
+        for recaller in self.sources.recallers:
+            recaller.begin_again()
+        self._recall(asked)
 
-    def _fill(self, reply: Reply, prompt: int, started: float, first: float, followed: int) -> None:
-        """Completes the account of an answer; `followed`: tokens decoded after the document."""
-        assert self._run is not None
-        assert self.reading is not None
-        engine, run, reading = self.engine, self._run, self.reading
-        budget, timings = reading.budget, reading.timings
-        seconds = time.perf_counter() - first
-        whole = len(reading.tokens) + followed
-        reply.account = Account(
-            policy=engine.policy.name or engine.settings.policy,
-            document_tokens=len(reading.tokens),
-            kept_tokens=len(reading.kept),
-            kept_fraction=len(reading.kept) / max(len(reading.tokens), 1),
-            blocks=len(budget.blocks),
-            budget=budget.block,
-            anchors=budget.anchors,
-            window=budget.window,
-            long_term=budget.long_term,
-            ctx_cells=run.cells,
-            kv_bytes=run.reader.context.kv_bytes,
-            full_kv_bytes=whole * engine.cell_bytes,
-            prefill_seconds=timings.total,
-            **{f"{step}_seconds": getattr(timings, step) for step in STEPS},
-            first_token_seconds=first - started,
-            prompt_tokens=prompt,
-            generated_tokens=len(reply.tokens),
-            decode_tokens_per_second=len(reply.tokens) / seconds if seconds > 0 else 0.0,
-            seed=engine.seed,
-            ratio=budget.ratio if engine.fills_cells else engine.settings.ratio,
-            block_size=engine.settings.block_size,
-            protection_divisor=engine.settings.protection_divisor,
-            positions="compact" if run.compact else "original",
-            scoring=run.reader.scoring,
-            kept_per_block=reading.kept_per_block,
+    def _recall(self, asked: Prompt) -> None:
+        """Makes room for a question, and then recalls its tokens of one document after the other.
+
+        Whatever goes wrong, all documents' tokens in the cache are those of the question before.
+        """
+        self.recalled = None
+        self.ageing.make_room(self, asked)
+        recallers = self.sources.recallers
+        if not recallers:
+            return
+        self.cells.settle()
+        prompt = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
+        prompt = Prompt(prompt, asked.ending)
+        before = [recaller.kept for recaller in recallers]
+        done: list[Recalled] = []
+        try:
+            for number, recaller in enumerate(recallers):
+                hidden = [other.inner for other in recallers[number + 1 :]]
+                done.append(
+                    recaller.recall(prompt, self.cells.position, self.cells.used, hidden)
+                )
+        except BaseException:
+            for recaller, kept in zip(recallers[: len(done)], before, strict=False):
+                recaller.go_back(kept)
+            raise
+        starts = np.cumsum([0, *(recaller.budget.tokens for recaller in recallers)])
+        self.recalled = Recalled(
+            np.concatenate([one.kept + start for one, start in zip(done, starts, strict=False)]),
+            sum(one.moved_in for one in done),
+            sum(one.moved_out for one in done),
+            sum(one.state_calls for one in done),
+            sum(one.seconds for one in done),
         )
-        parked = self._parked
-        if parked:
-            reply.account.recall = parked[0].store.kind
-            reply.account.recall_mode = parked[0].mode
-            reply.account.parked_tokens = self.parked_tokens
-            reply.account.parked_bytes = self.parked_bytes
-        if self._recalled:
-            reply.account.recalled_tokens = self._recalled.moved_in
-            reply.account.recall_calls = self._recalled.state_calls
-            reply.account.recall_seconds = self._recalled.seconds
 
-    def reset(self) -> None:
-        """Forgets the turns; the document stays as it was read."""
-        with self.engine._alone():
-            self._pending, self.turns = [], 0
-            if self._run is None or self.reading is None or not self._owns_cells:
-                self.reading = None
+    # room for the next turn
+
+    @property
+    def trained(self) -> int:
+        """Positions there are; 0 for any number."""
+        if self.engine.settings.positions == "original":
+            return 0
+        return max(self.engine.model.trained_context, 0)
+
+    @property
+    def capacity(self) -> int:
+        """Cells, but no more than there are positions the model was trained for.
+
+        Where documents are parked positions are counted by themselves: not all of them can move.
+        """
+        cells = self.cells.limit - self.sources.extra_cells(self.drafts)
+        return cells if self.sources.parked or not self.trained else min(cells, self.trained)
+
+    @property
+    def space(self) -> Space:
+        """The cells as they are taken, with no question asked yet.
+
+        Of parked documents what a question recalls counts, where the one before had less room.
+        """
+        recallers = self.sources.recallers
+        recalled = sum(recaller.budget.kept - len(recaller.kept) for recaller in recallers)
+        return replace(
+            self.turns_from(0),
+            capacity=self.capacity,
+            system=int(self.ledger.of_kind(SYSTEM).sum()),
+            documents=int(self.ledger.of_kind(DOCUMENT).sum()) + recalled,
+        )
+
+    def turns_from(self, start: int) -> Space:
+        """The turns' rows from a position on."""
+        ledger, turns = self.ledger, self.ledger.numbers(TURN)
+        after = ledger.segment[ledger.position >= start]
+        rows = {n: int((after == n).sum()) for n in turns}
+        aged = sum(rows[n] for n in turns if ledger.segments[n].aged)
+        whole = tuple(rows[n] for n in turns if not ledger.segments[n].aged)
+        return Space(0, 0, 0, aged, whole, 0, self.max_tokens)
+
+    def share_room(self, space: Space) -> Thinning | None:
+        """What must be thinned; how much every parked document may recall is set along the way.
+
+        Raises:
+            UserError: the question does not fit beside anchors and windows.
+        """
+        recallers = self.sources.recallers
+        for recaller in recallers:
+            recaller.limit = recaller.budget.kept
+        while True:
+            extra = self.sources.extra_cells(self.drafts)
+            thinning = replace(space, capacity=self.capacity).thinning()
+            if thinning is None or thinning.documents is None:
+                return thinning
+            for recaller in recallers:
+                fewer = (space.documents - thinning.documents) * recaller.budget.kept
+                recaller.limit = recaller.budget.kept - -(-fewer // max(space.documents, 1))
+                if recaller.limit < recaller.protected:
+                    raise UserError(
+                        f"a question of {space.prompt} tokens does not fit beside what is always "
+                        f"kept of the documents into {self.cells.limit} cells; shorten it, "
+                        "/drop a document, or use a larger --ctx-size"
+                    )
+            if self.sources.extra_cells(self.drafts) <= extra:
+                return thinning
+
+    def shrink_parked(self) -> None:
+        """Frees cells that parked documents may not have for this question."""
+        for recaller in self.sources.recallers:
+            recaller.shrink()
+
+    def move_down(self, room: int, *, always: bool = False) -> None:
+        """Moves all tokens together where so many more would pass the trained context.
+
+        Parked documents stay where they are, and with them what stands before the last of them.
+
+        Raises:
+            UserError: llama.cpp cannot move them.
+        """
+        trained, wanted = self.engine.model.trained_context, self.engine.settings.positions
+        beyond = wanted == "auto" and 0 < trained < self.cells.position + room
+        if always or beyond or wanted == "compact" or self._compact:
+            self.cells.close_gaps(self.sources.first_movable)
+
+    # documents that come and go
+
+    def add(
+        self, name: str, text: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> Document:
+        """Reads one more document, block by block, after what was said so far.
+
+        The next question is asked about it. Every block asks for itself, for that question is not
+        known yet.
+
+        Raises:
+            UserError: it does not fit, or one of this name is here already.
+            Cancelled, KeyboardInterrupt: it was stopped, or dropped; nothing of it stays.
+        """
+        if name in self.texts:
+            raise UserError(f"there is a document {name} already; /drop it first")
+        with self.engine.access.alone():
+            if self._read_last is None:
+                self._without_document = True  # what was stopped before waits for read()
+            self._be_there()
+            self._adding = name
+            try:
+                self._read_onto(name, text, on_progress)
+            finally:
+                self._adding = None
+            self.texts[name] = text
+        return self.documents[-1]
+
+    def _read_onto(
+        self, name: str, text: str | Tokens, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        engine, opens = self.engine, self._open_turn is None and self.turns > 0
+        opening = np.empty(0, np.int32)
+        if opens:
+            opening = self.framing.opens_turn(engine, system=self.system)
+        tokens = self._tokens(text)
+        if not opens and self._documents_in_turn():
+            tokens = np.concatenate((engine.model.tokenize(SEPARATOR), tokens)).astype(np.int32)
+        glue = len(self.pending) + len(opening)
+        budget, wanted, compact = self._planned(name, len(tokens), glue)
+        self._grow(wanted)
+        if compact:
+            self.move_down(glue + len(tokens), always=True)
+        cells, run = self.cells, self.run
+        reader = engine.reader_for(self, compact)
+        run = replace(run, budget=budget, reader=reader, compact=compact)
+        mark, before, recaller, park = cells.mark(), (self.pending, self._open_turn), None, None
+        try:
+            if self.pending:
+                last = self.ledger.numbers(TURN)[-1]
+                cells.decode(np.array(self.pending, np.int32), last)
+            if opens:
+                self._open_turn = self.ledger.new(Segment(TURN))
+                cells.decode(opening, self._open_turn)
+            start = cells.position
+            recaller = engine.recaller(run, start, self.ledger.next_number)
+            if recaller:
+                reader = engine.first_reader(run)
+                park = partial(recaller.park, reader=reader)
+            reading = reader.read(tokens, budget, on_progress=on_progress, start=start, park=park)
+            if recaller:
+                recaller.settle(reading)
+        except BaseException:
+            if recaller:
+                recaller.close()
+            self.pending, self._open_turn = before
+            if self.owns_cells:
+                cells.revert(mark)
+            raise
+        with uninterrupted():
+            number = self.ledger.new(Segment(DOCUMENT, tokens, name, reading.all_pools))
+            where = recaller.position_of if recaller else reading.where(compact, start)
+            self.ledger.put([number], where)
+            if recaller:
+                recaller.follow(self.ledger, [number])
+                self.sources.parked.append(Parked((number,), recaller))
+            self.pending, self._compact = [], self._compact or compact
+            cells.settled = not compact  # the last block's eviction may have moved tokens
+
+    def _documents_in_turn(self) -> bool:
+        """Whether a document stands in the turn whose question is still to come."""
+        first = -1 if self._open_turn is None else self._open_turn
+        return any(number > first for number in self.ledger.numbers(DOCUMENT))
+
+    def _planned(self, name: str, tokens: int, glue: int) -> tuple[Budget, int, bool]:
+        """Budget, cells and whether positions move, for one more document.
+
+        Where the cells are given, smaller blocks are tried before turns must make room.
+        """
+        engine, cells = self.engine, self.cells
+        settings, trained = engine.settings, engine.model.trained_context
+        beyond = 0 < trained < cells.position + glue + tokens + self.max_tokens
+        compact = settings.positions == "compact" or (settings.positions == "auto" and beyond)
+        limits = [(engine.share, "cells")] if engine.share else []
+        limits += [(trained - self._gaps, "positions")] if compact else []
+        limit, of = min(limits, default=(None, ""))
+        space, used = self.space, cells.used
+        stays = space.system + space.documents
+        turn = 2 * min(self.max_tokens, SHORT_ANSWER) + SHORT_ANSWER
+
+        def extra(budget: Budget) -> int:
+            return max(self.sources.extra_cells(self.drafts), engine.recall_cells(budget))
+
+        def needed(budget: Budget, used: int) -> int:
+            later = stays + budget.kept + extra(budget) + turn
+            return max(used + glue + budget.cells(0, 0, 0), later)
+
+        def planned(ratio: float, used: int) -> Budget | None:
+            size = settings.block_size
+            while size >= min(LEAST_BLOCK, settings.block_size):
+                divisor = settings.protection_divisor
+                budget = engine.policy.budget(tokens, size, ratio, divisor)
+                if limit is None or needed(budget, used) <= limit:
+                    return budget
+                size //= 2
+            return None
+
+        movable = self.sources.first_movable if compact else 0
+        turns = self.turns_from(movable)
+        history = turns.aged + sum(turns.whole)
+        budget = planned(settings.ratio, used)
+        if budget is None:
+            budget = planned(settings.ratio, used - history // 2)
+            if budget is not None and limit is not None:
+                free(self, needed(budget, used) - limit, self.ledger.numbers(TURN), movable)
+        if budget is None:
+            remedy = "start with a larger --ctx-size"
+            if of == "positions":  # parked documents do not move
+                shorter = "--positions compact" if self.sources.parked else "a lower --ratio"
+                remedy = f"start with {shorter}"
+            for thousandths in range(int(settings.ratio * 1000), 0, -1):
+                if planned(thousandths / 1000, used - history // 2):
+                    remedy = f"/set ratio {thousandths / 1000:g} keeps less, or {remedy}"
+                    break
+            raise UserError(
+                f"{name} ({tokens} tokens) does not fit beside what is here into {limit} {of}; "
+                f"/drop a document, or {remedy}"
+            )
+        room = max(CONVERSATION_CELLS, 2 * self.max_tokens) + extra(budget)
+        wanted = max(needed(budget, cells.used), stays + budget.kept + room)
+        return budget, wanted if limit is None else min(wanted, limit), compact
+
+    @property
+    def _gaps(self) -> int:
+        """Positions without a token that cannot be closed: parked documents keep them."""
+        fixed = self.sources.first_movable
+        return fixed - int((self.ledger.position < fixed).sum())
+
+    def _grow(self, cells: int) -> None:
+        """Has more cells, in a larger context where this one has no more."""
+        if self.engine.share is None and cells > self.cells.limit:
+            self.engine.grow(self, cells)
+
+    def drop(self, name: str) -> None:
+        """Takes a document out of the cache; one that is being read is stopped.
+
+        Raises:
+            UserError: there is no such document.
+        """
+        if name == self._adding:
+            self.engine.cancel()
+            return
+        if name not in self.texts:
+            raise UserError(f"there is no document {name}; /docs lists them")
+        with self.engine.access.alone():
+            del self.texts[name]
+            number = self.ledger.document(name)
+            if number is None or not self.engine.residents.can_come_back(self):
                 return
-            self._position, self._used = self.reading.next_position, len(self.reading.kept)
-            Sequence(self._run.reader.context, MAIN).remove(self._position, -1)
+            self._be_there()
+            with uninterrupted():
+                self.sources.forget_parked(number)
+                self._remove(number)
+                if self._open_turn is not None and not self._documents_in_turn():
+                    # the turn was opened for it
+                    self._remove(self._open_turn)
+                    self._open_turn = None
 
-    def without_document(self) -> None:
-        """Goes on without the document until `read` is called; nothing of it is in the cache."""
-        self.reading, self.turns, self._pending = None, 0, []
-        self._unread = True
-        self.forget_parked()
+    def _remove(self, number: int) -> None:
+        self.cells.evict(self.ledger.segment != number)
+        self.ledger.forget(number)
 
-    @property
-    def _parked(self) -> list[Recaller]:
-        """What is parked, in the order of its positions."""
-        return [self._recaller] if self._recaller else []
+    # in the engine, aside, and in a file
 
-    @property
-    def parked_tokens(self) -> int:
-        """Tokens whose rows are parked."""
-        return sum(recaller.store.parked for recaller in self._parked)
+    def save(self, path: str | Path) -> int:
+        """Writes what was read; with all turns where the conversation has no end.
 
-    @property
-    def parked_bytes(self) -> int:
-        """What parked rows take, with what finds them."""
-        return sum(recaller.bytes for recaller in self._parked)
+        Returns:
+            Bytes written.
 
-    @property
-    def _owns_cells(self) -> bool:
-        """Whether the context still holds what this conversation read and said."""
-        return self.engine.access.holder is self
+        Raises:
+            UserError: nothing has been read, what was read is lost, or the place cannot be written
+                to.
+            LaserKVError: the disk is full; nothing is left behind.
+        """
+        return self.engine.save(self, path)
 
-    @property
-    def cells_used(self) -> int:
-        """Cells of the cache that are taken."""
-        return self._used
+    def lose_cells(self) -> None:
+        """Called when others take the cells and nothing is put aside."""
+        self.sources.forget_parked()
+
+    def take_out(self) -> NDArray[np.uint8]:
+        """The cells as llama.cpp saves them, before they are put aside."""
+        return self.cells.state()
+
+    def put_back(self, saved: NDArray[np.uint8], reader: Reader, limit: int) -> None:
+        """Goes on in other cells, which then hold, bit for bit, what was taken out."""
+        self.cells.restore(saved, reader.context, reader.main.number, limit)
+        self._run = replace(self.run, reader=reader, limit=limit)
+        for recaller in self.sources.recallers:
+            recaller.use(reader)
+
+    def state(self) -> State:
+        """What saving writes; reads the documents where that has not been done.
+
+        Raises:
+            UserError: what was read is lost.
+        """
+        self._be_there()
+        assert self._read_last is not None
+        return State(
+            self.ledger,
+            self.cells.state(),
+            self._read_last.budget,
+            self.pending,
+            self.turns,
+            self.thinnings,
+            self._open_turn,
+            self._compact,
+            self._without_document,
+        )
+
+    def adopt(self, run: Run, reading: Reading, recaller: Recaller | None) -> None:
+        """Takes over a document that stands in its cells already; its segments are made anew."""
+        head = len(self.engine.template.opening("", system=self.system).before)
+        tokens = reading.tokens[head:]
+        self.texts["document"] = self.engine.model.text(tokens)
+        segments = [
+            Segment(SYSTEM, reading.tokens[:head]),
+            Segment(DOCUMENT, tokens, "document"),
+        ]
+        self._run, self._compact = run, run.compact
+        self._enter(segments, reading, recaller)
+        self.cells.settled = True
+
+    def take_over(self, state: State, run: Run) -> None:
+        """Becomes what was saved, in a run whose cells hold it already."""
+        self._run, self._ledger, self._compact = run, state.ledger, state.compact
+        reader = run.reader
+        self._cells = Cells(reader.context, reader.main.number, run.limit, state.ledger)
+        self.pending, self.turns, self.thinnings = state.pending, state.turns, state.thinnings
+        self._open_turn, self._without_document = state.open_turn, state.without_document
+        ledger = state.ledger
+        numbers = ledger.numbers(SYSTEM, DOCUMENT)
+        tokens = np.concatenate([ledger.segments[number].tokens for number in numbers])
+        starts = np.cumsum([0, *(len(ledger.segments[number].tokens) for number in numbers)])
+        self._read_parts = dict(zip(numbers, starts.tolist(), strict=False))
+        self._read_last = Reading(
+            tokens, state.budget, np.empty(0, np.int64), ledger.next_position, Timings()
+        )

@@ -12,18 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from laserkv_gguf.conversation.conversation import Conversation, Reply
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.budget import padded
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.generation import Generation, Reply
+from laserkv_gguf.engine.engine import Engine
+from laserkv_gguf.engine.residents import sequence_count
 from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama import sequence
 from laserkv_gguf.llama.chat import Prompt
-from laserkv_gguf.llama.context import MAX_SEQUENCES, Context, padded
-from laserkv_gguf.llama.model import PieceDecoder, Tokens
-from laserkv_gguf.llama.sampler import Sampler, Sampling
+from laserkv_gguf.llama.context import MAX_SEQUENCES, Context
+from laserkv_gguf.llama.model import Tokens
+from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress
 
 FIRST = sequence.SPARE + 1
@@ -78,7 +79,7 @@ class Spent:
 
 
 def answer(
-    engine: LaserKV,
+    engine: Engine,
     questions: Sequence[Question],
     on_reply: Callable[[int, Reply | Exception], None],
     *,
@@ -125,23 +126,23 @@ def answer(
         Closed: the engine is closed; likewise.
     """
     check(parallel, engine)
-    with engine._alone():
-        together = _Together(engine, document, sampling, parallel, on_reply, on_progress)
+    with engine.access.alone():
+        together = _BatchedAnswers(engine, document, sampling, parallel, on_reply, on_progress)
         together.spent = together.spent if spent is None else spent
         try:
             together.run(questions, read_once, answered)
         finally:
-            engine.access.hand_over(None)
+            together.leave()
         return together.spent
 
 
-def check(parallel: int, engine: LaserKV) -> None:
+def check(parallel: int, engine: Engine) -> None:
     """Refuses a number of answers that llama.cpp cannot generate at a time.
 
     Raises:
         UserError: with the remedy in one line.
     """
-    most = min(MOST, engine.options.batch_size)
+    most = min(MOST, engine.options.batch)
     if not 1 <= parallel <= most:
         raise UserError(f"--parallel {parallel}: give 1 to {most} answers at a time")
 
@@ -172,46 +173,28 @@ class _Live:
     planned: _Planned
     cells: sequence.Sequence
     position: int
-    sampler: Sampler
-    decoder: PieceDecoder
+    generation: Generation
     started: float
     first: float = 0.0
     decoded: int = 0
-    reply: Reply = field(default_factory=Reply)
     error: Exception | None = None
 
     @property
     def ended(self) -> bool:
-        return bool(self.error or self.reply.finish_reason)
-
-    def take(self, token: int, *, ends: bool) -> None:
-        """Adds a token to the answer, or ends it."""
-        reply, question = self.reply, self.planned.question
-        if ends:
-            reply.finish_reason = "stop"
-        else:
-            reply.tokens.append(token)
-            reply.text += self.decoder.feed(token)
-            if len(reply.tokens) >= question.max_tokens:
-                reply.finish_reason = "length"
-        if reply.finish_reason:
-            reply.text += self.decoder.finish()
-        found = [at for at in map(reply.text.find, question.stop) if at >= 0]
-        if found:
-            reply.text, reply.finish_reason = reply.text[: min(found)], "stop"
+        return bool(self.error or self.generation.ended)
 
     def leave(self) -> None:
         """Frees its cells; the document's stay."""
-        self.sampler.close()
+        self.generation.close()
         self.cells.remove()
 
 
-class _Together:
+class _BatchedAnswers:
     """One call of `answer`."""
 
     def __init__(
         self,
-        engine: LaserKV,
+        engine: Engine,
         document: str | None,
         sampling: Sampling | None,
         parallel: int,
@@ -223,6 +206,13 @@ class _Together:
         self.on_reply, self.on_progress = on_reply, on_progress
         self.spent = Spent()
         self.tokens = engine.model.tokenize(document or "")
+        self.conversation: Conversation | None = None
+
+    def leave(self) -> None:
+        """Frees what the document takes."""
+        if self.conversation is not None:
+            self.engine.leave(self.conversation)
+            self.conversation.lose_cells()
 
     def run(self, questions: Sequence[Question], read_once: bool, answered: Container[int]) -> None:
         """Sorts the questions by what is read before them, and answers those of one kind."""
@@ -239,7 +229,8 @@ class _Together:
             kinds.setdefault((question.system, planned.compact), []).append(planned)
         for (system, _), alike in kinds.items():
             waiting = [planned for planned in alike if planned.index not in answered]
-            conversation = Conversation(self.engine, document=self.document, system=system)
+            conversation = Conversation(self.engine, document=self.tokens, system=system)
+            self.conversation = conversation
             if alike[0].recalls:
                 self._answer_recalling(conversation, alike, waiting)
             elif alike[0].asked:
@@ -263,7 +254,7 @@ class _Together:
             tokens,
             prompt,
             prompt + question.max_tokens,
-            asked=asked,
+            question_known=asked,
             protected=len(opening.before) if question.system else 0,
         )
         asked = asked and any(block.evicts for block in plan.budget.blocks)
@@ -324,7 +315,7 @@ class _Together:
         Whichever questions meet, they need no more than this.
         """
         cells = sorted((planned.cells for planned in alike), reverse=True)[: self.parallel]
-        limit = self.engine.ctx_size
+        limit = self.engine.share
         while limit is not None and len(cells) > 1 and alike[0].kept + sum(cells) > limit:
             cells.pop()
         return cells
@@ -332,27 +323,26 @@ class _Together:
     def _make_ready(self, conversation: Conversation, planned: _Planned, cells: list[int]) -> None:
         """Has what belongs to the document in the main sequence, for a question or for all."""
         self._reserve()
-        conversation._protected = len(planned.before) if conversation.system else 0
-        reading = conversation._read(
-            np.concatenate((planned.before, self.tokens)).astype(np.int32),
+        reading = conversation.read_for_many(
             planned.prompt if planned.asked else None,
             cells[0],
             self.on_progress,
-            beside=sum(cells[1:]),
+            extra_cells=sum(cells[1:]),
         )
         self.spent.reading += reading.timings.total
         self.spent.readings += 1
 
     def _reserve(self) -> None:
         """Enough sequences; a context that was made with fewer is made anew."""
-        engine, needed = self.engine, FIRST + self.parallel
-        if engine.options.sequences >= needed:
-            return
-        engine.options = replace(engine.options, sequences=needed)
-        engine.access.hand_over(None)
-        if engine._context:
-            engine._context.close()
-            engine._context = None
+        engine, needed = self.engine, self._first_sequence + self.parallel
+        if engine.options.sequences < needed:
+            engine.options = replace(engine.options, sequences=needed)
+
+    @property
+    def _first_sequence(self) -> int:
+        """The first of the sequences that answers are generated in; conversations have others."""
+        most = self.engine.residents.most
+        return FIRST if most == 1 else sequence_count(most)
 
     # answering
 
@@ -364,10 +354,10 @@ class _Together:
         began: float | None,
     ) -> None:
         """Answers as many at a time as there are places; `began`: when reading for one did."""
-        assert conversation._run is not None
-        context = conversation._run.reader.context
+        context = conversation.cells.context
         queue = deque(waiting)
-        free = list(range(FIRST, FIRST + places))
+        first = self._first_sequence
+        free = list(range(first, first + places))
         live: list[_Live] = []
         try:
             while queue or live:
@@ -376,7 +366,7 @@ class _Together:
                     one.started = began or one.started
                     live.append(one)
                     with self.spent.timed():
-                        self._ask(context, one)
+                        self._ask(context, conversation.cells.main, one)
                 with self.spent.timed():
                     self._step(context, [one for one in live if not one.ended])
                 for one in [one for one in live if one.ended]:
@@ -391,24 +381,31 @@ class _Together:
     def _begin(
         self, conversation: Conversation, context: Context, planned: _Planned, number: int
     ) -> _Live:
+        question, engine = planned.question, self.engine
+        generation = Generation(
+            engine.model,
+            self.sampling,
+            question.max_tokens,
+            stop=question.stop,
+            ignore_end=engine.ignore_end,
+        )
         return _Live(
             planned,
             sequence.Sequence(context, number),
-            conversation._position,
-            Sampler(self.sampling),
-            PieceDecoder(self.engine.model),
+            conversation.cells.position,
+            generation,
             time.perf_counter(),
         )
 
-    def _ask(self, context: Context, one: _Live) -> None:
+    def _ask(self, context: Context, main: sequence.Sequence, one: _Live) -> None:
         """Decodes the question behind the document, and samples the answer's first token."""
         tokens = one.planned.prompt.tokens
         try:
-            sequence.Sequence(context, sequence.MAIN).share_with(one.cells)
+            main.share_with(one.cells)
             context.decode(tokens, one.position, one.cells.number, outputs=1)
             one.first = time.perf_counter()
             one.decoded = len(tokens)
-            self._take(one, one.sampler.sample(context.handle))
+            self._sample(context, one, -1)
         except (Cancelled, Closed):
             raise
         except Exception as error:
@@ -421,13 +418,13 @@ class _Together:
             return
         try:
             context.decode_parallel(
-                [one.reply.tokens[-1] for one in live],
+                [one.generation.last for one in live],
                 [one.position + one.decoded for one in live],
                 [one.cells.number for one in live],
             )
             for row, one in enumerate(live):
                 one.decoded += 1
-                self._take(one, one.sampler.sample(context.handle, row))
+                self._sample(context, one, row)
         except (Cancelled, Closed):
             raise
         except Exception as error:
@@ -435,18 +432,19 @@ class _Together:
                 if not one.ended:
                     one.error = error
 
-    def _take(self, one: _Live, token: int) -> None:
-        ends = self.engine.model.ends_generation(token) and not self.engine.ignore_end
-        self.spent.tokens += not ends
-        one.take(token, ends=ends)
+    def _sample(self, context: Context, one: _Live, row: int) -> None:
+        before = len(one.generation.reply.tokens)
+        one.generation.sample(context.handle, row)
+        self.spent.tokens += len(one.generation.reply.tokens) - before
 
     def _deliver(self, conversation: Conversation, one: _Live) -> None:
-        run, reply, planned = conversation._run, one.reply, one.planned
+        reply, planned = one.generation.reply, one.planned
         if one.error is not None:
             self.on_reply(planned.index, one.error)
             return
-        assert run is not None
-        conversation._fill(reply, len(planned.prompt), one.started, one.first, one.decoded)
+        conversation.fill(
+            reply, len(planned.prompt), one.started, one.first, apart=one.decoded
+        )
         # the context may be larger, for what was asked before; that is no cost of this answer
-        reply.account.kv_bytes = padded(run.cells) * self.engine.cell_bytes
+        reply.account.kv_bytes = padded(conversation.run.cells) * self.engine.cell_bytes
         self.on_reply(planned.index, reply)

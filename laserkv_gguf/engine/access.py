@@ -46,21 +46,14 @@ _open = closed_at_exit(lambda access: access.close(_PATIENCE))
 class Engine(Protocol):
     """What is accessed. All three are called by whoever is inside, `stop` by anybody."""
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """Makes what is decoded now, and anything after it, end soon."""
 
-    def _resume(self) -> None:
-        """Takes `_stop` back."""
+    def resume(self) -> None:
+        """Takes `stop` back."""
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Gives all native memory back; again where it was interrupted."""
-
-
-class Holder(Protocol):
-    """A conversation that has something in the cells."""
-
-    def forget_parked(self) -> None:
-        """Called when it loses them: what it parked beside them is of no use any more."""
 
 
 class Stream(Protocol):
@@ -80,12 +73,10 @@ class Access:
         engine: what is accessed; held weakly, as it holds this.
 
     Attributes:
-        holder: whose keys and values are in the cells; None for nobody's.
         closing: whether `close` was called; `closed`: whether everything has been freed.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.holder: Holder | None = None
         self.closing = self.closed = False
         self._engine, self._process = ref(engine), os.getpid()
         self._inside = threading.Lock()  # held by whoever is inside, between an answer's steps too
@@ -180,7 +171,7 @@ class Access:
                 self._stream = stream
                 self._cancelled.clear()
                 if engine := self._engine():
-                    engine._resume()
+                    engine.resume()
                 if (entered := stream() if stream else None) and entered.unwanted:
                     raise Cancelled("cancelled")
                 self.check()  # last: a signal handler may have closed it just now
@@ -210,7 +201,7 @@ class Access:
                 return
             self._cancelled.set()
             if engine := self._engine():
-                engine._stop()
+                engine.stop()
 
     def check_cancelled(self) -> None:
         """Between decodes, which end by themselves.
@@ -220,12 +211,6 @@ class Access:
         """
         if self._cancelled.is_set():
             raise Cancelled("cancelled")
-
-    def hand_over(self, to: Holder | None) -> None:
-        """Whoever had the cells loses them."""
-        if self.holder is not None and self.holder is not to:
-            self.holder.forget_parked()
-        self.holder = to
 
     # the end
 
@@ -255,7 +240,7 @@ class Access:
             return
         try:
             if not self.closed and (engine := self._engine()):
-                engine._free()
+                engine.free()
             self.closed = True
         finally:
             self._inside.release()

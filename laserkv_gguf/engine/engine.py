@@ -1,62 +1,66 @@
-"""A model that answers about documents: the Python API.
-
-`LaserKV` holds the model and one context sized by what will be kept. `ask` answers one question
-about one document; a `Conversation` keeps a document and its turns.
-"""
+"""The model, its context and its settings: makes readers and recallers for conversations."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import platformdirs
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import (
-    LOW_RATIO,
-    Budget,
-    largest_ratio_that,
-)
-from laserkv_gguf.conversation.conversation import Answer, Conversation, Reply, Run
+from laserkv_gguf.budget import LOW_RATIO, Budget
 from laserkv_gguf.engine.access import Access
-from laserkv_gguf.errors import Cancelled, Closed, UserError
+from laserkv_gguf.engine.residents import Aside, Place, Resident, Residents, sequence_count
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.llama.sampler import Sampling
+from laserkv_gguf.llama.sequence import Sequence
+from laserkv_gguf.planning.demand import Demand
 from laserkv_gguf.planning.settings import Settings
-from laserkv_gguf.reading.reader import ProbeSettings, Progress, Reader
-from laserkv_gguf.recall.recaller import Recaller, warm_up
-
-if TYPE_CHECKING:
-    from laserkv_gguf.conversation.talk import Talk
+from laserkv_gguf.reading.reader import ProbeSettings, Reader
+from laserkv_gguf.recall.recaller import Recaller
+from laserkv_gguf.recall.signatures import warm_up
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Cancelled", "Closed", "Conversation", "LaserKV", "Reply", "Sampling", "Settings"]
+
+@dataclass(frozen=True)
+class Run:
+    """What a reading was planned for, and where it lies.
+
+    Attributes:
+        cells: that it needs; `limit` are those the conversation may take in all.
+        reader: reads in the conversation's sequence.
+        compact: whether positions are moved together.
+    """
+
+    budget: Budget
+    cells: int
+    reader: Reader
+    compact: bool
+    limit: int
 
 
-class LaserKV:
-    """A model and a compressed cache to ask documents with.
+@dataclass(frozen=True)
+class Needed:
+    """What a run needs, before anything is made."""
 
-    Args:
-        model: path of a GGUF, or a loaded `llama.model.Model`.
-        gpu_layers: layers on the GPU; None for all where the build and machine can.
-        ctx_size: cells of the KV cache; None for what each run needs.
-        context: types, batch sizes, threads and flash attention of the context.
-        seed: of the sampler and of the policy's randomness.
-        **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
-            without a `ratio` each run keeps as much as fits into these cells.
+    budget: Budget
+    cells: int
+    compact: bool
 
-    Calls from several threads queue. Once it is closed, and in a process forked off after it was
-    made, every call raises `Closed`.
 
-    Raises:
-        UserError: unusable model or settings.
+class Engine:
+    """A model and a context that several conversations can stand in, one asked at a time.
+
+    `api.LaserKV` is the engine with questions and conversations on top; its docstring has the
+    arguments.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class LaserKV:
         ctx_size: int | None = None,
         context: ContextOptions | None = None,
         seed: int = 0,
+        residents: int = 1,
+        aside: int | None = None,
         **settings: Any,
     ) -> None:
         self.ctx_size, self.seed = ctx_size, seed
@@ -76,8 +82,16 @@ class LaserKV:
         self.options = context or ContextOptions()
         self.options.check()
         wanted = Settings(**settings)
-        if context is None and wanted.block_size > self.options.batch_size:
-            self.options = replace(self.options, batch_size=wanted.block_size)
+        if self.options.batch_size is None:
+            self.options = replace(
+                self.options, batch_size=max(wanted.block_size, self.options.batch)
+            )
+        self.residents = _residents(residents, aside)
+        if residents > 1:
+            self.options = replace(
+                self.options, sequences=max(self.options.sequences, sequence_count(residents))
+            )
+            self.options.check()
         self._use(wanted)
         self.ignore_end = False  # llama.cpp's --ignore-eos: generate on past the answer's end
         self._owns_model = not isinstance(model, Model)
@@ -88,18 +102,18 @@ class LaserKV:
         )
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
-        self._reader: Reader | None = None
-        self._format: rows.Format | None = None  # of parked rows, once it has been tried
+        self._readers: dict[tuple[int, bool], Reader] = {}  # by sequence, and whether it compacts
+        self._format: rows.Format | None = None  # of rows, once it has been tried
         self._warming: threading.Thread | None = None
-        self.access = Access(self)  # who may use all this, and whose cells are in the context
+        self.access = Access(self)  # who may use all this
 
     def _use(self, settings: Settings) -> None:
         settings.check()
-        if settings.block_size > self.options.batch_size:
+        if settings.block_size > self.options.batch:
             raise UserError(
                 f"a block of {settings.block_size} tokens is larger than the batch of "
-                f"{self.options.batch_size} it is decoded in; "
-                f"use -b {settings.block_size}, or --block-size {self.options.batch_size}"
+                f"{self.options.batch} it is decoded in; "
+                f"use -b {settings.block_size}, or --block-size {self.options.batch}"
             )
         policy = settings.make_policy(self.seed)
         settings.recalling.check_policy(policy)
@@ -112,14 +126,21 @@ class LaserKV:
 
         Raises:
             UserError: unusable settings; the old ones stay.
+            Closed: the engine is closed.
         """
-        with self._alone():
+        with self.access.alone():
             self._use(replace(self.settings, **changes))
-            self.access.hand_over(None)
-            self._reader = None
+            self.residents.all_leave()
+            self._readers = {}
             if self._warming:
                 self._warming.join()
                 self._warming = None
+
+    def save(self, conversation: Any, path: str | Path) -> int:
+        """Writes a conversation to a file; `LaserKV` knows how."""
+        raise NotImplementedError
+
+    # the engine's life
 
     def close(self) -> None:
         """Frees the context, and the model if it was loaded here.
@@ -131,22 +152,14 @@ class LaserKV:
         """
         self.access.close()
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Gives all native memory back; `close` calls it once nobody is inside."""
         if self._warming:
             self._warming.join()
-        self.access.hand_over(None)
-        if self._context:
-            self._context.close()
-            self._context = self._reader = None
+        self.residents.all_leave()
+        self._close_context()
         if self._owns_model:
             self.model.close()
-
-    def __enter__(self) -> LaserKV:
-        self.access.check()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def cancel(self) -> None:
         """Stops the reading or answering under way, from any thread: it raises Cancelled.
@@ -156,137 +169,52 @@ class LaserKV:
         """
         self.access.cancel()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Makes what is decoded now, and anything after it, end soon; `resume` takes it back."""
         if context := self._context:
             context.cancel()
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         if context := self._context:
             context.resume()
 
-    def _alone(self) -> AbstractContextManager[None]:
-        return self.access.alone()
-
-    # answers
-
-    def ask(
-        self,
-        question: str,
-        *,
-        document: str | None = None,
-        system: str | None = None,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> Reply:
-        """Reads the document with the question in mind and answers it.
-
-        Args:
-            question: what to ask.
-            document: text of any length; None for none.
-            system: system prompt; None for none.
-            max_tokens: of the answer, at least 1.
-            sampling: temperature and the like; None for greedy.
-            on_progress: called while reading, after every micro-batch.
-            on_text: called with each piece of the answer as it comes.
-
-        Raises:
-            UserError: what is asked cannot be done with these settings.
-            Closed: the engine is closed.
-            Cancelled: `cancel` was called.
-            LaserKVError: llama.cpp failed.
-        """
-        stream = self.stream(
-            question,
-            document=document,
-            system=system,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            on_progress=on_progress,
-        )
-        with stream:
-            for piece in stream:
-                if on_text:
-                    on_text(piece)
-        return stream.reply
-
-    def stream(
-        self,
-        question: str,
-        *,
-        document: str | None = None,
-        system: str | None = None,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Answer:
-        """Like `ask`, as an iterator over pieces of text; `.reply` is complete at its end.
-
-        Reading begins when the first piece is asked for, and each piece is generated when it is.
-
-            for piece in engine.stream("Who is Jack's mother?", document=text):
-                print(piece, end="", flush=True)
-
-        Args:
-            question, document, system, max_tokens, sampling, on_progress: as of `ask`.
-
-        Raises:
-            UserError, Cancelled: as `ask`, while it is iterated over. `cancel` may come from any
-                thread; leaving the loop, or `Answer.close`, drops the answer as well. What is read
-                on after its thread has asked the engine something else is Cancelled, too.
-        """
-        conversation = Conversation(
-            self, document=document, system=system, sampling=sampling, max_tokens=max_tokens
-        )
-        conversation.goes_on = False
-        return conversation.begin(question, on_progress=on_progress)
-
-    def conversation(
-        self,
-        *,
-        document: str | None = None,
-        documents: Mapping[str, str] | None = None,
-        system: str | None = None,
-        max_tokens: int = 1024,
-        sampling: Sampling | None = None,
-    ) -> Talk:
-        """A conversation about a document, or several. One lives in the engine at a time.
-
-        It has no end: what was said is compressed when it outgrows the cache (see `talk.Talk`).
-        With recall on every question also recalls its own tokens of the documents.
-
-        Args:
-            document: text to talk about; None for none.
-            documents: texts by name, to drop and add later.
-            system: system prompt; None for none.
-            max_tokens: of one answer, at least 1.
-            sampling: as of `ask`.
-
-        Raises:
-            UserError: max_tokens below 1.
-        """
-        from laserkv_gguf.conversation.talk import Talk
-
-        return Talk(
-            self,
-            document=document,
-            documents=documents,
-            system=system,
-            sampling=sampling,
-            max_tokens=max_tokens,
-        )
-
     # what a run needs
+
+    @property
+    def share(self) -> int | None:
+        """Cells of --ctx-size that one conversation may take; None for what each run needs."""
+        return None if self.ctx_size is None else self.ctx_size // self.residents.most
+
+    @property
+    def demand(self) -> Demand:
+        """How documents are read, as it is counted."""
+        settings = self.settings
+        return Demand(
+            self.policy,
+            settings.block_size,
+            settings.protection_divisor,
+            settings.lookahead,
+            settings.positions,
+            settings.recall,
+            settings.recalling.mode_for(self.policy),
+        )
+
+    @property
+    def probe_settings(self) -> ProbeSettings:
+        return ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
+
+    @property
+    def drafts(self) -> int:
+        """Lookahead tokens that a question drafts."""
+        return self.demand.drafts
 
     def budget(self, tokens: int, protected: int = 0) -> Budget:
         """What of so many tokens is kept, at the settings' ratio."""
-        self.access.check()
-        settings = self.settings
-        budget = self.policy.budget(
-            tokens, settings.block_size, settings.ratio, settings.protection_divisor
-        )
-        return replace(budget, protected=protected)
+        return self.demand.budget(tokens, self.settings.ratio, protected)
+
+    def recall_cells(self, budget: Budget) -> int:
+        """Cells beside what is kept and the conversation that recalling needs; 0 without."""
+        return self.demand.recall_cells(budget)
 
     def plan(
         self,
@@ -294,40 +222,33 @@ class LaserKV:
         prompt: int,
         reply: int,
         *,
-        asked: bool = True,
-        beside: int = 0,
+        question_known: bool = True,
+        extra_cells: int = 0,
         protected: int = 0,
         budget: Budget | None = None,
         compact: bool | None = None,
-    ) -> _Plan:
+    ) -> Needed:
         """What a run needs; nothing is made.
 
         Args:
             tokens: to be read before the question.
             prompt: the question's, with the template around it.
             reply: cells for what follows the document: question, answer, later turns.
-            asked: whether the question is known while reading.
-            beside: cells for answers to other questions, generated at the same time.
+            question_known: whether the question is known while reading.
+            extra_cells: for answers to other questions, generated at the same time.
             protected: first tokens that stay whole (a system prompt).
             budget, compact: of a document that was read before; None for what the settings say.
-
-        Returns:
-            The budget, the cells, and whether positions are compacted.
 
         Raises:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
-        self.access.check()
-        settings = self.settings
-
-        def make(*shape: Any) -> Budget:
-            return replace(self.policy.budget(*shape), protected=protected)
+        settings, demand, trained = self.settings, self.demand, self.model.trained_context
+        is_read = budget is not None
 
         def needed(budget: Budget) -> int:
-            return max(
-                0 if read else budget.cells(probing, drafts, reply),
-                budget.kept + self.recall_cells(budget) + reply,
+            return demand.cells(
+                budget, prompt, reply, question_known=question_known, is_read=is_read
             )
 
         if prompt > settings.block_size:
@@ -335,114 +256,44 @@ class LaserKV:
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
                 "shorten it, put the long part into a --document, or use a larger --block-size"
             )
-        probing = prompt if asked and self.policy.needs.queries else 0
-        _, lookahead, _ = self._probe.completed(self.policy.needs)
-        drafts = lookahead if probing else 0
-        read = budget is not None
-        if budget is None and self.fills_cells:
-            budget = make(
-                tokens,
-                settings.block_size,
-                self._ratio(tokens, reply, needed, make),
-                settings.protection_divisor,
-            )
-        budget = budget or self.budget(tokens, protected)
+        if budget is None:
+            ratio = settings.ratio
+            if self.fills_cells:
+                ratio = self._largest_ratio(tokens, reply, protected, needed)
+            budget = demand.budget(tokens, ratio, protected)
         cells = needed(budget)
         if compact is None:
-            compact = self._compacts(budget, tokens + reply)
+            compact = demand.compacts(budget, tokens + reply, trained)
         if compact:
             rope.check(self.model, self.options)
-        if compact and cells > self.model.trained_context:
-            most = largest_ratio_that(
-                lambda budget: needed(budget) <= self.model.trained_context,
-                tokens,
-                settings.block_size,
-                settings.protection_divisor,
-                make,
-            )
-            if most:
-                remedy = f"use --ratio {most:g} or less"
+        if compact and cells > trained:
+            largest = demand.largest_ratio(lambda b: needed(b) <= trained, tokens, protected)
+            if largest:
+                remedy = f"use --ratio {largest:g} or less"
             elif budget.shape == "one-shot":
-                remedy = f"{self.settings.policy} reads all of it before it frees any: use laser"
+                remedy = f"{settings.policy} reads all of it before it frees any: use laser"
             else:
                 remedy = "use a smaller --block-size"
             raise UserError(
                 f"keeping {budget.ratio:g} of {tokens} tokens needs {cells} positions, more than "
-                f"the {self.model.trained_context} this model was trained for; {remedy}"
+                f"the {trained} this model was trained for; {remedy}"
             )
-        cells = max(cells, budget.kept + reply + beside)
-        if self.ctx_size is not None and cells > self.ctx_size:
+        cells = max(cells, budget.kept + reply + extra_cells)
+        if self.share is not None and cells > self.share:
+            enough = cells * self.residents.most
             raise UserError(
                 f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
-                f"needs {cells} cells; use --ctx-size {cells}, a lower --ratio "
+                f"needs {cells} cells; use --ctx-size {enough}, a lower --ratio "
                 "or a smaller --block-size"
             )
-        return _Plan(budget, cells, compact)
+        return Needed(budget, cells, compact)
 
-    def prepare(
-        self,
-        tokens: int,
-        prompt: int,
-        reply: int,
-        *,
-        asked: bool = True,
-        beside: int = 0,
-        protected: int = 0,
-        whole: bool = False,
-        budget: Budget | None = None,
-        compact: bool | None = None,
-    ) -> Run:
-        """Plans a run and makes its reader; arguments and errors as of `plan`.
-
-        Args:
-            whole: with cells for all tokens beside the reply, if --ctx-size has them.
-        """
-        plan = self.plan(
-            tokens,
-            prompt,
-            reply,
-            asked=asked,
-            beside=beside,
-            protected=protected,
-            budget=budget,
-            compact=compact,
-        )
-        with self.access.alone(again=True):
-            return self._prepare(plan, tokens, reply, whole=whole)
-
-    def _prepare(self, plan: _Plan, tokens: int, reply: int, *, whole: bool) -> Run:
-        budget, cells, compact = plan.budget, plan.cells, plan.compact
-        if whole and tokens + reply <= (self.ctx_size or tokens + reply):
-            cells = max(cells, tokens + reply)
-        if not compact and tokens + reply > self.model.trained_context > 0:
-            log.warning(
-                "%d positions are more than the %d this model was trained for: expect nonsense",
-                tokens + reply,
-                self.model.trained_context,
-            )
-        reader = self._reader_for(self.ctx_size or cells, compact)
-        if not budget.keeps_all:
-            self._warm_up_beside()
-        return Run(budget, cells, reader, compact)
-
-    def _ratio(
-        self,
-        tokens: int,
-        reply: int,
-        needed: Callable[[Budget], int],
-        make: Callable[[int, int, float, int], Budget],
-    ) -> float:
+    def _largest_ratio(self, tokens: int, reply: int, protected: int, needed: Any) -> float:
         """The largest ratio whose run fits --ctx-size; the least there is where none does."""
-        cells, settings = self.ctx_size or 0, self.settings
-        if settings.positions != "original" and tokens + reply > self.model.trained_context > 0:
-            cells = min(cells, self.model.trained_context)
-        ratio = largest_ratio_that(
-            lambda budget: needed(budget) <= cells,
-            tokens,
-            settings.block_size,
-            settings.protection_divisor,
-            make,
-        )
+        cells, trained = self.share or 0, self.model.trained_context
+        if self.settings.positions != "original" and tokens + reply > trained > 0:
+            cells = min(cells, trained)
+        ratio = self.demand.largest_ratio(lambda b: needed(b) <= cells, tokens, protected)
         if 0 < ratio < LOW_RATIO:
             log.warning(
                 "--ctx-size %d leaves room for %g of %d tokens: expect poor answers",
@@ -452,17 +303,207 @@ class LaserKV:
             )
         return ratio or 0.001
 
-    @property
-    def _probe(self) -> ProbeSettings:
-        return ProbeSettings(self.settings.probe_tokens, self.settings.lookahead)
+    # the context
 
-    def _warm_up_beside(self) -> None:
+    @property
+    def context(self) -> Context | None:
+        """llama.cpp's context, once a run has needed one."""
+        return self._context
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.model.cell_bytes(self.options.type_k, self.options.type_v)
+
+    def prepare(
+        self,
+        resident: Resident,
+        tokens: int,
+        prompt: int,
+        reply: int,
+        *,
+        keep_all_cells: bool = False,
+        **planned: Any,
+    ) -> Run:
+        """Plans a run and makes room for it; other arguments and errors as of `plan`.
+
+        Args:
+            resident: the conversation that will read.
+            keep_all_cells: with cells for all tokens beside the reply, if --ctx-size has them.
+        """
+        plan = self.plan(tokens, prompt, reply, **planned)
+        cells, trained = plan.cells, self.model.trained_context
+        if keep_all_cells and tokens + reply <= (self.share or tokens + reply):
+            cells = max(cells, tokens + reply)
+        if not plan.compact and tokens + reply > trained > 0:
+            log.warning(
+                "%d positions are more than the %d this model was trained for: expect nonsense",
+                tokens + reply,
+                trained,
+            )
+        run = self.place(resident, plan.budget, cells, plan.compact)
+        if not plan.budget.keeps_all:
+            self.warm_up_beside()
+        return run
+
+    def place(self, resident: Resident, budget: Budget, cells: int, compact: bool) -> Run:
+        """Finds cells for a conversation that has nothing in the cache; others may have to leave.
+
+        Raises:
+            UserError: the cache does not fit into memory.
+            Cancelled: the engine was told to stop.
+        """
+        residents = self.residents
+        self.leave(resident)
+        wanted = self.share or cells
+        while len(residents.inside) >= residents.most:
+            self._displace(next(iter(residents.inside)))
+        self._make_context(sum(place.cells for place in residents.inside.values()) + wanted)
+        context = self._context
+        assert context is not None
+        alone = residents.most == 1
+        limit = context.cells if alone else wanted
+        place = Place(residents.free_sequence(), limit, compact)
+        residents.enter(resident, place)
+        return Run(budget, cells, self._reader(place), compact, limit)
+
+    def reader_for(self, resident: Resident, compact: bool) -> Reader:
+        """The reader of a conversation's place, from now on with these positions."""
+        place = replace(self.residents.inside[resident], compact=compact)
+        self.residents.inside[resident] = place
+        return self._reader(place)
+
+    def reader_at(self, reader: Reader, compact: bool) -> Reader:
+        """The reader of the same sequence that compacts positions, or does not."""
+        return self._reader(Place(reader.main.number, 0, compact))
+
+    def come_back(self, resident: Resident) -> None:
+        """Has a conversation in the cache that was put aside.
+
+        Raises:
+            UserError: it has lost its cells.
+            LaserKVError: its file cannot be read.
+        """
+        if self.residents.holds(resident):
+            self.residents.touch(resident)
+            return
+        saved, place = self.residents.saved(resident)
+        residents = self.residents
+        while len(residents.inside) >= residents.most:
+            self._displace(next(iter(residents.inside)))
+        self._make_context(sum(p.cells for p in residents.inside.values()) + place.cells)
+        place = replace(place, sequence=residents.free_sequence())
+        self._put(resident, place, saved)
+        residents.leave(resident)
+        residents.enter(resident, place)
+
+    def leave(self, resident: Resident) -> None:
+        """A conversation has nothing in the cache any more, nor aside."""
+        place = self.residents.leave(resident)
+        if place is not None:
+            self._clear(place)
+
+    def grow(self, resident: Resident, cells: int) -> None:
+        """Sets more cells aside for a conversation, in a larger context where this has no more.
+
+        Raises:
+            UserError: the cache does not fit into memory; all is as before.
+        """
+        others = sum(p.cells for r, p in self.residents.inside.items() if r is not resident)
+        before = self.residents.inside[resident]
+        self.residents.inside[resident] = replace(before, cells=cells)
+        try:
+            self._make_context(others + cells)
+        except BaseException:
+            self.residents.inside[resident] = before
+            raise
+
+    def _displace(self, resident: Resident) -> None:
+        """Takes a conversation out of the cache and frees its cells."""
+        self._clear(self.residents.displace(resident))
+
+    def _clear(self, place: Place) -> None:
+        if self._context:
+            Sequence(self._context, place.sequence).remove()
+
+    def _make_context(self, cells: int) -> None:
+        """Has a context of at least so many cells; what stands in it moves along."""
+        cells = self.ctx_size or cells
+        if self._context is None:
+            self._open_context(cells)
+        elif self._context.cells < cells or self._context.options != self.options:
+            self._remake(cells)
+        context = self._context
+        assert context is not None
+        context.resume()
+        self.access.check_cancelled()
+
+    def _remake(self, cells: int) -> None:
+        old = self._context
+        assert old is not None
+        before, options = old.cells, old.options
+        inside = list(self.residents.inside.items())
+        saved = [resident.take_out() for resident, _ in inside]
+        self._close_context()
+        try:
+            self._open_context(max(cells, before))
+        except UserError:
+            self.options = options
+            self._open_context(before)
+            raise
+        finally:
+            for (resident, place), state in zip(inside, saved, strict=True):
+                self._put(resident, place, state)
+
+    def _put(self, resident: Resident, place: Place, saved: Any) -> None:
+        """Puts a state into a place, whose conversation goes on there."""
+        assert self._context is not None
+        limit = self._context.cells if self.residents.most == 1 else place.cells
+        reader = self._reader(place)
+        resident.put_back(saved, reader, limit)
+
+    def _open_context(self, cells: int) -> None:
+        self._context = Context(self.model, cells, self.options)
+        self._readers, self._format = {}, None
+
+    def _close_context(self) -> None:
+        if self._context:
+            self._context.close()
+        self._context, self._readers, self._format = None, {}, None
+
+    def _reader(self, place: Place) -> Reader:
+        assert self._context is not None
+        key = (place.sequence, place.compact)
+        if key not in self._readers:
+            self._readers[key] = Reader(
+                self._context,
+                self.policy,
+                self.probe_settings,
+                compact=place.compact,
+                scoring=self.settings.scoring,
+                sequence=place.sequence,
+            )
+        return self._readers[key]
+
+    def first_reader(self, run: Run) -> Reader:
+        """The reader of a document before there is a question, where recall comes later."""
+        if self.policy.needs.recall:
+            return run.reader
+        policy = policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
+        return Reader(
+            run.reader.context,
+            policy,
+            self.probe_settings,
+            compact=run.compact,
+            sequence=run.reader.main.number,
+        )
+
+    def warm_up_beside(self) -> None:
+        """Compiles the policy's kernels in a thread, while the first block is decoded."""
         if self._warming is None:
             self._warming = threading.Thread(target=self._warm_up, name="laserkv-compile")
             self._warming.start()
 
     def _warm_up(self) -> None:
-        """Compiles the policy's kernels while the first block is decoded."""
         try:
             self.policy.warm_up()
             if self.settings.recalling.votes_for(self.policy):
@@ -470,48 +511,10 @@ class LaserKV:
         except Exception as error:  # the block loop will meet it too, and say so
             log.debug("cannot compile ahead: %s", error)
 
-    def _compacts(self, budget: Budget, positions: int) -> bool:
-        wanted = self.settings.positions
-        beyond = positions > self.model.trained_context > 0
-        return not budget.keeps_all and (wanted == "compact" or (wanted == "auto" and beyond))
-
-    def _reader_for(self, cells: int, compact: bool, *, whatever: bool = False) -> Reader:
-        """The reader, over a context that is made anew only when it must grow.
-
-        Args:
-            whatever: also where `cancel` was called, which the caller then sees to.
-        """
-        if self._context is None or self._context.cells < cells:
-            if self._context:
-                self._context.close()
-                self._context = self.access.holder = None
-            self._context = Context(self.model, cells, self.options)
-            self._reader = self._format = None
-        self._context.resume()
-        if not whatever:
-            self.access.check_cancelled()
-        if self._reader is None or self._reader.compact != compact:
-            self._reader = Reader(
-                self._context,
-                self.policy,
-                self._probe,
-                compact=compact,
-                scoring=self.settings.scoring,
-            )
-        return self._reader
-
-    def recall_cells(self, budget: Budget) -> int:
-        """Cells beside what is kept and the conversation that recalling needs; 0 without."""
-        if self.settings.recall == "off" or budget.keeps_all:
-            return 0
-        _, lookahead, _ = self._probe.completed(self.policy.needs)
-        mode = self.settings.recalling.mode_for(self.policy)
-        return budget.cells_to_recall(mode) - budget.kept + lookahead
+    # recall
 
     def recaller(self, run: Run, offset: int = 0, number: int = 0) -> Recaller | None:
         """What parks and recalls the document of a run; None without recall, or nothing to recall.
-
-        The context is empty afterwards, unless the document has an offset.
 
         Args:
             offset: the position where it begins.
@@ -520,10 +523,8 @@ class LaserKV:
         Raises:
             UserError: neither memory nor disk hold the rows, or they cannot be compacted.
         """
-        if self.settings.recall == "off" or run.budget.keeps_all:
+        if not self.demand.parks(run.budget):
             return None
-        if not offset:
-            run.reader.forget()
         try:
             form = self.row_format(run.reader.context)
         except rows.FormatError as error:
@@ -544,8 +545,7 @@ class LaserKV:
         return self._format
 
     def try_row_format(self, reader: Reader) -> None:
-        """Tries the form of the rows while the context is empty; `row_format` then knows it."""
-        reader.forget()
+        """Tries the form of the rows while cells are free; `row_format` then knows it."""
         try:
             self.row_format(reader.context)
         except rows.FormatError as error:
@@ -557,54 +557,17 @@ class LaserKV:
         Raises:
             UserError: not with this policy.
         """
-        self.access.check()
         if self.settings.recall == "off":
-            names = ("recall_mode", "recall_bits", "recall_shortlist", "recall_share")
+            names = ("recall_mode", "recall_share")
             settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
             settings.recalling.check_policy(self.policy)
             self.settings = settings
 
-    def load(
-        self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
-    ) -> Conversation:
-        """A document or a conversation that `Conversation.save`, `ask --save` or `/save` wrote.
 
-        A document is as it was read, no turn of it was saved (`saved_document`); a conversation
-        goes on after its last turn (`saved_talk`).
-
-        Raises:
-            UserError: no such file, a damaged one, one of another model, build or cache type, or
-                one that does not fit the context; the message says which.
-        """
-        from laserkv_gguf.files import archive as saved
-        from laserkv_gguf.saving import conversation as saved_talk
-        from laserkv_gguf.saving import document as saved_document
-
-        self.access.check()
-        if saved.kind(path) == saved.CONVERSATION:
-            return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)
-        return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
-
-    def first_reader(self, run: Run) -> Reader:
-        """The reader of a document before there is a question, where recall comes later."""
-        if self.policy.needs.recall:
-            return run.reader
-        policy = policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
-        return Reader(run.reader.context, policy, self._probe, compact=run.compact)
-
-    @property
-    def context(self) -> Context | None:
-        """llama.cpp's context, once a run has needed one."""
-        return self._context
-
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes of one cell of the cache."""
-        return self.model.cell_bytes(self.options.type_k, self.options.type_v)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    budget: Budget
-    cells: int
-    compact: bool
+def _residents(most: int, aside: int | None) -> Residents:
+    if most < 1:
+        raise UserError(f"residents is {most}; give at least 1 conversation")
+    if aside is not None and aside < 0:
+        raise UserError(f"aside is {aside}; give the bytes of memory for conversations put aside")
+    folder = Path(platformdirs.user_cache_dir("laserkv-gguf")) / "aside"
+    return Residents(most, None if aside is None else Aside(aside, folder))

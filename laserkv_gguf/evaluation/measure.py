@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.conversation.conversation import Conversation, Reply
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.framing import Framing
+from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.evaluation.samples import Sample, Tokens
 from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity, agreement, divergence, mean_of
@@ -28,8 +30,7 @@ def conversation(engine: LaserKV, task: Task, sample: Sample, predict: int) -> C
         engine,
         document=np.concatenate(parts).astype(np.int32),
         max_tokens=room,
-        answer_prefix=sample.prefix,
-        plain=isinstance(task, Fidelity),
+        framing=Framing(plain=isinstance(task, Fidelity), answer_prefix=sample.prefix),
     )
 
 

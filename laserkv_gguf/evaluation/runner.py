@@ -12,9 +12,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
-from laserkv_gguf.engine.engine import LaserKV
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.evaluation import measure
 from laserkv_gguf.evaluation.results import Results, Row
@@ -271,7 +271,7 @@ class Runner:
         """Reads the document; `again`: for other ratios too, where the policy can."""
         self._configure(policy, ratio, length)
         talk = measure.conversation(self.engine, task, sample, self._predict(task))
-        talk.read(question=measure.question(task, sample), whole=again)
+        talk.read(question=measure.question(task, sample), keep_all_cells=again)
         return talk
 
     def _configure(self, policy: str, ratio: float, length: int) -> None:

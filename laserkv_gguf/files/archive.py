@@ -26,7 +26,7 @@ from laserkv_gguf.llama import library
 from laserkv_gguf.recall.store import human
 
 if TYPE_CHECKING:
-    from laserkv_gguf.engine.engine import LaserKV
+    from laserkv_gguf.api import LaserKV
     from laserkv_gguf.llama.model import Model
 
 DOCUMENT, CONVERSATION = KINDS = ("document", "conversation")

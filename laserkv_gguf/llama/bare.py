@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import llama_cpp as L
 import numpy as np
 
+from laserkv_gguf.budget import padded
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
@@ -72,8 +73,7 @@ class Bare:
         spare: bool = False,
     ) -> None:
         self.model, self.cells, self.settings, self.probe = model, cells, settings, probe
-        padded = -(-cells // 256) * 256  # as llama.cpp rounds
-        self.kv_bytes = padded * model.cell_bytes(settings.type_k, settings.type_v)
+        self.kv_bytes = padded(cells) * model.cell_bytes(settings.type_k, settings.type_v)
         self._copies: list[tuple[int, State]] = []
         self.handle: Any = None
         params: L.llama_context_params = L.llama_context_default_params()

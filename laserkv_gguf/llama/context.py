@@ -17,6 +17,7 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
+from laserkv_gguf.budget import padded
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.capture import AbortFlag, Probe
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SEQUENCES = 8  # main, probe, and spares
+BATCH = 2048  # tokens decoded in one call, as llama.cpp has it
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 MAX_THREADS = 512  # ggml's own limit
 MICRO_BATCH, CPU_MICRO_BATCH = 512, 128  # the first is llama.cpp's default
 _SHORT = 8  # batches up to this size get the threads of a single token
@@ -56,7 +57,7 @@ class ContextOptions:
         sequences: how many there can be, numbered from 0, in one pool of cells.
     """
 
-    batch_size: int = 2048
+    batch_size: int | None = None
     ubatch_size: int | None = None
     type_k: str = "f16"
     type_v: str = "f16"
@@ -89,6 +90,11 @@ class ContextOptions:
             raise ValueError(f"{self.sequences} sequences; {SEQUENCES} to {MAX_SEQUENCES} can be")
 
     @property
+    def batch(self) -> int:
+        """Most tokens decoded in one call."""
+        return BATCH if self.batch_size is None else self.batch_size
+
+    @property
     def quantised_v(self) -> bool:
         return self.type_v not in ("f32", "f16", "bf16")
 
@@ -111,7 +117,7 @@ class ContextOptions:
         """
         plain = self.flash_type(offloaded) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
         size = self.ubatch_size or (CPU_MICRO_BATCH if plain and not offloaded else MICRO_BATCH)
-        return min(size, self.batch_size)
+        return min(size, self.batch)
 
     def said(self, offloaded: bool) -> str:
         """The flags that decide how llama.cpp lays out the cache, with the flash attention used."""
@@ -134,11 +140,6 @@ def default_threads() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
-
-
-def padded(cells: int) -> int:
-    """Cells llama.cpp allocates where `cells` are asked for."""
-    return -(-cells // PADDING) * PADDING
 
 
 class Context:
@@ -206,7 +207,7 @@ class Context:
         options = self.options
         params: L.llama_context_params = L.llama_context_default_params()
         params.n_ctx = self.cells
-        params.n_batch = options.batch_size
+        params.n_batch = options.batch
         params.n_ubatch = self.ubatch_size
         params.n_seq_max = options.sequences
         params.kv_unified = True

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, largest_ratio_that
+from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, padded
 from laserkv_gguf.models.header import Header
-from laserkv_gguf.policies import Policy
+from laserkv_gguf.planning.demand import Demand
 
-PADDING = 256  # llama.cpp rounds the number of cells up to a multiple of this
 OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
 QUESTION = 64  # tokens of a question with the template around it, where nobody says
 ENDING = 5  # tokens of the template after a question: Llama 3's
@@ -43,7 +42,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Demand):
     """How documents will be read; the fields are flags' names.
 
     Attributes:
@@ -53,15 +52,10 @@ class Run:
             the question itself.
         ctx_size: most cells; None for what the run needs.
         gpu_layers: None for as many as fit.
-        probe_tokens, lookahead: None for the policy's own.
-        recall: where rows are parked: "ram", "disk", or "off".
-        recall_mode: "replay" or "shortlist", where there is recall.
+        probe_tokens: None for the policy's own.
         signature_bits: of a parked token, per layer and kv head.
     """
 
-    policy: Policy
-    block_size: int = 4096
-    divisor: int = 4
     type_k: str = "f16"
     type_v: str = "f16"
     flash: bool = False
@@ -72,43 +66,15 @@ class Run:
     ctx_size: int | None = None
     gpu_layers: int | None = None
     probe_tokens: int | None = None
-    lookahead: int | None = None
-    positions: str = "auto"
-    recall: str = "off"
-    recall_mode: str = ""
     signature_bits: int = 0
-
-    def budget(self, tokens: int, ratio: float) -> Budget:
-        return self.policy.budget(tokens, self.block_size, ratio, self.divisor)
 
     @property
     def reply(self) -> int:
         return self.question + self.predict
 
-    @property
-    def drafts(self) -> int:
-        if not self.policy.needs.queries:
-            return 0
-        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
-
-    def cells(self, budget: Budget) -> int:
-        """Cells the run needs; as `session.LaserKV.prepare` counts them."""
-        return max(
-            budget.cells(
-                self.question if self.policy.needs.queries else 0, self.drafts, self.reply
-            ),
-            budget.kept + self.recall_cells(budget) + self.reply,
-        )
-
-    def recall_cells(self, budget: Budget) -> int:
-        """Cells of these that recalling needs beside what is kept; 0 without."""
-        if not self.parks(budget):
-            return 0
-        return budget.cells_to_recall(self.recall_mode) - budget.kept + self.drafts
-
-    def parks(self, budget: Budget) -> bool:
-        """Whether there is anything to recall."""
-        return self.recall != "off" and not budget.keeps_all
+    def run_cells(self, budget: Budget) -> int:
+        """Cells the run needs."""
+        return self.cells(budget, self.question, self.reply)
 
     def asking(self) -> int:
         """Tokens of the question whose queries are captured."""
@@ -174,11 +140,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def padded(cells: int) -> int:
-    """Cells llama.cpp allocates where `cells` are asked for."""
-    return -(-cells // PADDING) * PADDING
 
 
 def compute_bytes(
@@ -257,7 +218,7 @@ class _Planner:
         largest = self.largest_ratio(tokens)
         chosen = (largest or RATIO) if ratio is None else ratio
         budget = run.budget(tokens, chosen)
-        cells, layers = run.cells(budget), self.layers(budget)
+        cells, layers = run.run_cells(budget), self.layers(budget)
         cell = sum(header.cell_bytes(run.type_k, run.type_v))
         return Plan(
             model=header.name,
@@ -301,9 +262,8 @@ class _Planner:
         return compute_bytes(self.header, cells, ubatch=self.run.ubatch, flash=self.run.flash)
 
     def _compacts(self, budget: Budget) -> bool:
-        if budget.keeps_all or self.run.positions == "original":
-            return False
-        return self.run.positions == "compact" or self._beyond(budget)
+        run = self.run
+        return run.compacts(budget, budget.tokens + run.reply, self.header.context)
 
     def _beyond(self, budget: Budget) -> bool:
         """Whether positions pass what the model was trained for, unless they are compacted."""
@@ -323,7 +283,7 @@ class _Planner:
         return run.parks(budget) and self._compacts(budget) and run.type_k not in ("f16", "f32")
 
     def _cells_fit(self, budget: Budget) -> bool:
-        cells, run = self.run.cells(budget), self.run
+        cells, run = self.run.run_cells(budget), self.run
         if self._cannot_park(budget):
             return False
         if self._compacts(budget) or (run.positions != "original" and self._beyond(budget)):
@@ -343,7 +303,7 @@ class _Planner:
     def device_bytes(self, budget: Budget, layers: int) -> int:
         """What must fit: on a card that of `layers` layers, the last ones first."""
         header, run = self.header, self.run
-        cells = run.cells(budget)
+        cells = run.run_cells(budget)
         by_layer, compute = header.cell_bytes(run.type_k, run.type_v), self._compute(cells)
         if not self.memory.card:
             kv = self._allocated(cells) * sum(by_layer)
@@ -372,7 +332,7 @@ class _Planner:
 
     def largest_ratio(self, tokens: int) -> float:
         run = self.run
-        return largest_ratio_that(self.fits, tokens, run.block_size, run.divisor, run.policy.budget)
+        return run.largest_ratio(self.fits, tokens)
 
     def longest(self, ratio: float) -> int:
         """The longest document that fits: one of several blocks, else of one."""
@@ -387,7 +347,7 @@ class _Planner:
 
     def _notes(self, budget: Budget, largest: float, given: bool) -> list[str]:
         run, notes = self.run, []
-        cells, fits = run.cells(budget), self.fits(budget)
+        cells, fits = run.run_cells(budget), self.fits(budget)
         if run.ctx_size is not None and cells > run.ctx_size:
             notes.append(f"needs {cells} cells, more than --ctx-size {run.ctx_size}")
         elif self._cannot_park(budget):

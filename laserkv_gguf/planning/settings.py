@@ -9,10 +9,88 @@ from typing import Any
 from laserkv_gguf import policies
 from laserkv_gguf.budget import RATIO, check_settings
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.recall.recaller import RecallSettings
 
 POSITIONS = ("auto", "original", "compact")
 SCORING = ("host", "device")
+WHERE = ("off", "ram", "disk")
+MODES = ("replay", "shortlist")
+SHARES = ("all", "block")
+BITS = 128  # of a parked token's signature, per layer and kv head
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """How evicted tokens come back.
+
+    Attributes:
+        where: "ram" or "disk" to park rows in, "off" for no recall.
+        mode: "replay" or "shortlist"; None for the policy's own way.
+        file: of "disk"; None for one of our own.
+        share: whether all tokens of the document compete for all room ("all"), or those of each
+            block for its own ("block").
+        first: the policy a document is read with before there is a question.
+    """
+
+    where: str = "off"
+    mode: str | None = None
+    file: str | None = None
+    share: str = "all"
+    first: str = "keydiff"
+
+    def check(self) -> None:
+        """Refuses unusable values.
+
+        Raises:
+            UserError: with the remedy in one line.
+        """
+        if self.where not in WHERE:
+            raise UserError(f"--recall {self.where} is unknown; use {', '.join(WHERE)}")
+        if self.mode is not None and self.mode not in MODES:
+            raise UserError(f"--recall-mode {self.mode} is unknown; use {' or '.join(MODES)}")
+        if self.file is not None and self.where != "disk":
+            raise UserError("--recall-file is where --recall disk parks rows; give that too")
+        if self.share not in SHARES:
+            raise UserError(f"recall_share is {self.share!r}; give {' or '.join(SHARES)}")
+
+    def check_policy(self, policy: policies.Policy) -> None:
+        """Refuses policies that recall cannot serve, and one that is nothing without it.
+
+        Raises:
+            UserError: with the remedy in one line.
+        """
+        needs, name = policy.needs, policy.name
+        if self.where == "off":
+            if needs.recall:
+                raise UserError(
+                    f"--policy {name} needs recall: it fetches evicted tokens for every question; "
+                    "add --recall ram, or --recall disk"
+                )
+            return
+        if policy.budget(8, 2, 0.5, 4).keeps_all:  # `full`: there will be nothing to recall
+            return
+        if not needs.queries:
+            raise UserError(
+                f"--policy {name} does not look at the question, so nothing would be recalled "
+                "for it; use --policy laser, or --recall off"
+            )
+        if needs.values or (needs.block_queries and not policy.unit):
+            raise UserError(
+                f"--policy {name} needs more of a token than the keys that are parked; "
+                "use --policy laser, or --recall off"
+            )
+        if needs.recall and self.mode == "replay":
+            raise UserError(
+                f"--policy {name} looks all of the document up at once; "
+                "use --recall-mode shortlist, or leave it out"
+            )
+
+    def mode_for(self, policy: policies.Policy) -> str:
+        """The mode that was asked for, or the policy's own."""
+        return self.mode or ("shortlist" if policy.unit else "replay")
+
+    def votes_for(self, policy: policies.Policy) -> bool:
+        """Whether signatures find what a question needs."""
+        return self.where != "off" and self.mode_for(policy) == "shortlist" and not policy.unit
 
 
 @dataclass(frozen=True)
@@ -33,8 +111,7 @@ class Settings:
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
             of the document for every question of a conversation; "off" to lose them.
-        recall_mode, recall_file, recall_bits, recall_shortlist, recall_share, recall_first: see
-            `recall.RecallSettings`.
+        recall_mode, recall_file, recall_share, recall_first: see `RecallSettings`.
     """
 
     policy: str = "laser"
@@ -53,8 +130,6 @@ class Settings:
     recall: str = "off"
     recall_mode: str | None = None
     recall_file: str | None = None
-    recall_bits: int = 128
-    recall_shortlist: float = 2.0
     recall_share: str = "all"
     recall_first: str = "keydiff"
 
@@ -64,8 +139,6 @@ class Settings:
             self.recall,
             self.recall_mode,
             self.recall_file,
-            self.recall_bits,
-            self.recall_shortlist,
             self.recall_share,
             self.recall_first,
         )

@@ -91,11 +91,27 @@ class Reading:
 
     @property
     def pools(self) -> NDArray[np.int8]:
-        pools = np.ones(len(self.kept), np.int8)
-        pools[self.kept < self.budget.anchors] = 0
+        return self.all_pools[self.kept]
+
+    @property
+    def all_pools(self) -> NDArray[np.int8]:
+        """(tokens,) the part of the budget that every token would be kept by; as `pools`."""
+        pools = np.ones(len(self.tokens), np.int8)
+        pools[: self.budget.anchors] = 0
         if not self.budget.keeps_all:
-            pools[self.kept >= len(self.tokens) - self.budget.window] = 2
+            pools[len(self.tokens) - self.budget.window :] = 2
         return pools
+
+    def where(self, compact: bool, start: int = 0) -> NDArray[np.int64]:
+        """(tokens,) the position of every token in the cache, -1 for those that are not there.
+
+        Args:
+            compact: whether kept tokens were moved together.
+            start: the position of the first token.
+        """
+        where = np.full(len(self.tokens), -1, np.int64)
+        where[self.kept] = start + (np.arange(len(self.kept)) if compact else self.kept)
+        return where
 
 
 @dataclass
@@ -174,8 +190,9 @@ class Reader:
         probe: see ProbeSettings.
         compact: move kept tokens together after each block, so that no position passes the number
             of cells; else every token keeps the position it was read at.
-        scoring: "host", or "device" to compute attention where the cache is (llama/device.py);
+        scoring: "host", or "device" to compute attention where the cache is (llama/scorer.py);
             a device that cannot is told once, and the host scores.
+        sequence: number of the sequence that is read into.
     """
 
     def __init__(
@@ -186,15 +203,16 @@ class Reader:
         *,
         compact: bool = False,
         scoring: str = "host",
+        sequence: int = MAIN,
     ) -> None:
         self.context, self.policy = context, policy
         settings = probe or ProbeSettings()
         self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
         self.rounds = settings.rounds
         self.compact = compact
-        self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
+        self.main, self.scratch = Sequence(context, sequence), Sequence(context, PROBE)
         self.spare = Sequence(context, SPARE)
-        self._whole: tuple[_State, NDArray[np.float32] | None] | None = None
+        self._all: tuple[_State, NDArray[np.float32] | None] | None = None
         self._rotation: rope.Rotation | None = None
         self._on_device = scoring == "device" and policy.needs.attention
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -206,7 +224,7 @@ class Reader:
         question: Prompt | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
-        whole: bool = False,
+        keep_all_cells: bool = False,
         start: int = 0,
         park: Callable[[Block, int], None] | None = None,
     ) -> Reading:
@@ -218,12 +236,12 @@ class Reader:
             question: the question with the template up to where the answer starts; None where it
                 is not known yet.
             on_progress: called after every micro-batch.
-            whole: of a one-shot run, keep all cells in the spare sequence for `choose_again`;
+            keep_all_cells: of a one-shot run, keeps all of them in the spare sequence for `choose_again`;
                 the context must hold `len(tokens)` cells beside whatever follows.
             start: the position of the first token. What stands before it in the main sequence
-                stays and is seen; with 0 the context is emptied first.
+                stays and is seen; with 0 the sequence is emptied first.
             park: called with every block while it is whole, and the position it begins at. It may
-                use the spare sequence, so `whole` is not for it.
+                use the spare sequence, so `keep_all_cells` is not for it.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
@@ -246,8 +264,8 @@ class Reader:
                         park(block, self._position(state) - block.tokens)
                 if block.evicts:
                     queries = self._probe(state, block)  # 2
-                    if whole and budget.shape == "one-shot" and not self.compact:
-                        self._keep_whole(state, queries)
+                    if keep_all_cells and budget.shape == "one-shot" and not self.compact:
+                        self._keep_all(state, queries)
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
@@ -255,7 +273,7 @@ class Reader:
                     with state.timings.spent("evict"):
                         self._hold(state, block)
                 state.kept_per_block.append(len(state.kept))
-                if state.last(block) and not self.holds_whole:
+                if state.last(block) and not self.holds_all:
                     self._gather(state)
                 state.timings.end_block()
         except BaseException:
@@ -275,9 +293,10 @@ class Reader:
         )
 
     def forget(self) -> None:
-        """Empties the context."""
-        self._whole = None
-        self.context.clear()
+        """Empties the sequence, and those that reading needs beside it."""
+        self._all = None
+        for sequence in (self.main, self.scratch, self.spare):
+            sequence.remove()
 
     def _forget_from(self, start: int) -> None:
         if start:
@@ -287,21 +306,21 @@ class Reader:
 
     # several ratios from one reading
 
-    def _keep_whole(self, state: _State, queries: NDArray[np.float32] | None) -> None:
+    def _keep_all(self, state: _State, queries: NDArray[np.float32] | None) -> None:
         """Notes the moment before a one-shot choice; the spare sequence shares all cells."""
         self.main.share_with(self.spare)
         before = replace(
             state, memory=dict(state.memory), kept_per_block=list(state.kept_per_block)
         )
-        self._whole = (before, None if queries is None else queries.copy())
+        self._all = (before, None if queries is None else queries.copy())
 
     @property
-    def holds_whole(self) -> bool:
+    def holds_all(self) -> bool:
         """Whether `choose_again` can be used."""
-        return self._whole is not None
+        return self._all is not None
 
     def choose_again(self, budget: Budget) -> Reading:
-        """Chooses anew from all that `read(whole=True)` read, without decoding it again.
+        """Chooses anew from all that `read(keep_all_cells=True)` read, without decoding it again.
 
         Nothing a one-shot run does before its one choice depends on the ratio, so the result is
         that of reading with `budget`.
@@ -309,8 +328,8 @@ class Reader:
         Args:
             budget: one-shot, for the same tokens and block size.
         """
-        assert self._whole is not None
-        before, queries = self._whole
+        assert self._all is not None
+        before, queries = self._all
         state = replace(
             before,
             budget=budget,
@@ -340,7 +359,7 @@ class Reader:
                 wanted[kind] = (array[:, rows : rows + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
         if block.evicts and needs.block_queries:
-            wanted["queries"] = (self._block_queries(block), 0)
+            wanted["queries"] = (self.block_queries(block), 0)
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
             wanted["queries"] = (queries, block.tokens - queries.shape[1])
@@ -348,7 +367,7 @@ class Reader:
             self.context.decode(
                 state.tokens[block.start : block.end],
                 self._position(state),
-                MAIN,
+                self.main.number,
                 on_chunk=state.report,
             )
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
@@ -372,7 +391,8 @@ class Reader:
         }
         return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
-    def _block_queries(self, block: Block) -> NDArray[Any]:
+    def block_queries(self, block: Block) -> NDArray[Any]:
+        """Where the queries of a block's tokens are captured: (layers, tokens, heads, head_dim)."""
         return self._array("block_queries", block.tokens)
 
     def _observed(self, block: Block) -> NDArray[Any]:
@@ -393,7 +413,7 @@ class Reader:
             return None
         if state.question is None:
             if self.policy.needs.block_queries:
-                last = self._block_queries(block)[:, -self.observation :]
+                last = self.block_queries(block)[:, -self.observation :]
                 return last.astype(np.float32)
             return self._observed(block)
         probe = len(state.question) + self.lookahead
@@ -505,7 +525,7 @@ class Reader:
         views: dict[str, Any]
         views = {kind: self._array(kind, state.budget.rows)[:, first:last] for kind in self._seen()}
         if self.policy.needs.block_queries:
-            views["block_queries"] = self._block_queries(block)[:]
+            views["block_queries"] = self.block_queries(block)[:]
         for view in views.values():
             view.flags.writeable = False
         cells = views.pop("cells", None)
@@ -573,7 +593,7 @@ class Reader:
         with state.timings.spent("evict"):
             if self.compact:
                 moving.settle(self.context)
-            moving.gather(self.context, MAIN, self._positions(state))
+            moving.gather(self.context, self.main.number, self._positions(state))
 
     # where tokens stand
 

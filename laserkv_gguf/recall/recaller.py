@@ -29,7 +29,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,145 +40,26 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rope, rows
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Policy, checked
+from laserkv_gguf.planning.settings import BITS, RecallSettings
+from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.reading.reader import Drafts, Reader, Reading
+from laserkv_gguf.recall.signatures import Signatures
 from laserkv_gguf.recall.store import DiskStore, Store
 
-WHERE = ("off", "ram", "disk")
-MODES = ("replay", "shortlist")
-SHARES = ("all", "block")
-
-_AT_ONCE = 512  # tokens signed at a time, so that they stay in the processor's cache
-
-Tokens = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class RecallSettings:
-    """How evicted tokens come back.
-
-    Attributes:
-        where: "ram" or "disk" to park rows in, "off" for no recall.
-        mode: "replay" or "shortlist"; None for the policy's own way.
-        file: of "disk"; None for one of our own.
-        bits: of a token's signature per layer and kv head, a multiple of 64.
-        shortlist: tokens looked at exactly, in multiples of what is chosen.
-        share: whether all tokens of the document compete for all room ("all"), or those of each
-            block for its own ("block").
-        first: the policy a document is read with before there is a question.
-    """
-
-    where: str = "off"
-    mode: str | None = None
-    file: str | None = None
-    bits: int = 128
-    shortlist: float = 2.0
-    share: str = "all"
-    first: str = "keydiff"
-
-    def check(self) -> None:
-        """Refuses unusable values.
-
-        Raises:
-            UserError: with the remedy in one line.
-        """
-        if self.where not in WHERE:
-            raise UserError(f"--recall {self.where} is unknown; use {', '.join(WHERE)}")
-        if self.mode is not None and self.mode not in MODES:
-            raise UserError(f"--recall-mode {self.mode} is unknown; use {' or '.join(MODES)}")
-        if self.file is not None and self.where != "disk":
-            raise UserError("--recall-file is where --recall disk parks rows; give that too")
-        if self.bits < 64 or self.bits % 64:
-            raise UserError(f"recall_bits is {self.bits}; give a multiple of 64")
-        if not self.shortlist >= 1:
-            raise UserError(f"recall_shortlist is {self.shortlist:g}; give 1 or more")
-        if self.share not in SHARES:
-            raise UserError(f"recall_share is {self.share!r}; give {' or '.join(SHARES)}")
-
-    def check_policy(self, policy: Policy) -> None:
-        """Refuses policies that recall cannot serve, and one that is nothing without it.
-
-        Raises:
-            UserError: with the remedy in one line.
-        """
-        needs, name = policy.needs, policy.name
-        if self.where == "off":
-            if needs.recall:
-                raise UserError(
-                    f"--policy {name} needs recall: it fetches evicted tokens for every question; "
-                    "add --recall ram, or --recall disk"
-                )
-            return
-        if policy.budget(8, 2, 0.5, 4).keeps_all:  # `full`: there will be nothing to recall
-            return
-        if not needs.queries:
-            raise UserError(
-                f"--policy {name} does not look at the question, so nothing would be recalled "
-                "for it; use --policy laser, or --recall off"
-            )
-        if needs.values or (needs.block_queries and not policy.unit):
-            raise UserError(
-                f"--policy {name} needs more of a token than the keys that are parked; "
-                "use --policy laser, or --recall off"
-            )
-        if needs.recall and self.mode == "replay":
-            raise UserError(
-                f"--policy {name} looks all of the document up at once; "
-                "use --recall-mode shortlist, or leave it out"
-            )
-
-    def mode_for(self, policy: Policy) -> str:
-        """The mode that was asked for, or the policy's own."""
-        return self.mode or ("shortlist" if policy.unit else "replay")
-
-    def votes_for(self, policy: Policy) -> bool:
-        """Whether signatures find what a question needs."""
-        return self.where != "off" and self.mode_for(policy) == "shortlist" and not policy.unit
+SHORTLIST = 2.0  # tokens looked at exactly, in multiples of what is chosen
 
 
-class Signatures:
-    """Packed signatures of all keys of a document, and votes of a question's queries by them."""
+class Rows(Protocol):
+    """Where a conversation writes down which of its tokens stand where; see `Ledger`."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, bits: int) -> None:
-        from laserkv_gguf import kernels
+    def where(self, numbers: Iterable[int]) -> Indices:
+        """The positions of all tokens of some segments, -1 for those that are not there."""
 
-        self.planes = kernels.planes(head_dim, 64, bits // 64, seed=0)
-        self.centre: NDArray[np.float32] | None = None
-        self.codes = np.zeros((layers, kv_heads, bits // 64, tokens), np.uint64)
-
-    def add(self, start: int, keys: NDArray[Any]) -> None:
-        """Signs keys (layers, n, kv_heads, head_dim), of the tokens from `start` on.
-
-        They are centred (arXiv 2410.16179) on the mean key of what was signed first.
-        """
-        from laserkv_gguf import kernels
-
-        if self.centre is None:
-            self.centre = np.stack([layer.mean(axis=0, dtype=np.float32) for layer in keys])
-        for layer, (one, centre) in enumerate(zip(keys, self.centre, strict=True)):
-            for first in range(0, len(one), _AT_ONCE):
-                part = np.subtract(one[first : first + _AT_ONCE], centre, dtype=np.float32)
-                signed = kernels.signatures(part, self.planes, bits=64).transpose(1, 2, 0)
-                at = start + first
-                self.codes[layer, :, :, at : at + len(part)] = signed
-
-    def votes(self, queries: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Scores (tokens,) for queries (layers, n, heads, head_dim)."""
-        from laserkv_gguf import kernels
-        from laserkv_gguf.kernels.hamming import hamming_votes
-
-        layers, kv_heads = self.codes.shape[:2]
-        count, heads, dim = queries.shape[1:]
-        grouped = queries.reshape(layers, count, kv_heads, heads // kv_heads, dim)
-        grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(layers, kv_heads, -1, dim)
-        return hamming_votes(kernels.signatures(grouped, self.planes, bits=64), self.codes)
-
-
-def warm_up() -> None:
-    """Compiles what recall needs beside a policy's own kernels."""
-    signed = Signatures(1, 1, 8, 16, 64)
-    signed.add(0, np.ones((1, 16, 1, 8), np.float32))
-    signed.votes(np.ones((1, 2, 1, 8), np.float32))
+    def put(self, numbers: Iterable[int], where: Indices) -> None:
+        """Makes these their positions."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +73,7 @@ class Recalled:
         seconds: all of it, the probes included.
     """
 
-    kept: Tokens
+    kept: Indices
     moved_in: int
     moved_out: int
     state_calls: int
@@ -210,8 +91,9 @@ class Recaller:
         offset: the position where the document begins.
 
     Attributes:
-        most: tokens that a question may leave in the cache; below the budget's where the
-            conversation needs the room.
+        limit: the most tokens of this document that stay in the cache; lowered when turns need
+            the room.
+        kept_by_reading: (kept,) which tokens the reading kept, before any question.
 
     Raises:
         UserError: memory or disk cannot hold the rows, or these keys cannot be compacted.
@@ -231,7 +113,7 @@ class Recaller:
                 "use -ctk f16, --positions original or --recall off"
             )
         self.budget, self.form, self.settings = budget, form, settings
-        self.offset, self.most = offset, budget.kept
+        self.offset, self.limit = offset, budget.kept
         self.policy = reader.policy
         self.mode = settings.mode_for(self.policy)
         self._rotation = rope.measure(reader.context) if reader.compact else None
@@ -246,16 +128,44 @@ class Recaller:
         self.signatures: Signatures | None = None
         if settings.votes_for(self.policy):
             self.signatures = Signatures(
-                form.layers, form.kv_heads, form.head_dim, budget.tokens, settings.bits
+                form.layers, form.kv_heads, form.head_dim, budget.tokens, BITS
             )
         self.index: dict[str, NDArray[Any]] = {}
         self.units = np.empty(0, np.int64)  # first tokens of the policy's units
-        self.kept: Tokens = np.empty(0, np.int64)
         self.tokens = np.empty(0, np.int32)
-        self.read = self.kept  # what the reading kept, before any question
-        # the position in the cache of every token of the document, -1 for those that are out
-        self.where = np.full(budget.tokens, -1, np.int64)
+        self.kept_by_reading: Indices = np.empty(0, np.int64)
+        # until a ledger is followed
+        self._position_of = np.full(budget.tokens, -1, np.int64)
+        self._rows: Rows | None = None
+        self._numbers: list[int] = []
         self.state_calls = 0
+
+    def follow(self, rows: Rows, numbers: list[int]) -> None:
+        """From now on the ledger says where tokens stand, and is told of changes.
+
+        Args:
+            numbers: of the segments that the reading covered, in order.
+        """
+        self._rows, self._numbers = rows, numbers
+
+    @property
+    def position_of(self) -> Indices:
+        """(tokens,) the position in the cache of every token, -1 for those that are out; a copy."""
+        if self._rows is not None:
+            return self._rows.where(self._numbers)
+        return self._position_of.copy()
+
+    def _stand(self, position_of: Indices) -> None:
+        if self._rows is not None:
+            self._rows.put(self._numbers, position_of)
+        else:
+            self._position_of = position_of
+
+    @property
+    def kept(self) -> Indices:
+        """(kept,) which tokens are in the cache now, ascending."""
+        found: Indices = np.flatnonzero(self.position_of >= 0)
+        return found
 
     def use(self, reader: Reader) -> None:
         """Goes on in a reader's context, which holds what the one before held."""
@@ -275,8 +185,8 @@ class Recaller:
         return self.store.bytes + beside
 
     @property
-    def beside(self) -> int:
-        """Cells that recalling needs beside the `most` tokens that it leaves."""
+    def extra_cells(self) -> int:
+        """Extra cells needed while a question is recalled, on top of the `limit` tokens that stay."""
         if self.mode != "replay":
             return 0
         before = whole = 0
@@ -287,18 +197,18 @@ class Recaller:
                 whole = max(whole, before + block.tokens)
                 before -= block.count - pool
             before += block.tokens
-        return max(0, whole + self.budget.window - self.most)
+        return max(0, whole + self.budget.window - self.limit)
 
     @property
-    def least(self) -> int:
+    def protected(self) -> int:
         """Anchors and window: what every question leaves."""
         first, last = self._protected
         return self.budget.tokens - (last - first)
 
     def _pool(self, block: Block) -> int:
         """A block's pool; its share of what there is room for, where that is less."""
-        inner = self.budget.kept - self.least
-        return block.pool if inner <= 0 else block.pool * (self.most - self.least) // inner
+        inner = self.budget.kept - self.protected
+        return block.pool if inner <= 0 else block.pool * (self.limit - self.protected) // inner
 
     # while the document is read
 
@@ -335,7 +245,7 @@ class Recaller:
             return
         queries = None
         if reader and reader.policy.needs.block_queries and block.evicts:
-            queries = reader._block_queries(block)
+            queries = reader.block_queries(block)
         seen = Candidates(
             tokens, (block.start, block.end), block.index, keys=keys, block_queries=queries
         )
@@ -356,8 +266,7 @@ class Recaller:
         Replay does not look at what is there.
         """
         if self.mode != "replay":
-            self._arrange(self._final(self.read))
-            self.kept = self.read
+            self._arrange(self._final(self.kept_by_reading))
 
     def settle(self, reading: Reading) -> None:
         """Takes over what a reading has left in the cache.
@@ -365,31 +274,32 @@ class Recaller:
         Compacted tokens are put anew, turned once from where they were parked, with room between
         them and the window for a block to stand in.
         """
-        self.tokens, self.kept, self.read = reading.tokens, reading.kept, reading.kept
+        self.tokens, self.kept_by_reading = reading.tokens, reading.kept
         if self._rotation is None:
-            self.where[self.kept] = self.offset + self.kept
+            self._stand(reading.where(compact=False, start=self.offset))
             return
-        self.restore(self.kept)
+        self.restore(reading.kept)
         reading.next_position = self.next_position
 
-    def restore(self, kept: Tokens) -> None:
+    def restore(self, kept: Indices) -> None:
         """Puts the given tokens into a main sequence that holds nothing from `offset` on."""
         self.main.remove(self.offset, -1)
-        self.where[:] = -1
+        self._stand(np.full(self.budget.tokens, -1, np.int64))
         self._arrange(self._final(kept))
-        self.kept = self.read = kept
+        self.kept_by_reading = kept
 
     @property
     def next_position(self) -> int:
         """Where the conversation about the document begins."""
-        return int(self.where[self.budget.tokens - 1]) + 1
+        return int(self.position_of[self.budget.tokens - 1]) + 1
 
     @property
     def inner(self) -> tuple[int, int]:
         """Positions between anchors and window, half-open: where tokens come and go."""
         first, last = self._protected
-        start = int(self.where[first - 1]) + 1 if first else self.offset
-        return start, int(self.where[last])
+        where = self.position_of
+        start = int(where[first - 1]) + 1 if first else self.offset
+        return start, int(where[last])
 
     # when a question comes
 
@@ -420,7 +330,6 @@ class Recaller:
         except BaseException:
             self.go_back(before)
             raise
-        self.kept = kept
         return Recalled(
             kept,
             len(np.setdiff1d(kept, before, assume_unique=True)),
@@ -429,35 +338,35 @@ class Recaller:
             time.perf_counter() - started,
         )
 
-    def go_back(self, kept: Tokens) -> None:
+    def go_back(self, kept: Indices) -> None:
         """Makes the cache what it was, wherever the work was stopped."""
         self.reader.scratch.remove()
         self.spare.remove()
         first, last = self._protected
         if last > first:
             self.main.remove(*self.inner)
-            self.where[first:last] = -1
+            where = self.position_of
+            where[first:last] = -1
+            self._stand(where)
             self._arrange(self._final(kept))
-        self.kept = kept
 
     def shrink(self) -> None:
-        """Leaves `most` tokens for now: beside anchors and window keys least like the others."""
-        if len(self.kept) <= self.most:
+        """Leaves `limit` tokens for now: beside anchors and window keys least like the others."""
+        kept = self.kept
+        if len(kept) <= self.limit:
             return
         first, last = self._protected
-        inside = (self.kept >= first) & (self.kept < last)
-        tokens, room = self.kept[inside], self.most - self.least
+        inside = (kept >= first) & (kept < last)
+        tokens, room = kept[inside], self.limit - self.protected
         if room:
             policy = policies.make("keydiff")
             seen = Candidates(tokens, (first, last), keys=self._keys(tokens))
             tokens = tokens[checked(policy, policy.select(seen, room), seen, room)]
-        kept = np.sort(np.concatenate((self.kept[~inside], tokens[:room])))
-        self._arrange(self._final(kept))
-        self.kept = kept
+        self._arrange(self._final(np.sort(np.concatenate((kept[~inside], tokens[:room])))))
 
     @property
     def _protected(self) -> tuple[int, int]:
-        """Tokens between the anchors and the last window: those that move."""
+        """Indices between the anchors and the last window: those that move."""
         anchors, budget = self.budget.anchors, self.budget
         return anchors, max(anchors, budget.tokens - budget.window)
 
@@ -465,7 +374,7 @@ class Recaller:
 
     def _replay(
         self, question: Prompt, position: int, others: int, hidden: tuple[tuple[int, int], ...]
-    ) -> Tokens:
+    ) -> Indices:
         """The block loop of `Reader.read`, with rows that are parked in place of decoding."""
         budget, reader = self.budget, self.reader
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
@@ -508,7 +417,8 @@ class Recaller:
         """
         wanted = inside.copy()
         wanted[self._protected[1] :] = True
-        later = self.where >= 0
+        where = self.position_of
+        later = where >= 0
         later[: block.end] = False
         cells = int(np.count_nonzero(wanted | later)) + others
         if self._rotation is None and cells <= self.reader.context.allocated_cells:
@@ -519,7 +429,7 @@ class Recaller:
         else:
             ranks = self.offset + np.arange(len(tokens))
             window = tokens >= self._protected[1]
-            ranks[window] = self.where[tokens[window]]
+            ranks[window] = where[tokens[window]]
             self._arrange((tokens, ranks))
 
     def _show(self, block: Block, hidden: tuple[tuple[int, int], ...]) -> None:
@@ -536,7 +446,7 @@ class Recaller:
 
     # shortlist
 
-    def _shortlist(self, question: Prompt, position: int) -> Tokens:
+    def _shortlist(self, question: Prompt, position: int) -> Indices:
         """Chooses among all tokens at once: with the question, then with its drafts too."""
         first, last = self._protected
         ends = np.arange(self.budget.tokens)
@@ -548,10 +458,10 @@ class Recaller:
             self._arrange(self._final(kept))
         return kept
 
-    def _choose(self, queries: NDArray[np.float32]) -> Tokens:
+    def _choose(self, queries: NDArray[np.float32]) -> Indices:
         """As many tokens as a reading leaves between the anchors and the last window."""
         first, last = self._protected
-        room = self.most - self.least
+        room = self.limit - self.protected
         if room >= last - first:
             return np.arange(first, last)
         if room <= 0:
@@ -564,7 +474,7 @@ class Recaller:
         votes = kernels.pool(self.signatures.votes(queries), getattr(self.policy, "pool", 1))
         chosen = []
         for index, (start, end, part) in enumerate(self._shares(room)):
-            near = start + kernels.top_k(votes[start:end], round(self.settings.shortlist * part))
+            near = start + kernels.top_k(votes[start:end], round(SHORTLIST * part))
             if len(near) <= part:
                 chosen.append(near)
                 continue
@@ -588,7 +498,7 @@ class Recaller:
                 if part:
                     yield start, end, part
 
-    def _whole_units(self, queries: NDArray[np.float32], room: int) -> Tokens:
+    def _whole_units(self, queries: NDArray[np.float32], room: int) -> Indices:
         """The policy's best units, without what is protected; the last one is cut."""
         first, last = self._protected
         scores = self.policy.look_up(queries, self.index)
@@ -602,24 +512,24 @@ class Recaller:
                 break
         return np.concatenate(chosen)
 
-    def _select(self, seen: Candidates, budget: int) -> Tokens:
+    def _select(self, seen: Candidates, budget: int) -> Indices:
         return seen.tokens[checked(self.policy, self.policy.select(seen, budget), seen, budget)]
 
     # rows
 
-    def _keys(self, tokens: Tokens) -> NDArray[Any]:
+    def _keys(self, tokens: Indices) -> NDArray[Any]:
         """Keys (layers, n, kv_heads, head_dim) as they stand in the cache, or were parked."""
         keys = self.form.keys(self.store.keys(tokens))
         if self._rotation is not None:
-            here = self.where[tokens]
+            here = self.position_of[tokens]
             shifts = np.where(here >= 0, here - self.store.positions[tokens], 0)
             keys = keys.copy()
             self._rotation.turn(keys, shifts[:, None])
         keys.flags.writeable = False
         return keys
 
-    def _final(self, kept: Tokens) -> tuple[Tokens, Tokens]:
-        """Tokens to keep and where they stand when nothing is being probed."""
+    def _final(self, kept: Indices) -> tuple[Indices, Indices]:
+        """Indices to keep and where they stand when nothing is being probed."""
         if self._rotation is None:
             return kept, self.offset + kept
         targets = np.arange(len(kept))
@@ -628,23 +538,25 @@ class Recaller:
         targets[window] = self.budget.cells_to_recall(self.mode) - count + np.arange(count)
         return kept, self.offset + targets
 
-    def _arrange(self, wanted: tuple[Tokens, Tokens]) -> None:
+    def _arrange(self, wanted: tuple[Indices, Indices]) -> None:
         """Makes the document's part of the main sequence just these tokens at these positions.
 
-        Tokens that are there already stay untouched.
+        Indices that are there already stay untouched.
         """
         tokens, targets = wanted
         there = np.full(self.budget.tokens, -1, np.int64)
         there[tokens] = targets
-        changed = there != self.where
-        leaving = np.flatnonzero(changed & (self.where >= 0))
-        self.main.remove_all(np.sort(self.where[leaving]))
-        self.where[leaving] = -1
+        where = self.position_of
+        changed = there != where
+        leaving = np.flatnonzero(changed & (where >= 0))
+        self.main.remove_all(np.sort(where[leaving]))
+        where[leaving] = -1
+        self._stand(where)
         coming = np.flatnonzero(changed & (there >= 0))
         for first, last in self._chunks(len(coming)):
             self._put(coming[first:last], there[coming[first:last]])
 
-    def _put(self, tokens: Tokens, targets: Tokens) -> None:
+    def _put(self, tokens: Indices, targets: Indices) -> None:
         """One state call: rows into a spare sequence, whose cells then become the main one's."""
         built = rows.build(self.form, targets)
         self.store.copy(tokens, built.keys, built.values)
@@ -656,7 +568,9 @@ class Recaller:
             self.spare.share_with(self.main)
         finally:
             self.spare.remove()
-        self.where[tokens] = targets
+        where = self.position_of
+        where[tokens] = targets
+        self._stand(where)
         self.state_calls += 1
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:

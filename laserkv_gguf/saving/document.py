@@ -1,4 +1,4 @@
-"""Read documents that stay, in a file of `saved`.
+"""Saves a document that has been read, and loads it without reading it again.
 
 It holds the tokens, which of them are kept, the rows of all parked tokens (or, without recall, of
 the kept ones) with the positions their keys are turned for, signatures, and as metadata what it was
@@ -11,24 +11,24 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM
+from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.files import archive as saved
+from laserkv_gguf.files import archive
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
-from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
+from laserkv_gguf.llama.sampler import Sampling
+from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.reading.reader import Reading
-from laserkv_gguf.saving import parked as saved_rows
+from laserkv_gguf.saving import parked as parked_rows
 from laserkv_gguf.timings import STEPS, Timings
-
-if TYPE_CHECKING:
-    from laserkv_gguf.conversation.conversation import Conversation
-    from laserkv_gguf.engine.engine import LaserKV, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -48,64 +48,40 @@ def save(conversation: Conversation, path: str | Path) -> int:
         UserError: nothing has been read, or the target cannot be written to.
         LaserKVError: the disk is full; nothing is left behind.
     """
-    saved.check_target(path)
-    with conversation.engine._alone():
-        if conversation.reading is None:
+    archive.check_target(path)
+    engine = conversation.engine
+    with engine.access.alone():
+        reading = conversation.reading
+        if reading is None:
             raise UserError("there is no read document to save; read one first")
-        conversation._check_owner()
-        return saved.write(path, saved.DOCUMENT, _tensors(conversation), _about(conversation))
+        engine.come_back(conversation)
+        run, parked = conversation.run, conversation.sources.recallers
+        about = {
+            **archive.made_with(engine),
+            "budget": asdict(reading.budget),
+            "compact": run.compact,
+            "system": conversation.system,
+            "parked": bool(parked),
+            "next_position": reading.next_position,
+            "kept_per_block": reading.kept_per_block,
+            "timings": {step: getattr(reading.timings, step) for step in (*STEPS, "total")},
+        }
+        tensors = [archive.whole("tokens", reading.tokens), archive.whole("kept", reading.kept)]
+        if parked:
+            tensors.append(archive.whole("held", np.arange(parked[0].store.tokens)))
+            tensors += parked_rows.tensors(parked[0])
+        else:
+            tensors += _cached(conversation, reading)
+        return archive.write(path, archive.DOCUMENT, tensors, about)
 
 
-def _about(conversation: Conversation) -> dict[str, Any]:
-    """What the file says of the document."""
-    reading, run, engine = conversation.reading, conversation._run, conversation.engine
-    assert reading is not None
-    assert run is not None
-    return {
-        **saved.made_with(engine),
-        "budget": asdict(reading.budget),
-        "compact": run.compact,
-        "system": conversation.system,
-        "parked": conversation._recaller is not None,
-        "next_position": reading.next_position,
-        "kept_per_block": reading.kept_per_block,
-        "timings": {step: getattr(reading.timings, step) for step in (*STEPS, "total")},
-    }
-
-
-def _form(conversation: Conversation) -> rows.Format:
-    if conversation._recaller:
-        return conversation._recaller.form
-    assert conversation._run is not None
-    return conversation.engine.row_format(conversation._run.reader.context)
-
-
-def _tensors(conversation: Conversation) -> Iterator[saved.Tensor]:
-    reading, recaller = conversation.reading, conversation._recaller
-    assert reading is not None
-    yield saved.whole("tokens", reading.tokens)
-    yield saved.whole("kept", reading.kept)
-    form = _form(conversation)
-    if recaller is None:
-        yield from _cached(conversation, form)
-        return
-    yield saved.whole("held", np.arange(recaller.store.tokens))
-    yield from saved_rows.tensors(recaller)
-
-
-def _cached(conversation: Conversation, form: rows.Format) -> Iterator[saved.Tensor]:
+def _cached(conversation: Conversation, reading: Reading) -> Iterator[archive.Tensor]:
     """The kept rows, taken out of the cache."""
-    reading, run = conversation.reading, conversation._run
-    assert reading is not None
-    assert run is not None
-    context = run.reader.context
-    main, spare = Sequence(context, MAIN), Sequence(context, SPARE)
-    positions = np.arange(len(reading.kept)) if run.compact else reading.kept
-    # keys that were moved are turned when something is decoded next
-    try:
-        context.decode(reading.tokens[:1], 0, PROBE)
-    finally:
-        Sequence(context, PROBE).remove()
+    cells = conversation.cells
+    cells.settle()
+    context, main, spare = cells.context, cells.main, Sequence(cells.context, SPARE)
+    form = conversation.engine.row_format(context)
+    positions = cells.ledger.position[cells.ledger.of_kind(SYSTEM, DOCUMENT)]
     count = len(positions)
     keys = np.empty((form.layers, count, form.key_bytes), np.uint8)
     values = np.empty((form.layers, count, form.value_bytes), np.uint8)
@@ -120,17 +96,17 @@ def _cached(conversation: Conversation, form: rows.Format) -> Iterator[saved.Ten
         into = slice(first, first + len(part))
         keys[:, into] = taken.keys[:, order]
         values[:, into] = taken.values[:, order].reshape(form.layers, len(part), -1)
-    yield saved.whole("held", reading.kept)
-    yield saved.whole("positions", positions.astype(np.int32))
-    yield saved.whole("keys", keys)
-    yield saved.whole("values", values)
+    yield archive.whole("held", reading.kept)
+    yield archive.whole("positions", positions.astype(np.int32))
+    yield archive.whole("keys", keys)
+    yield archive.whole("values", values)
 
 
 # ---- loading -----------------------------------------------------------------------------------
 
 
 def load(
-    engine: LaserKV,
+    engine: Engine,
     path: str | Path,
     *,
     max_tokens: int = 1024,
@@ -145,10 +121,8 @@ def load(
         UserError: no such file, a damaged one, one of another model, build or cache type, or one
             that does not fit the context; the message says which.
     """
-    from laserkv_gguf.conversation.conversation import Conversation
-
     path = Path(path)
-    about = saved.checked(path, saved.DOCUMENT, engine)
+    about = archive.checked(path, archive.DOCUMENT, engine)
     if about["parked"]:
         engine.turn_recall_on(about["settings"])
     elif engine.settings.recall != "off":
@@ -157,8 +131,7 @@ def load(
     conversation = Conversation(
         engine, system=about["system"], max_tokens=max_tokens, sampling=sampling
     )
-    with engine._alone(), safe_open(path, framework="numpy") as file:
-        engine.access.hand_over(None)
+    with engine.access.alone(), safe_open(path, framework="numpy") as file:
         reading = Reading(
             file.get_tensor("tokens"),
             budget,
@@ -167,34 +140,40 @@ def load(
             Timings(**about["timings"]),
             about["kept_per_block"],
         )
-        room = conversation._room(budget.tokens, budget)
+        room = conversation.room_after(budget)
         run = engine.prepare(
-            budget.tokens, 0, room, asked=False, budget=budget, compact=about["compact"]
+            conversation,
+            budget.tokens,
+            0,
+            room,
+            question_known=False,
+            budget=budget,
+            compact=about["compact"],
         )
         context = run.reader.context
         run.reader.forget()
         form = engine.row_format(context)
-        recaller = engine.recaller(run) if about["parked"] else None
+        recaller = None
         try:
+            recaller = engine.recaller(run) if about["parked"] else None
             if recaller:
-                saved_rows.park(path, recaller, file, about["settings"])
+                parked_rows.park(path, recaller, file, about["settings"])
                 recaller.tokens = reading.tokens
                 recaller.restore(reading.kept)
-                reading.next_position = recaller.next_position
             else:
-                _put(context, form, file)
+                _put(context, run.reader.main, form, file)
         except BaseException:
             if recaller:
                 recaller.close()
-            run.reader.forget()
+            engine.leave(conversation)
             raise
-        conversation._adopt(run, reading, recaller)
+        conversation.adopt(run, reading, recaller)
     return conversation
 
 
-def _put(context: Context, form: rows.Format, file: Any) -> None:
+def _put(context: Context, main: Sequence, form: rows.Format, file: Any) -> None:
     """Puts kept rows where they stood."""
-    main, spare = Sequence(context, MAIN), Sequence(context, SPARE)
+    spare = Sequence(context, SPARE)
     positions = file.get_tensor("positions")
     keys, values = file.get_slice("keys"), file.get_slice("values")
     for first in range(0, len(positions), form.per_call):

@@ -1,4 +1,4 @@
-"""Parked rows in a file of `saved`: with them a document recalls on as it did."""
+"""Saves and loads a document's parked rows, so that recall works after loading as before."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import numpy as np
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.files import archive as saved
+from laserkv_gguf.files import archive
 from laserkv_gguf.recall.recaller import Recaller
 
 _CHUNK = 1 << 24
 _INDEX = "index."
 
 
-def tensors(recaller: Recaller, prefix: str = "") -> Iterator[saved.Tensor]:
+def tensors(recaller: Recaller, prefix: str = "") -> Iterator[archive.Tensor]:
     """The rows of a document's tokens, where their keys were turned for, and what finds them.
 
     Args:
         prefix: of the names, where a file holds several documents.
     """
     store = recaller.store
-    yield saved.whole(f"{prefix}positions", store.positions)
+    yield archive.whole(f"{prefix}positions", store.positions)
     for name, row in (("keys", store.key_bytes), ("values", store.value_bytes)):
         shape = (store.layers, store.tokens, row)
-        yield saved.Tensor(prefix + name, "uint8", shape, store.all(name))
+        yield archive.Tensor(prefix + name, "uint8", shape, store.all(name))
     if recaller.signatures is not None and recaller.signatures.centre is not None:
-        yield saved.whole(f"{prefix}centre", recaller.signatures.centre)
+        yield archive.whole(f"{prefix}centre", recaller.signatures.centre)
         codes = recaller.signatures.codes
-        yield saved.Tensor(f"{prefix}signatures", "uint64", codes.shape, iter(codes))
+        yield archive.Tensor(f"{prefix}signatures", "uint64", codes.shape, iter(codes))
     if recaller.index:
-        yield saved.whole(f"{prefix}units", recaller.units)
+        yield archive.whole(f"{prefix}units", recaller.units)
         for name, array in recaller.index.items():
-            yield saved.whole(prefix + _INDEX + name, array)
+            yield archive.whole(prefix + _INDEX + name, array)
 
 
 def park(

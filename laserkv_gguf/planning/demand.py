@@ -1,0 +1,105 @@
+"""What a run needs: cells, positions, and the largest ratio that fits.
+
+The one place where this is counted, for a run that begins as for a plan before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from laserkv_gguf.budget import Budget, largest_ratio_that
+from laserkv_gguf.policies import Policy
+
+
+@dataclass(frozen=True)
+class Demand:
+    """How documents will be read; the fields are flags' names.
+
+    Attributes:
+        policy: chooses what is kept.
+        block_size: S, tokens read at a time.
+        divisor: n; anchors and window get ``B // n`` tokens each.
+        lookahead: tokens drafted after the question; None for the policy's own number.
+        positions: "original", "compact", or "auto": compact only beyond the trained context.
+        recall: where rows are parked: "ram", "disk", or "off".
+        recall_mode: "replay" or "shortlist", where there is recall.
+    """
+
+    policy: Policy
+    block_size: int = 4096
+    divisor: int = 4
+    lookahead: int | None = None
+    positions: str = "auto"
+    recall: str = "off"
+    recall_mode: str = ""
+
+    def budget(self, tokens: int, ratio: float, protected: int = 0) -> Budget:
+        """What of so many tokens is kept.
+
+        Args:
+            protected: first tokens that stay whole (a system prompt).
+        """
+        budget = self.policy.budget(tokens, self.block_size, ratio, self.divisor)
+        return replace(budget, protected=protected) if protected else budget
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that a question drafts after it."""
+        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
+
+    def parks(self, budget: Budget) -> bool:
+        """Whether there is anything to recall."""
+        return self.recall != "off" and not budget.keeps_all
+
+    def recall_cells(self, budget: Budget) -> int:
+        """Cells beside what is kept and the conversation that recalling needs; 0 without."""
+        if not self.parks(budget):
+            return 0
+        return budget.cells_to_recall(self.recall_mode) - budget.kept + self.drafts
+
+    def cells(
+        self,
+        budget: Budget,
+        prompt: int,
+        reply: int,
+        *,
+        question_known: bool = True,
+        is_read: bool = False,
+    ) -> int:
+        """Cells that a run needs at most.
+
+        Args:
+            prompt: tokens of the question with the template around it.
+            reply: cells for what follows the document: question, answer, later turns.
+            question_known: whether the question asks while the document is read.
+            is_read: whether the document was read before.
+        """
+        later = budget.kept + self.recall_cells(budget) + reply
+        if is_read:
+            return later
+        asks = question_known and self.policy.needs.queries
+        drafts = self.drafts if asks and prompt else 0
+        return max(budget.cells(prompt if asks else 0, drafts, reply), later)
+
+    def compacts(self, budget: Budget, positions: int, trained: int) -> bool:
+        """Whether positions are moved together.
+
+        Args:
+            positions: that a run takes where they are not.
+            trained: positions the model was trained for; 0 for any number.
+        """
+        if budget.keeps_all or self.positions == "original":
+            return False
+        return self.positions == "compact" or positions > trained > 0
+
+    def largest_ratio(
+        self, fits: Callable[[Budget], bool], tokens: int, protected: int = 0
+    ) -> float:
+        """The largest ratio (in thousandths) whose budget fits; 0 if none does."""
+
+        def make(tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
+            budget = self.policy.budget(tokens, block_size, ratio, divisor)
+            return replace(budget, protected=protected) if protected else budget
+
+        return largest_ratio_that(fits, tokens, self.block_size, self.divisor, make)
