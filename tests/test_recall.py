@@ -326,7 +326,7 @@ def test_any_number_of_moves_is_no_move(
         for block in run.budget.blocks:  # read without evicting
             context.decode(document[block.start : block.end], block.start, MAIN)
             recaller.park(block, block.start)
-        recaller.position_of[:] = np.arange(count)
+        recaller._position_of[:] = np.arange(count)
         before = [part.copy() for part in whole(recaller)]
         Sequence(context, MAIN).share_with(Sequence(context, SPARE))
         context.decode(asked, count, SPARE, outputs=1)
@@ -347,7 +347,7 @@ def test_any_number_of_moves_is_no_move(
         for given, found in zip(before, whole(recaller), strict=True):
             assert np.array_equal(given, found)
         context.clear()
-        recaller.position_of[:] = -1
+        recaller._position_of[:] = -1
         recaller.restore(np.arange(count))
         context.decode(asked, count, MAIN, outputs=1)
         assert np.array_equal(context.logits(), expected)
