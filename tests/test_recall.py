@@ -402,7 +402,9 @@ def test_compacted_rows_are_turned_once(loaded: Loaded) -> None:
         begins = recaller.next_position
         positions, keys, values = whole(recaller)
         turns = [part[:, positions >= begins].copy() for part in (keys, values)]
-        assert np.array_equal(positions[positions >= begins], np.arange(begins, talk.cells.position))
+        assert np.array_equal(
+            positions[positions >= begins], np.arange(begins, talk.cells.position)
+        )
         talk.recall(QUESTIONS[1])
         positions, keys, values = whole(recaller)
         for given, part in zip(turns, (keys, values), strict=True):

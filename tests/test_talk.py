@@ -925,7 +925,9 @@ def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
         least = [budget.anchors + budget.window for budget in budgets]
         yields = (sum(full) - sum(least)) // 2
         turn(talk, "y" * (talk.capacity - sum(full) + yields))
-        for recaller, budget, low, high in zip(talk.sources.recallers, budgets, least, full, strict=True):
+        for recaller, budget, low, high in zip(
+            talk.sources.recallers, budgets, least, full, strict=True
+        ):
             assert low <= len(recaller.kept) < high
             ends = {*range(budget.anchors), *range(budget.tokens - budget.window, budget.tokens)}
             assert ends <= set(recaller.kept.tolist())

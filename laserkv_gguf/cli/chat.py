@@ -162,6 +162,7 @@ class Loop:
 
     def read_for(self, question: str) -> None:
         """Reads the documents with a question in mind and answers it."""
+
         def begin(on_progress: Callable[[Progress], None]) -> tuple[Answer, str]:
             stream = self.talk.begin(question, on_progress=on_progress)
             return stream, next(iter(stream), "")

@@ -223,9 +223,7 @@ class Conversation:
         self._without_document = False
         with self.engine.access.alone():
             tokens, segments, asked, reply = self._wanted(question)
-            self._read(
-                tokens, segments, asked, reply, on_progress, keep_all_cells=keep_all_cells
-            )
+            self._read(tokens, segments, asked, reply, on_progress, keep_all_cells=keep_all_cells)
             reading = self.reading
             assert reading is not None
             return reading
@@ -286,9 +284,7 @@ class Conversation:
             self.ledger.put(self.ledger.numbers(SYSTEM, DOCUMENT), where)
             return True
 
-    def _wanted(
-        self, question: str | None
-    ) -> tuple[Tokens, list[Segment], Prompt | None, int]:
+    def _wanted(self, question: str | None) -> tuple[Tokens, list[Segment], Prompt | None, int]:
         """What is read, what asks, and cells for what follows."""
         opening = self._opening(question or "")
         segments = self._segments(opening.before)
@@ -540,9 +536,7 @@ class Conversation:
 
     def _opening_after(self, question: str) -> Prompt:
         document = any(len(self.ledger.segments[n].tokens) for n in self.ledger.numbers(DOCUMENT))
-        opening = self.framing.opening(
-            self.engine, question, system=self.system, document=document
-        )
+        opening = self.framing.opening(self.engine, question, system=self.system, document=document)
         return opening.after
 
     def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
@@ -740,9 +734,7 @@ class Conversation:
         try:
             for number, recaller in enumerate(recallers):
                 hidden = [other.inner for other in recallers[number + 1 :]]
-                done.append(
-                    recaller.recall(prompt, self.cells.position, self.cells.used, hidden)
-                )
+                done.append(recaller.recall(prompt, self.cells.position, self.cells.used, hidden))
         except BaseException:
             for recaller, kept in zip(recallers[: len(done)], before, strict=False):
                 recaller.go_back(kept)

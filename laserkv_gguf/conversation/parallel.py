@@ -442,9 +442,7 @@ class _BatchedAnswers:
         if one.error is not None:
             self.on_reply(planned.index, one.error)
             return
-        conversation.fill(
-            reply, len(planned.prompt), one.started, one.first, apart=one.decoded
-        )
+        conversation.fill(reply, len(planned.prompt), one.started, one.first, apart=one.decoded)
         # the context may be larger, for what was asked before; that is no cost of this answer
         reply.account.kv_bytes = padded(conversation.run.cells) * self.engine.cell_bytes
         self.on_reply(planned.index, reply)

@@ -246,7 +246,9 @@ class Residents:
     def free_sequence(self) -> int:
         """A number that no conversation has."""
         taken = {place.sequence for place in self.inside.values()}
-        return next(n for n in [MAIN, *range(SEQUENCES, sequence_count(self.most))] if n not in taken)
+        return next(
+            n for n in [MAIN, *range(SEQUENCES, sequence_count(self.most))] if n not in taken
+        )
 
     def all_leave(self) -> None:
         """Everybody loses what they have, in the cache and aside."""
