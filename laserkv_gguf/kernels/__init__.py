@@ -11,6 +11,7 @@ from laserkv_gguf.kernels.simhash import (
     planes,
     signatures,
 )
+from laserkv_gguf.kernels.values import value_norms
 
 __all__ = [
     "analytic_collisions",
@@ -24,4 +25,5 @@ __all__ = [
     "signatures",
     "threads",
     "top_k",
+    "value_norms",
 ]

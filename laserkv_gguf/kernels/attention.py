@@ -53,8 +53,8 @@ def attention_consensus(
 ) -> NDArray[np.float32]:
     """Each candidate's attention weight, summed over layers, heads and probe tokens.
 
-    With ``p[l, t, h, c] = exp(q . k * scale) / (exp(outside[l, t, h]) + sum_c exp(q . k * scale))``
-    and ``w[l, c, kv(h)]`` the weights, a probe token's score is ``sum_l sum_h p * w``; ``over`` says
+    With ``e = exp(q . k * scale)``, ``p[l, t, h, c] = e / (exp(outside[l, t, h]) + sum_c e)`` and
+    ``w[l, c, kv(h)]`` the weights, a probe token's score is ``sum_l sum_h p * w``; ``over`` says
     how the tokens' scores become one. Without weights and outside, summed, it is the exact score of
     LASER-KV's long-term pool (arXiv 2602.02199). The result does not depend on the number of
     threads. NaN and infinite inputs give NaN.

@@ -102,18 +102,18 @@ class Candidates:
         keys, values: (layers, C, kv_heads, head_dim) float16 or float32, or None.
         block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None.
         memory: a policy's own notes; empty at the start of a sequence, kept from block to block.
-        scorer: attention of queries over the candidates' keys where these are; None on the host.
-            It takes what `attention` makes of its arguments: see `DeviceAttention`.
-        value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate, or with "output"
-            the root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
+        scorer: attention of queries over the candidates' keys where these are (see
+            `DeviceAttention`); None on the host.
+        value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate; of "output" the
+            root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
         outside: (layers, probe tokens, heads) float32, or None: log-sum-exp of q · k / √head_dim
             over all that the query sees and that is no candidate: anchors, what was kept, the
             window, what stands before the sequence, and of the question and drafts, or the tokens
             that ask in their place, those up to itself. None where a device computes attention.
         visible: (V,) int64 or None: which tokens `visible_keys` are, ascending; the candidates are
             among them as one run.
-        visible_keys: (layers, V, kv_heads, head_dim) or None: keys of all of the sequence that is in
-            the cache.
+        visible_keys: (layers, V, kv_heads, head_dim) or None: keys of all that is in the cache of
+            the sequence.
     """
 
     tokens: NDArray[np.int64]
