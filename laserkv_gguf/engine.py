@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import device, output, rope, rows, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
+from laserkv_gguf.llama.probe import CaptureError
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, checked
 from laserkv_gguf.timings import Timings, step
@@ -370,13 +372,22 @@ class Reader:
         if block.evicts and state.question is None and self._observes_own(wanted):
             keys = self._array("own_keys", min(self.observation, block.tokens))
             wanted["keys"] = (keys, block.tokens - keys.shape[1])
-        with state.timings.spent("decode"), self.context.probe.armed(**wanted):
-            self.context.decode(
-                state.tokens[block.start : block.end],
-                self._position(state),
-                MAIN,
-                on_chunk=state.report,
-            )
+        try:
+            with state.timings.spent("decode"), self.context.probe.armed(**wanted):
+                self.context.decode(
+                    state.tokens[block.start : block.end],
+                    self._position(state),
+                    MAIN,
+                    on_chunk=state.report,
+                )
+        except CaptureError as error:
+            if not error.kind.endswith("_norms"):
+                raise
+            raise UserError(
+                f"--policy {self.policy.name} weighs values, and this build of llama.cpp shows "
+                f"none of a {self.context.model.architecture} model; use --policy-option "
+                "values=none, or another policy"
+            ) from error
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
 
     def _scores_later(self, state: _State, block: Block) -> bool:

@@ -430,7 +430,8 @@ class Probe:
             if short.size:
                 raise CaptureError(
                     f"layer {short[0]} showed {self._seen[_KINDS[kind], short[0]]} rows of "
-                    f"{kind} where {end} were decoded"
+                    f"{kind} where {end} were decoded",
+                    kind,
                 )
 
     def _want(self, kind: str, target: tuple[NDArray[Any], int] | None) -> None:
@@ -490,4 +491,12 @@ class Probe:
 
 
 class CaptureError(RuntimeError):
-    """The model's graph does not name its queries, keys or values as expected."""
+    """The model's graph does not name its queries, keys or values as expected.
+
+    Attributes:
+        kind: what is missing.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
