@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import device, output, rope, rows, stored
+from laserkv_gguf.llama import device, output, rope, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
@@ -112,6 +112,16 @@ class Asked:
     queries: NDArray[np.float32]
     own: NDArray[np.float32] | None = None
 
+    def with_more(self, keys: Iterable[NDArray[Any]]) -> NDArray[np.float32] | None:
+        """`own` joined by other keys that all of these tokens see; None where there are none."""
+        from laserkv_gguf import kernels
+
+        sums = self.own
+        for part in keys:
+            seen = kernels.log_sums(self.queries, part)
+            sums = seen if sums is None else np.logaddexp(sums, seen)
+        return sums
+
 
 @dataclass
 class Drafts:
@@ -166,8 +176,8 @@ class _State:
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
     asked: Asked | None = None  # the last probe
-    # keys (layers, n, kv_heads, head_dim) of what stands before the first token
-    before: NDArray[Any] | None = None
+    # keys (layers, n, kv_heads, head_dim) of what stands before the first token, in parts
+    before: list[NDArray[Any]] = field(default_factory=list)
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -254,13 +264,13 @@ class Reader:
             self._rotation = rope.measure(self.context)
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
-        if self.policy.needs.value_norms == "output" and not budget.keeps_all:
-            self.context.probe.use_factors(output.factors(self.context.model))
+        if not budget.keeps_all:
+            self.use_factors()
         state = _State(tokens, budget, question, on_progress, start)
         if start and self.policy.needs.outside and not budget.keeps_all:
             if self.compact:
                 stored.settle(self.context)
-            state.before = rows.keys_between(self.context, self.main, self.spare, [(0, start)])
+            state.before = list(stored.keys_between(self.context, MAIN, [(0, start)]))
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -449,6 +459,15 @@ class Reader:
                 state.asked = self.ask(state.question, self._position(state), state.drafts)
         return state.asked
 
+    def use_factors(self) -> None:
+        """Makes the norms that the policy asks for possible.
+
+        Raises:
+            UserError: the model's file does not hold what they need.
+        """
+        if self.policy.needs.value_norms == "output":
+            self.context.probe.use_factors(output.factors(self.context.model))
+
     def ask(
         self,
         question: Prompt,
@@ -618,10 +637,9 @@ class Reader:
             asking = np.arange(block.end - queries.shape[1], block.end)
             visible = np.searchsorted(after, asking, side="right")
         with kernels.threads(self.context.threads):
-            seen = kernels.log_sums(queries, keys[:, :first])
-            seen = np.logaddexp(seen, kernels.log_sums(queries, keys[:, last:], visible=visible))
-            beside = self._beside(state, asked)
-        return seen if beside is None else np.logaddexp(seen, beside)
+            seen = asked.with_more((keys[:, :first], *state.before))
+            late = kernels.log_sums(queries, keys[:, last:], visible=visible)
+        return late if seen is None else np.logaddexp(seen, late)
 
     def _others(
         self,
@@ -639,7 +657,9 @@ class Reader:
         """
         from laserkv_gguf import kernels
 
-        beside, whole = self._beside(state, asked), len(state.held)
+        with kernels.threads(self.context.threads):
+            beside = asked.with_more(state.before)
+        whole = len(state.held)
         if state.question is None:
             asking = np.arange(block.end - asked.queries.shape[1], block.end)
             whole = max(last, int(np.searchsorted(state.held, asking[0], side="right")))
@@ -654,16 +674,6 @@ class Reader:
             beside = seen if beside is None else np.logaddexp(seen, beside)
             beside = np.maximum(beside, np.float32(-1e30))  # the first of them sees none
         return np.concatenate((cells[:first], cells[last:whole])), beside
-
-    def _beside(self, state: _State, asked: Asked) -> NDArray[np.float32] | None:
-        """The part of `Candidates.outside` that is not of the sequence itself."""
-        from laserkv_gguf import kernels
-
-        if state.before is None:
-            return asked.own
-        with kernels.threads(self.context.threads):
-            before = kernels.log_sums(asked.queries, state.before)
-        return before if asked.own is None else np.logaddexp(before, asked.own)
 
     # 4 and 5
 

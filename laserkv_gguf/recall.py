@@ -40,7 +40,7 @@ from laserkv_gguf.engine import Asked, Drafts, Reader, Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import output, rope, rows, stored
 from laserkv_gguf.llama.chat import Prompt
-from laserkv_gguf.llama.sequence import SPARE, Sequence
+from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Policy, checked
 from laserkv_gguf.store import DiskStore, Store
 
@@ -270,7 +270,6 @@ class Recaller:
     def use(self, reader: Reader) -> None:
         """Goes on in a reader's context, which holds what the one before held."""
         self.reader, self.main = reader, reader.main
-        reader.context.row_format = self.form
         self.spare = Sequence(reader.context, SPARE)
 
     def close(self) -> None:
@@ -512,10 +511,10 @@ class Recaller:
         self._arrange(self._final(kept))
         return kept
 
-    def _beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> NDArray[Any] | None:
+    def _beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> list[NDArray[Any]]:
         """Keys of what a question at a position sees beside the document."""
         if not self.policy.needs.outside:
-            return None
+            return []
         spans, start = [(0, self.offset)], self.next_position
         for first, last in sorted(hidden):
             spans.append((start, first))
@@ -523,7 +522,7 @@ class Recaller:
         spans.append((start, position))
         if self._rotation is not None:
             stored.settle(self.reader.context)
-        return rows.keys_between(self.reader.context, self.main, self.spare, spans)
+        return list(stored.keys_between(self.reader.context, MAIN, spans))
 
     def _candidates(
         self,
@@ -531,7 +530,7 @@ class Recaller:
         block: Block | tuple[int, int, int],
         asked: Asked,
         others: Tokens,
-        beside: NDArray[Any] | None,
+        beside: list[NDArray[Any]],
         memory: dict[str, Any],
     ) -> Candidates:
         """What a policy chooses from, out of what is parked.
@@ -544,16 +543,11 @@ class Recaller:
             beside: keys of what is seen beside the document.
             memory: the policy's notes.
         """
-        from laserkv_gguf import kernels
-
-        needs, outside, norms = self.policy.needs, asked.own, None
+        needs, outside, norms = self.policy.needs, None, None
         if isinstance(block, Block):
             block = block.start, block.end, block.index
         if needs.outside:
-            for keys in (self._keys(others), beside):
-                if keys is not None:
-                    seen = kernels.log_sums(asked.queries, keys)
-                    outside = seen if outside is None else np.logaddexp(outside, seen)
+            outside = asked.with_more((self._keys(others), *beside))
         if needs.value_norms != "none":
             norms = self._norms(tokens)
         return Candidates(
@@ -630,7 +624,7 @@ class Recaller:
             self._arrange(self._final(kept))
         return kept
 
-    def _choose(self, asked: Asked, ends: Tokens, beside: NDArray[Any] | None) -> Tokens:
+    def _choose(self, asked: Asked, ends: Tokens, beside: list[NDArray[Any]]) -> Tokens:
         """As many tokens as a reading leaves between the anchors and the last window.
 
         A softmax over all counts the shortlist, the `ends` and what is `beside` the document.
