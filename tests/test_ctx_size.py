@@ -15,9 +15,9 @@ pytest.importorskip("llama_cpp")
 
 from test_cli import CHATML
 
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions

@@ -20,8 +20,8 @@ from scipy.linalg import hadamard
 from tiny import TinySpec, make, random_tokens
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import Budget
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import attention_consensus
 from laserkv_gguf.llama import library
@@ -352,9 +352,11 @@ def other_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 def other_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device computes a little wrong."""
     attention = device.Scorer.attention
-    monkeypatch.setattr(
-        device.Scorer, "attention", lambda *given: attention(*given) * np.float32(1.01)
-    )
+
+    def wrong(*given: Any, **named: Any) -> NDArray[np.float32]:
+        return attention(*given, **named) * np.float32(1.01)
+
+    monkeypatch.setattr(device.Scorer, "attention", wrong)
 
 
 def no_operation(monkeypatch: pytest.MonkeyPatch) -> None:

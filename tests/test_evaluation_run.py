@@ -25,8 +25,8 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
 pytest.importorskip("llama_cpp")
 
-from laserkv_gguf.cli.app import run
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.evaluation import plots, presets, report, results, tasks

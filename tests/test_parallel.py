@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, greedy, turn
 
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation import parallel
 from laserkv_gguf.conversation.account import Account
-from laserkv_gguf.conversation.parallel import Question, Spent, answer
-from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.generation import Reply
+from laserkv_gguf.conversation.parallel import Question, Spent, answer
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama.context import SEQUENCES
 from laserkv_gguf.llama.sampler import Sampling

@@ -27,10 +27,10 @@ import llama_cpp
 from test_cli import Files, files, fill, refusal  # noqa: F401
 
 from laserkv_gguf import models, policies
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.cli.plan import parse_size
-from laserkv_gguf.api import LaserKV
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.context import Context, ContextOptions

@@ -34,9 +34,9 @@ from tiny import forward
 
 from laserkv_gguf import machine as memory
 from laserkv_gguf import policies
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.kernels import planes, pool, top_k
@@ -45,6 +45,7 @@ from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates
+from laserkv_gguf.reading.reader import Asked
 from laserkv_gguf.recall import store
 from laserkv_gguf.recall.recaller import Recaller, RecallSettings
 from laserkv_gguf.recall.store import DiskStore, Store
@@ -776,10 +777,10 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         recaller = talk.sources.recallers[0]
         assert recaller is not None
         assert recaller.mode == "shortlist"
-        seen: list[NDArray[np.float32]] = []
+        seen: list[Asked] = []
         original = recaller.reader.ask
 
-        def ask(*args: Any, **more: Any) -> NDArray[np.float32]:
+        def ask(*args: Any, **more: Any) -> Asked:
             seen.append(original(*args, **more))
             return seen[-1]
 
@@ -791,7 +792,7 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         keys = recaller.form.keys(recaller.store.keys(np.arange(budget.tokens))).astype(float)
         index = recaller.index
         kv = SPEC.kv_heads
-        queries = seen[-1].astype(float)
+        queries = seen[-1].queries.astype(float)
         grouped = queries.reshape(SPEC.layers, queries.shape[1], kv, -1, SPEC.head_dim)
         units, scores = [], []
         number = 0

@@ -20,7 +20,7 @@ from tiny import TinySpec
 
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.conversation import Conversation
-from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rows
 
 MIB = 1 << 20
@@ -56,7 +56,7 @@ def rows_of(conversation: Conversation) -> list[NDArray[Any]]:
     """Positions, keys and values of a conversation's sequence, by position."""
     cells = conversation.cells
     cells.settle()
-    form = conversation.engine.row_format(cells.context)
+    form = rows.known(cells.context)
     found = rows.take(cells.context, form, cells.main.number)
     order = np.argsort(found.positions)
     return [found.positions[order], found.keys[:, order], found.values[:, order]]

@@ -19,9 +19,8 @@ import pytest
 from safetensors import safe_open
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded, first_turn, in_cache, turn
 
-from laserkv_gguf.cli.app import run
-from laserkv_gguf.conversation.conversation import Conversation as Talk
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files import archive as saved
@@ -107,7 +106,7 @@ def cache_of(engine: LaserKV) -> list[np.ndarray]:
     assert context is not None
     context.decode(np.array([5], np.int32), 0, 6)
     Sequence(context, 6).remove()
-    taken = rows.take(context, engine.row_format(context), MAIN)
+    taken = rows.take(context, rows.known(context), MAIN)
     order = np.argsort(taken.positions)
     return [taken.positions[order], taken.keys[:, order], taken.values[:, order]]
 

@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import Budget
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Reply
-from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 
 TEMPLATE = (

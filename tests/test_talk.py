@@ -22,11 +22,11 @@ from test_session import DOCUMENT, OPTIONS, TEMPLATE, Loaded, chars, in_cache, s
 from tiny import BOS, TinySpec, forward
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import Budget
-from laserkv_gguf.conversation.space import Space, Thinning
-from laserkv_gguf.conversation.conversation import Conversation as Talk
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.conversation import Conversation as Talk
+from laserkv_gguf.conversation.space import Space, Thinning
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama import rows, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
@@ -946,7 +946,7 @@ def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
 def rows_of(engine: LaserKV) -> list[NDArray[Any]]:
     """Positions, keys and values of the main sequence."""
     assert engine._context is not None
-    found = rows.take(engine._context, engine.row_format(engine._context), MAIN)
+    found = rows.take(engine._context, rows.known(engine._context), MAIN)
     order = np.argsort(found.positions)
     return [found.positions[order], found.keys[:, order], found.values[:, order]]
 

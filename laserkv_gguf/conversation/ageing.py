@@ -23,10 +23,12 @@ from laserkv_gguf.conversation.ledger import TURN, Ledger
 from laserkv_gguf.conversation.space import Space, Thinning
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama import output, rows
 from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.sequence import runs
 from laserkv_gguf.policies import Candidates, Policy, checked
 from laserkv_gguf.policies.laser import Laser
-from laserkv_gguf.reading.reader import Reader
+from laserkv_gguf.reading.reader import Asked, Reader
 
 ATTENTION = 0.25  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
@@ -145,12 +147,12 @@ class Compressing:
             recalled = sum(recaller.limit for recaller in documents.recallers)
             choices.append((documents.unparked(ledger), max(thinning.documents - recalled, 0)))
             conversation.shrink_parked()
-        queries = None
+        seen = None
         if policy.needs.queries:
             numbers = [n for some, _ in choices for n in some]
-            queries = self._ask(conversation, policy, asked, numbers, start)
-            policy = policy if queries is not None else policies.make("keydiff")
-        thin(conversation, policy, choices, queries, start)
+            seen = self._ask(conversation, policy, asked, numbers, start)
+            policy = policy if seen is not None else policies.make("keydiff")
+        thin(conversation, policy, choices, seen, start)
         conversation.thinnings += 1
         for number in aged:
             ledger.segments[number].aged = True
@@ -162,8 +164,8 @@ class Compressing:
         asked: Prompt,
         numbers: list[int],
         start: int,
-    ) -> NDArray[np.float32] | None:
-        """The queries of the question and its drafts; None where it has no room to be asked.
+    ) -> Asked | None:
+        """The question and its drafts; None where it has no room to be asked.
 
         Where an answer has just filled the cache, room is made first, by the keys alone.
         """
@@ -181,9 +183,9 @@ class Compressing:
         if asker.lookahead < 0:
             return None
         conversation.move_down(wanted)
-        queries = asker.ask(Prompt(prompt, asked.ending), cells.position)
+        found = asker.ask(Prompt(prompt, asked.ending), cells.position)
         cells.settled = True
-        return queries
+        return found
 
     @staticmethod
     def _left(conversation: Growing, start: int) -> int:
@@ -234,14 +236,14 @@ def thin(
     conversation: Growing,
     policy: Policy,
     choices: list[tuple[list[int], int]],
-    queries: NDArray[np.float32] | None,
+    asked: Asked | None,
     start: int = 0,
 ) -> None:
     """Evicts what the policy does not choose.
 
     Args:
         choices: segments, and how many of their rows may stay together.
-        queries: of the probe; None where the policy needs none.
+        asked: what looks at them, for a policy that wants that.
         start: only rows from this position on count, and go.
     """
     ledger = conversation.ledger
@@ -253,7 +255,7 @@ def thin(
             among, keep = among[:-1], keep - 1
         if keep < len(among):
             stays[among] = False
-            stays[_chosen(conversation, policy, among, max(keep, 0), queries)] = True
+            stays[_chosen(conversation, policy, among, max(keep, 0), asked)] = True
     if not stays.all():
         conversation.cells.evict(stays)
 
@@ -263,7 +265,7 @@ def _chosen(
     policy: Policy,
     among: NDArray[np.int64],
     keep: int,
-    queries: NDArray[np.float32] | None,
+    asked: Asked | None,
 ) -> NDArray[np.int64]:
     if keep == 0:
         return among[:0]
@@ -271,11 +273,30 @@ def _chosen(
     needs = policy.needs
     wanted = {"keys": needs.host_keys, "values": needs.values}
     if any(wanted.values()):
-        cells = conversation.cells
-        found = cells.rows(conversation.engine.row_format(cells.context), among)
+        found = conversation.cells.rows(among)
         for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
             view = getattr(found, kind)
             views[kind] = view.astype(np.float32) if needs.precise else view
+        if needs.value_norms != "none":
+            from laserkv_gguf import kernels
+
+            factors = None
+            if needs.value_norms == "output":
+                factors = output.factors(conversation.engine.model)
+            views["value_norms"] = kernels.value_norms(found.values, factors)
+        if needs.outside and asked is not None:
+            views["outside"] = _outside(conversation.cells, among, asked)
     block = (int(among[0]), int(among[-1]) + 1)
+    queries = None if asked is None else asked.queries
     candidates = Candidates(among, block, conversation.thinnings, queries, **views)
     return among[checked(policy, policy.select(candidates, keep), candidates, keep)]
+
+
+def _outside(cells: Cells, among: NDArray[np.int64], asked: Asked) -> NDArray[np.float32] | None:
+    """`Candidates.outside` of some rows of the ledger: the question itself and all others."""
+    from laserkv_gguf import kernels
+
+    others = np.delete(cells.ledger.position, among)
+    spans = [(int(start), int(end)) for start, end in runs(others)]
+    with kernels.threads(cells.context.threads):
+        return asked.with_more(rows.keys_between(cells.main, spans))

@@ -136,13 +136,14 @@ class Cells:
 
     # what they hold
 
-    def rows(self, form: rows.Format, which: Indices) -> rows.Held:
+    def rows(self, which: Indices) -> rows.Held:
         """Keys and values of some rows of the ledger, copied.
 
         Raises:
             FormatError: llama.cpp's state is not what `llama.rows` knows.
         """
         self.settle()
+        form = rows.known(self.context)
         return rows.read(self.context, form, self.main.number, self.ledger.position[which])
 
     def state(self) -> State:

@@ -103,7 +103,6 @@ class Engine:
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._readers: dict[tuple[int, bool], Reader] = {}  # by sequence, and whether it compacts
-        self._format: rows.Format | None = None  # of rows, once it has been tried
         self._warming: threading.Thread | None = None
         self.access = Access(self)  # who may use all this
 
@@ -463,12 +462,12 @@ class Engine:
 
     def _open_context(self, cells: int) -> None:
         self._context = Context(self.model, cells, self.options)
-        self._readers, self._format = {}, None
+        self._readers = {}
 
     def _close_context(self) -> None:
         if self._context:
             self._context.close()
-        self._context, self._readers, self._format = None, {}, None
+        self._context, self._readers = None, {}
 
     def _reader(self, place: Place) -> Reader:
         assert self._context is not None
@@ -526,7 +525,7 @@ class Engine:
         if not self.demand.parks(run.budget):
             return None
         try:
-            form = self.row_format(run.reader.context)
+            form = rows.known(run.reader.context)
         except rows.FormatError as error:
             log.warning("recall is off: %s; evicted tokens are lost", error)
             return None
@@ -535,19 +534,10 @@ class Engine:
             settings = replace(settings, file=f"{settings.file}.{number}")
         return Recaller(run.reader, run.budget, form, settings, offset)
 
-    def row_format(self, context: Context) -> rows.Format:
-        """The form of the context's rows, tried once.
-
-        Raises:
-            FormatError: llama.cpp's state is not what `llama.rows` knows.
-        """
-        self._format = self._format or rows.check(context)
-        return self._format
-
     def try_row_format(self, reader: Reader) -> None:
-        """Tries the form of the rows while cells are free; `row_format` then knows it."""
+        """Tries the form of the rows while cells are free for that."""
         try:
-            self.row_format(reader.context)
+            rows.known(reader.context)
         except rows.FormatError as error:
             log.debug("rows cannot be read: %s", error)
 

@@ -170,12 +170,15 @@ class Context:
             fixed=options.threads is not None or model.gpu_layers != 0 or not plain,
         )
         self._threads_now = 0
-        self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
+        self.probe = Probe(
+            model.layers, model.heads, model.kv_heads, model.head_dim, model.value_dim
+        )
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self._handle: Any = None
         self._process, self._closing = os.getpid(), threading.Lock()
-        self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
+        self.scorer: Any = None  # of scorer.py, if it was asked for; it goes with the context
+        self.row_format: Any = None  # of rows.py, once it was tried
         self._check_memory()
         address = model.memory.__enter__()  # until `close`
         try:

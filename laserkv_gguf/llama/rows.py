@@ -15,6 +15,8 @@ internal, and this file is all that knows it:
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +30,8 @@ from laserkv_gguf.llama import hadamard, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, row_bytes
 from laserkv_gguf.llama.sequence import SPARE, Sequence, runs
+
+log = logging.getLogger(__name__)
 
 Bytes = NDArray[np.uint8]
 
@@ -108,6 +112,7 @@ class Format:
         """Value rows (layers, n, width, element) as (layers, n, kv_heads, value_dim); as `keys`."""
         flat = rows.reshape(*rows.shape[:2], -1)
         return self._numbers(flat, self.value_type, self.value_dim, self.value_hadamard, wide)
+
 
     def _numbers(self, rows: Bytes, kind: int, dim: int, turned: int, wide: Any) -> NDArray[Any]:
         shape = (*rows.shape[:2], self.kv_heads, dim)
@@ -295,6 +300,50 @@ def read(context: Context, form: Format, sequence: int, positions: NDArray[np.in
         form.keys(np.ascontiguousarray(taken.keys[:, order]), np.float32),
         form.values(np.ascontiguousarray(taken.values[:, order]), np.float32),
     )
+
+
+def keys_between(
+    source: Sequence, spans: Iterable[tuple[int, int]]
+) -> Iterator[NDArray[Any]]:
+    """Keys of whatever a sequence has at some positions.
+
+    Args:
+        spans: half-open runs of positions.
+
+    Yields:
+        (layers, n, kv_heads, head_dim) float16 or float32, a part at a time; nothing where
+        llama.cpp's state is not what this file knows (which is logged).
+    """
+    context = source.context
+    spare = Sequence(context, SPARE)
+    at_once = max(1, _BLOB_BYTES * context.allocated_cells // context.kv_bytes)
+    for start, end in spans:
+        for first in range(start, end, at_once):
+            spare.remove()
+            try:
+                source.share_with(spare, first, min(first + at_once, end))
+                if spare.last < 0:
+                    continue
+                taken = take(context, known(context), SPARE)
+            except LaserKVError as error:
+                log.warning("attention to what stands beside the text is not counted: %s", error)
+                return
+            finally:
+                spare.remove()
+            yield taken.format.keys(np.ascontiguousarray(taken.keys), np.float32)
+
+
+def known(context: Context) -> Format:
+    """The form of a context's rows, tried once.
+
+    Raises:
+        FormatError: llama.cpp's state is not what this file knows.
+        LaserKVError: no cells are free to try it in.
+    """
+    if context.row_format is None:
+        context.row_format = check(context)
+    found: Format = context.row_format
+    return found
 
 
 def expected(model: Model, type_k: str, type_v: str, *, transposed: bool) -> Format:

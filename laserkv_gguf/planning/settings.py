@@ -73,7 +73,7 @@ class RecallSettings:
                 f"--policy {name} does not look at the question, so nothing would be recalled "
                 "for it; use --policy laser, or --recall off"
             )
-        if needs.values or (needs.block_queries and not policy.unit):
+        if needs.values or needs.visible or (needs.block_queries and not policy.unit):
             raise UserError(
                 f"--policy {name} needs more of a token than the keys that are parked; "
                 "use --policy laser, or --recall off"

@@ -80,7 +80,7 @@ def _cached(conversation: Conversation, reading: Reading) -> Iterator[archive.Te
     cells = conversation.cells
     cells.settle()
     context, main, spare = cells.context, cells.main, Sequence(cells.context, SPARE)
-    form = conversation.engine.row_format(context)
+    form = rows.known(context)
     positions = cells.ledger.position[cells.ledger.of_kind(SYSTEM, DOCUMENT)]
     count = len(positions)
     keys = np.empty((form.layers, count, form.key_bytes), np.uint8)
@@ -152,7 +152,7 @@ def load(
         )
         context = run.reader.context
         run.reader.forget()
-        form = engine.row_format(context)
+        form = rows.known(context)
         recaller = None
         try:
             recaller = engine.recaller(run) if about["parked"] else None
