@@ -24,7 +24,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Needs, Policy, checked
+from laserkv_gguf.policies import Candidates, Held, Needs, Policy, checked
 from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ class _State:
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
     queries: NDArray[np.float32] | None = None  # of the last probe
+    asked_at: NDArray[np.int64] | None = None  # their positions
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -197,6 +198,7 @@ class Reader:
         self._rotation: rope.Rotation | None = None
         self._on_device = scoring == "device" and policy.needs.attention
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._reads: _State | None = None  # while a block is being looked at
 
     def read(
         self,
@@ -232,8 +234,8 @@ class Reader:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt.
         """
         self._forget_from(start)
-        if self.compact and not budget.keeps_all and self._rotation is None:
-            self._rotation = rope.measure(self.context)
+        if not budget.keeps_all:
+            self._learn_rotation()
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
         state = _State(tokens, budget, question, on_progress, start)
@@ -241,6 +243,7 @@ class Reader:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
                 if park:
+                    self._reads = state
                     with state.timings.spent("park"):
                         park(block, self._position(state) - block.tokens)
                 if block.evicts:
@@ -250,6 +253,8 @@ class Reader:
                     candidates = self._candidates(state, block, queries)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
+                elif self._observes(state, block):
+                    self._observe(state, block)
                 if not state.last(block) and not budget.keeps_all:
                     with state.timings.spent("evict"):
                         self._hold(state, block)
@@ -260,7 +265,15 @@ class Reader:
         except BaseException:
             self._forget_from(start)
             raise
+        finally:
+            self._reads = None
         return self._reading(state)
+
+    def _learn_rotation(self) -> None:
+        if self.compact and self._rotation is None:
+            self._rotation = rope.measure(self.context)
+        elif self.policy.needs.unrotated and self._rotation is None:
+            self._rotation = rope.known(self.context)
 
     def _reading(self, state: _State) -> Reading:
         state.timings.total = time.perf_counter() - state.started
@@ -338,7 +351,7 @@ class Reader:
                 array = self._array(kind, state.budget.rows)
                 wanted[kind] = (array[:, rows : rows + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
-        if block.evicts and needs.block_queries:
+        if needs.block_queries and (block.evicts or self._observes(state, block)):
             wanted["queries"] = (self._block_queries(block), 0)
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
@@ -371,6 +384,11 @@ class Reader:
         }
         return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
+    def _observes(self, state: _State, block: Block) -> bool:
+        """Whether the policy looks at a block after which nothing is evicted."""
+        wanted = self.policy.needs.every_block and not block.evicts
+        return wanted and self._scores_later(state, block)
+
     def _block_queries(self, block: Block) -> NDArray[Any]:
         return self._array("block_queries", block.tokens)
 
@@ -393,15 +411,30 @@ class Reader:
         if state.question is None:
             if self.policy.needs.block_queries:
                 last = self._block_queries(block)[:, -self.observation :]
-                return last.astype(np.float32)
-            return self._observed(block)
+                queries = last.astype(np.float32)
+            else:
+                queries = self._observed(block)
+            state.asked_at = self._positions(state)[-queries.shape[1] :]
+            return queries
         probe = len(state.question) + self.lookahead
         short = self.lookahead > 0 and state.last(block) and block.tokens <= probe
         if state.queries is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
-                state.queries = self.ask(state.question, self._position(state), state.drafts)
+                position = self._position(state)
+                state.queries = self.ask(state.question, position, state.drafts)
+            state.asked_at = self.asked_at(state.question, position, state.queries.shape[1])
         return state.queries
+
+    def asked_at(self, question: Prompt, position: int, count: int) -> NDArray[np.int64]:
+        """The positions of the `count` queries that `ask` returns for a question."""
+        return position + len(question) - self._asking(question) + np.arange(count)
+
+    def _asking(self, question: Prompt) -> int:
+        """Tokens of the question whose queries are captured."""
+        if not self.asking:
+            return len(question)
+        return min(self.asking + question.ending, len(question))
 
     def ask(
         self,
@@ -426,9 +459,7 @@ class Reader:
             (layers, probe tokens, heads, head_dim) float32.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
-        asking = len(question)
-        if self.asking:
-            asking = min(self.asking + question.ending, asking)
+        asking = self._asking(question)
         queries = self._array("queries", asking + lookahead)
         if not shared:
             self.main.share_with(self.scratch)
@@ -501,6 +532,17 @@ class Reader:
     ) -> Candidates:
         """The block and what it looks back at, without anchors and without the new window."""
         first, last = np.searchsorted(state.held, block.candidates)
+        return self._looked_at(state, block, first, last, queries)
+
+    def _looked_at(
+        self,
+        state: _State,
+        block: Block,
+        first: int,
+        last: int,
+        queries: NDArray[np.float32] | None,
+    ) -> Candidates:
+        """The tokens first … last - 1 of those that are held, as a policy sees them."""
         views: dict[str, Any]
         views = {kind: self._array(kind, state.budget.rows)[:, first:last] for kind in self._seen()}
         if self.policy.needs.block_queries:
@@ -516,8 +558,36 @@ class Reader:
             block.index,
             queries,
             memory=state.memory,
+            held=self._held(state, first),
+            asked_at=None if queries is None else state.asked_at,
+            rotation=self._rotation if self.policy.needs.unrotated else None,
             **views,
         )
+
+    def held_with(self, block: Block) -> Held | None:
+        """What is held with a block that is just being parked; None where nothing of it is."""
+        state = self._reads
+        if state is None or not len(state.held) or state.held[-1] != block.end - 1:
+            return None
+        return self._held(state, int(np.searchsorted(state.held, block.start)))
+
+    def _held(self, state: _State, first: int) -> Held:
+        """What the host holds, of which a policy's candidates begin with number `first`."""
+        rows = len(state.held)
+        arrays = {kind: self._array(kind, state.budget.rows)[:, :rows] for kind in self._seen()}
+        arrays.pop("cells", None)
+        for array in arrays.values():
+            array.flags.writeable = False
+        where = self._positions(state)[np.searchsorted(state.kept, state.held)]
+        return Held(state.held, where, first, **arrays)
+
+    def _observe(self, state: _State, block: Block) -> None:
+        """Shows the policy a block after which nothing is evicted."""
+        from laserkv_gguf import kernels
+
+        first, last = np.searchsorted(state.held, (block.start, block.end))
+        with state.timings.spent("score"), kernels.threads(self.context.threads):
+            self.policy.observe(self._looked_at(state, block, first, last, None))
 
     # 4 and 5
 

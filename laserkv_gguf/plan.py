@@ -303,7 +303,16 @@ class _Planner:
     def _compacts(self, budget: Budget) -> bool:
         if budget.keeps_all or self.run.positions == "original":
             return False
-        return self.run.positions == "compact" or self._beyond(budget)
+        if self.run.positions == "compact" or self._beyond(budget):
+            return True
+        return self.run.policy.positions == "compact" and self._movable(budget)
+
+    def _movable(self, budget: Budget) -> bool:
+        """Whether keys can be re-rotated, as far as their type says; see `rope.check`."""
+        type_k = self.run.type_k
+        if type_k in ("f16", "f32"):
+            return True
+        return type_k != "bf16" and self.header.key_dim % 64 == 0 and not self.run.parks(budget)
 
     def _beyond(self, budget: Budget) -> bool:
         """Whether positions pass what the model was trained for, unless they are compacted."""

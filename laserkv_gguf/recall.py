@@ -41,7 +41,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rope, rows
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Policy, checked
+from laserkv_gguf.policies import Candidates, Held, Policy, checked
 from laserkv_gguf.store import DiskStore, Store
 
 WHERE = ("off", "ram", "disk")
@@ -235,6 +235,8 @@ class Recaller:
         self.policy = reader.policy
         self.mode = settings.mode_for(self.policy)
         self._rotation = rope.measure(reader.context) if reader.compact else None
+        unrotated = self.policy.needs.unrotated
+        self._rope = rope.known(reader.context) if unrotated else None  # also if nothing moves
         self.use(reader)
         quantised = reader.context.options.quantised_v
         sizes = budget.tokens, form.layers, form.key_bytes, form.value_bytes
@@ -333,11 +335,21 @@ class Recaller:
         if self.signatures is not None:
             self.signatures.add(block.start, keys)
             return
-        queries = None
-        if reader and reader.policy.needs.block_queries and block.evicts:
-            queries = reader._block_queries(block)
+        queries, held = None, None
+        if self.policy.needs.block_queries:
+            if reader and reader.policy.needs.block_queries and block.evicts:
+                queries, held = reader._block_queries(block), reader.held_with(block)
+            else:  # nobody asks, but with so many heads
+                heads = self.reader.context.model.heads
+                queries = np.empty((len(keys), 0, heads, keys.shape[3]), keys.dtype)
         seen = Candidates(
-            tokens, (block.start, block.end), block.index, keys=keys, block_queries=queries
+            tokens,
+            (block.start, block.end),
+            block.index,
+            keys=keys,
+            block_queries=queries,
+            held=held or Held(tokens, self.store.positions[tokens], 0, keys),
+            rotation=self._rope,
         )
         for name, array in self.policy.index(seen).items():
             held = self.index.get(name)
@@ -544,6 +556,9 @@ class Recaller:
         kept = self.kept
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
             queries = self.reader.ask(question, position, lookahead=lookahead)
+            if self._rope is not None:
+                asked_at = self.reader.asked_at(question, position, queries.shape[1])
+                self._rope.turn(queries, -asked_at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(queries))))
             self._arrange(self._final(kept))
         return kept

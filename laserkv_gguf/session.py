@@ -472,9 +472,24 @@ class LaserKV:
             log.debug("cannot compile ahead: %s", error)
 
     def _compacts(self, budget: Budget, positions: int) -> bool:
-        wanted = self.settings.positions
         beyond = positions > self.model.trained_context > 0
-        return not budget.keeps_all and (wanted == "compact" or (wanted == "auto" and beyond))
+        return not budget.keeps_all and self.moves(beyond=beyond)
+
+    def moves(self, *, beyond: bool) -> bool:
+        """Whether kept tokens are moved together, by `--positions`.
+
+        Args:
+            beyond: whether positions would pass what the model was trained for.
+        """
+        wanted = self.settings.positions
+        if wanted != "auto":
+            return wanted == "compact"
+        if beyond or self.policy.positions != "compact":
+            return beyond
+        # the policy was published so; where it cannot be, tokens stay where they were read
+        parks = self.settings.recall != "off"
+        exact = self.options.type_k in ("f16", "f32")
+        return rope.movable(self.model, self.options) and (exact or not parks)
 
     def _reader_for(self, cells: int, compact: bool) -> Reader:
         """The reader, over a context that is made anew only when it must grow."""

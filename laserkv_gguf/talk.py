@@ -176,16 +176,14 @@ class Talk(Conversation):
         Raises:
             UserError: --ctx-size alone does not say how much each of them may keep.
         """
-        settings, trained = self.engine.settings, self.engine.model.trained_context
+        trained = self.engine.model.trained_context
         if self.engine.fills_cells:
             raise UserError(
                 "with --recall and several documents --ctx-size does not say how much to keep of "
                 "each; give --ratio too"
             )
         beyond = tokens + sum(len(self.engine.model.tokenize(text)) for _, text in later)
-        return settings.positions == "compact" or (
-            settings.positions == "auto" and 0 < trained < beyond
-        )
+        return self.engine.moves(beyond=0 < trained < beyond)
 
     def save(self, path: str | Path) -> int:
         """Writes documents, turns and parked rows; see `saved_talk`. Returns the file's bytes."""
@@ -750,7 +748,7 @@ class Talk(Conversation):
         """
         settings, trained = self.engine.settings, self.engine.model.trained_context
         beyond = 0 < trained < self._position + glue + tokens + self.max_tokens
-        compact = settings.positions == "compact" or (settings.positions == "auto" and beyond)
+        compact = self.engine.moves(beyond=beyond)
         limits = [(self.engine.ctx_size, "cells")] if self.engine.ctx_size else []
         limits += [(trained - self._gaps, "positions")] if compact else []
         limit, of = min(limits, default=(None, ""))
