@@ -173,6 +173,13 @@ class Budget:
         before = {"accumulating": self.window, "recursive": self.total}.get(self.shape)
         return self.tokens if before is None else before + self.block_size
 
+    @property
+    def most_visible(self) -> int:
+        """Tokens in the cache at most, while a block is whole."""
+        if self.keeps_all:
+            return 0
+        return max(block.kept_before + block.tokens for block in self.blocks)
+
     def nominal(self, read: int) -> Fraction:
         """``2B/n + (read/S)(B - 2B/n)`` without rounding: what equation (1) allows so far."""
         share, rest = self._shares

@@ -10,19 +10,20 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.llama import device, rope, stored
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama import device, output, rope, rows, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
+from laserkv_gguf.llama.probe import CaptureError
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Held, Needs, Policy, checked
 from laserkv_gguf.timings import Timings, step
@@ -97,6 +98,23 @@ class Reading:
         return pools
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What looks at the candidates: the question's end and the drafts, or tokens in their place.
+
+    Attributes:
+        queries: (layers, probe tokens, heads, head_dim) float32.
+        own: (layers, probe tokens, heads) float32: log-sum-exp over the keys of the question and
+            the drafts themselves, each up to the token that asks; None where no policy wants it,
+            or where tokens of the block ask.
+        at: (probe tokens,) int64, their positions.
+    """
+
+    queries: NDArray[np.float32]
+    own: NDArray[np.float32] | None = None
+    at: NDArray[np.int64] | None = None
+
+
 @dataclass
 class Drafts:
     """What the model drafted when it was last asked, and how far that is worth guessing again.
@@ -149,8 +167,9 @@ class _State:
     memory: dict[str, Any] = field(default_factory=dict)
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
-    queries: NDArray[np.float32] | None = None  # of the last probe
-    asked_at: NDArray[np.int64] | None = None  # their positions
+    asked: Asked | None = None  # the last probe
+    # keys (layers, n, kv_heads, head_dim) of what stands before the first token
+    before: NDArray[Any] | None = None
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -194,7 +213,7 @@ class Reader:
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
         self.spare = Sequence(context, SPARE)
-        self._whole: tuple[_State, NDArray[np.float32] | None] | None = None
+        self._whole: tuple[_State, Asked | None] | None = None
         self._rotation: rope.Rotation | None = None
         self._on_device = scoring == "device" and policy.needs.attention
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -238,7 +257,13 @@ class Reader:
             self._learn_rotation()
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
+        if self.policy.needs.value_norms == "output" and not budget.keeps_all:
+            self.context.probe.use_factors(output.factors(self.context.model))
         state = _State(tokens, budget, question, on_progress, start)
+        if start and self.policy.needs.outside and not budget.keeps_all:
+            if self.compact:
+                stored.settle(self.context)
+            state.before = rows.keys_between(self.context, self.main, self.spare, [(0, start)])
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -247,10 +272,10 @@ class Reader:
                     with state.timings.spent("park"):
                         park(block, self._position(state) - block.tokens)
                 if block.evicts:
-                    queries = self._probe(state, block)  # 2
+                    asked = self._probe(state, block)  # 2
                     if whole and budget.shape == "one-shot" and not self.compact:
-                        self._keep_whole(state, queries)
-                    candidates = self._candidates(state, block, queries)  # 3
+                        self._keep_whole(state, asked)
+                    candidates = self._candidates(state, block, asked)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
                 elif self._observes(state, block):
@@ -299,13 +324,15 @@ class Reader:
 
     # several ratios from one reading
 
-    def _keep_whole(self, state: _State, queries: NDArray[np.float32] | None) -> None:
+    def _keep_whole(self, state: _State, asked: Asked | None) -> None:
         """Notes the moment before a one-shot choice; the spare sequence shares all cells."""
         self.main.share_with(self.spare)
         before = replace(
             state, memory=dict(state.memory), kept_per_block=list(state.kept_per_block)
         )
-        self._whole = (before, None if queries is None else queries.copy())
+        if asked is not None:
+            asked = replace(asked, queries=asked.queries.copy())
+        self._whole = (before, asked)
 
     @property
     def holds_whole(self) -> bool:
@@ -322,7 +349,7 @@ class Reader:
             budget: one-shot, for the same tokens and block size.
         """
         assert self._whole is not None
-        before, queries = self._whole
+        before, asked = self._whole
         state = replace(
             before,
             budget=budget,
@@ -335,7 +362,7 @@ class Reader:
         self.spare.share_with(self.main)
         block = budget.blocks[-1]
         if block.evicts:
-            candidates = self._candidates(state, block, queries)
+            candidates = self._candidates(state, block, asked)
             self._evict(state, block, self._select(state, candidates, block))
         state.kept_per_block.append(len(state.kept))
         return self._reading(state)
@@ -344,25 +371,37 @@ class Reader:
 
     def _decode(self, state: _State, block: Block) -> None:
         """Decodes the block on top of what was kept; its tokens see that and each other."""
-        needs, rows = self.policy.needs, len(state.held)
+        needs, held = self.policy.needs, len(state.held)
         wanted: dict[str, tuple[NDArray[Any], int] | None] = {}
         if self._scores_later(state, block):
             for kind in self._seen():
-                array = self._array(kind, state.budget.rows)
-                wanted[kind] = (array[:, rows : rows + block.tokens], 0)
+                array = self._array(kind, self._rows(state.budget))
+                wanted[kind] = (array[:, held : held + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
         if needs.block_queries and (block.evicts or self._observes(state, block)):
             wanted["queries"] = (self._block_queries(block), 0)
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
             wanted["queries"] = (queries, block.tokens - queries.shape[1])
-        with state.timings.spent("decode"), self.context.probe.armed(**wanted):
-            self.context.decode(
-                state.tokens[block.start : block.end],
-                self._position(state),
-                MAIN,
-                on_chunk=state.report,
-            )
+        if block.evicts and state.question is None and self._observes_own(wanted):
+            keys = self._array("own_keys", min(self.observation, block.tokens))
+            wanted["keys"] = (keys, block.tokens - keys.shape[1])
+        try:
+            with state.timings.spent("decode"), self.context.probe.armed(**wanted):
+                self.context.decode(
+                    state.tokens[block.start : block.end],
+                    self._position(state),
+                    MAIN,
+                    on_chunk=state.report,
+                )
+        except CaptureError as error:
+            if not error.kind.endswith("_norms"):
+                raise
+            raise UserError(
+                f"--policy {self.policy.name} weighs values, and this build of llama.cpp shows "
+                f"none of a {self.context.model.architecture} model; use --policy-option "
+                "values=none, or another policy"
+            ) from error
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
 
     def _scores_later(self, state: _State, block: Block) -> bool:
@@ -377,9 +416,12 @@ class Reader:
     def _seen(self) -> list[str]:
         """What is captured of every candidate; on a device, of its keys, where they are."""
         needs = self.policy.needs
+        norms = needs.value_norms if not needs.values else "none"  # else made of the values
         wanted = {
-            "keys": needs.keys if self._on_device else needs.host_keys,
+            "keys": needs.keys or needs.visible if self._on_device else needs.host_keys,
             "values": needs.values,
+            "value_norms": norms == "norm",
+            "output_norms": norms == "output",
             "cells": self._on_device,
         }
         return [kind for kind, is_wanted in wanted.items() if is_wanted]
@@ -389,22 +431,27 @@ class Reader:
         wanted = self.policy.needs.every_block and not block.evicts
         return wanted and self._scores_later(state, block)
 
+    def _rows(self, budget: Budget) -> int:
+        """Most tokens that are looked at, or looked past, at a time."""
+        return budget.most_visible if self.policy.needs.holds_all else budget.rows
+
     def _block_queries(self, block: Block) -> NDArray[Any]:
         return self._array("block_queries", block.tokens)
+
+    def _observes_own(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether keys of the block's last tokens are needed that are on the device only."""
+        return self._on_device and self.policy.needs.outside and "keys" not in wanted
 
     def _observed(self, block: Block) -> NDArray[Any]:
         return self._array("queries", min(self.observation, block.tokens))
 
     # 2
 
-    def _probe(self, state: _State, block: Block) -> NDArray[np.float32] | None:
+    def _probe(self, state: _State, block: Block) -> Asked | None:
         """Asks the whole block: queries of the question's end and of the drafts after it.
 
         In a scratch sequence that shares the cells and is dropped. A last block that is shorter
         than a probe with drafts is not worth one: the queries of the block before look at it, too.
-
-        Returns:
-            (layers, probe tokens, heads, head_dim) float32.
         """
         if not self.policy.needs.queries:
             return None
@@ -414,27 +461,14 @@ class Reader:
                 queries = last.astype(np.float32)
             else:
                 queries = self._observed(block)
-            state.asked_at = self._positions(state)[-queries.shape[1] :]
-            return queries
+            return Asked(queries, at=self._positions(state)[-queries.shape[1] :])
         probe = len(state.question) + self.lookahead
         short = self.lookahead > 0 and state.last(block) and block.tokens <= probe
-        if state.queries is None or self.compact or not short:
+        if state.asked is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
-                position = self._position(state)
-                state.queries = self.ask(state.question, position, state.drafts)
-            state.asked_at = self.asked_at(state.question, position, state.queries.shape[1])
-        return state.queries
-
-    def asked_at(self, question: Prompt, position: int, count: int) -> NDArray[np.int64]:
-        """The positions of the `count` queries that `ask` returns for a question."""
-        return position + len(question) - self._asking(question) + np.arange(count)
-
-    def _asking(self, question: Prompt) -> int:
-        """Tokens of the question whose queries are captured."""
-        if not self.asking:
-            return len(question)
-        return min(self.asking + question.ending, len(question))
+                state.asked = self.ask(state.question, self._position(state), state.drafts)
+        return state.asked
 
     def ask(
         self,
@@ -444,7 +478,7 @@ class Reader:
         *,
         lookahead: int | None = None,
         shared: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> Asked:
         """Queries of the question's end and of drafts after it, asked at a position.
 
         In the scratch sequence, which is dropped whatever happens.
@@ -454,20 +488,30 @@ class Reader:
             drafts: of the time the same was asked before, replaced by this time's.
             lookahead: most tokens drafted; None for as many as the reader was made with.
             shared: the scratch sequence has what the question is to see; else it sees all.
-
-        Returns:
-            (layers, probe tokens, heads, head_dim) float32.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
-        asking = self._asking(question)
-        queries = self._array("queries", asking + lookahead)
+        asking = len(question)
+        if self.asking:
+            asking = min(self.asking + question.ending, asking)
+        queries, keys = self._array("queries", asking + lookahead), None
+        if self.policy.needs.outside:
+            keys = self._array("own_keys", len(question) + lookahead)
         if not shared:
             self.main.share_with(self.scratch)
         try:
-            drafted = self._draft(question, position, asking, queries, drafts or Drafts())
+            drafted = self._draft(question, position, asking, queries, keys, drafts or Drafts())
         finally:
             self.scratch.remove()
-        return np.ascontiguousarray(queries[:, : asking + drafted])
+        found = np.ascontiguousarray(queries[:, : asking + drafted])
+        at = position + len(question) - asking + np.arange(asking + drafted)
+        if keys is None:
+            return Asked(found, at=at)
+        from laserkv_gguf import kernels
+
+        seen = len(question) - asking + 1 + np.arange(asking + drafted)
+        with kernels.threads(self.context.threads):
+            own = kernels.log_sums(found, keys[:, : len(question) + drafted], visible=seen)
+        return Asked(found, own, at)
 
     def _draft(
         self,
@@ -475,6 +519,7 @@ class Reader:
         start: int,
         asking: int,
         queries: NDArray[np.float32],
+        keys: NDArray[np.float32] | None,
         before: Drafts,
     ) -> int:
         """Decodes the question, then greedy drafts until the answer ends; returns their number.
@@ -498,7 +543,10 @@ class Reader:
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
             outputs = len(guess) + 1 if left and rounds else 0
-            armed = context.probe.armed(queries=(rows, first))
+            own = None
+            if keys is not None:
+                own = (keys[:, position - start : position - start + len(fed) + len(guess)], 0)
+            armed = context.probe.armed(queries=(rows, first), keys=own)
             with step("lookahead" if drafts else "probe"), armed:
                 tokens = np.array([*fed, *guess], np.int32)
                 context.decode(tokens, position, PROBE, outputs=outputs)
@@ -527,39 +575,51 @@ class Reader:
 
     # 3
 
-    def _candidates(
-        self, state: _State, block: Block, queries: NDArray[np.float32] | None
-    ) -> Candidates:
+    def _candidates(self, state: _State, block: Block, asked: Asked | None) -> Candidates:
         """The block and what it looks back at, without anchors and without the new window."""
         first, last = np.searchsorted(state.held, block.candidates)
-        return self._looked_at(state, block, first, last, queries)
+        return self._looked_at(state, block, int(first), int(last), asked)
 
     def _looked_at(
-        self,
-        state: _State,
-        block: Block,
-        first: int,
-        last: int,
-        queries: NDArray[np.float32] | None,
+        self, state: _State, block: Block, first: int, last: int, asked: Asked | None
     ) -> Candidates:
         """The tokens first … last - 1 of those that are held, as a policy sees them."""
-        views: dict[str, Any]
-        views = {kind: self._array(kind, state.budget.rows)[:, first:last] for kind in self._seen()}
-        if self.policy.needs.block_queries:
+        needs = self.policy.needs
+        held = {
+            kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
+            for kind in self._seen()
+        }
+        views: dict[str, Any] = {kind: array[:, first:last] for kind, array in held.items()}
+        if needs.block_queries:
             views["block_queries"] = self._block_queries(block)[:]
+        if needs.visible:
+            views["visible_keys"] = held["keys"][:]
         for view in views.values():
             view.flags.writeable = False
+        if "output_norms" in views:
+            views["value_norms"] = views.pop("output_norms")
+        elif needs.values and needs.value_norms != "none":
+            views["value_norms"] = self._norms(views["values"])
+        if needs.visible:
+            views["visible"] = state.held
         cells = views.pop("cells", None)
         if cells is not None:
-            views["scorer"] = partial(self.context.scorer.attention, cells=cells[0])
+            others, beside = None, None
+            if needs.outside and asked is not None:
+                here = held["cells"][0]
+                others, beside = self._others(state, block, asked, here, first, last)
+            views["scorer"] = device.Attention(self.context.scorer, cells[0], others, beside)
+        elif needs.outside and asked is not None:
+            with state.timings.spent("score"):
+                views["outside"] = self._outside(state, block, asked, held["keys"], first, last)
         return Candidates(
             state.held[first:last],
             (block.start, block.end),
             block.index,
-            queries,
+            None if asked is None else asked.queries,
             memory=state.memory,
             held=self._held(state, first),
-            asked_at=None if queries is None else state.asked_at,
+            asked_at=None if asked is None else asked.at,
             rotation=self._rotation if self.policy.needs.unrotated else None,
             **views,
         )
@@ -573,9 +633,11 @@ class Reader:
 
     def _held(self, state: _State, first: int) -> Held:
         """What the host holds, of which a policy's candidates begin with number `first`."""
-        rows = len(state.held)
-        arrays = {kind: self._array(kind, state.budget.rows)[:, :rows] for kind in self._seen()}
-        arrays.pop("cells", None)
+        arrays = {
+            kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
+            for kind in self._seen()
+            if kind in ("keys", "values")
+        }
         for array in arrays.values():
             array.flags.writeable = False
         where = self._positions(state)[np.searchsorted(state.kept, state.held)]
@@ -585,9 +647,81 @@ class Reader:
         """Shows the policy a block after which nothing is evicted."""
         from laserkv_gguf import kernels
 
-        first, last = np.searchsorted(state.held, (block.start, block.end))
+        first, last = np.searchsorted(state.held, (block.start, block.end)).tolist()
         with state.timings.spent("score"), kernels.threads(self.context.threads):
             self.policy.observe(self._looked_at(state, block, first, last, None))
+
+    def _norms(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """What the probe makes of values, of such as are held."""
+        from laserkv_gguf import kernels
+
+        factors = self.context.probe.factors if self.policy.needs.value_norms == "output" else None
+        return kernels.value_norms(values, factors)
+
+    def _outside(
+        self,
+        state: _State,
+        block: Block,
+        asked: Asked,
+        keys: NDArray[Any],
+        first: int,
+        last: int,
+    ) -> NDArray[np.float32]:
+        """`Candidates.outside`, of held keys whose rows first … last - 1 are the candidates'."""
+        from laserkv_gguf import kernels
+
+        queries, after = asked.queries, state.held[last:]
+        visible = None
+        if state.question is None:  # the block's own last tokens ask, each of what it saw
+            asking = np.arange(block.end - queries.shape[1], block.end)
+            visible = np.searchsorted(after, asking, side="right")
+        with kernels.threads(self.context.threads):
+            seen = kernels.log_sums(queries, keys[:, :first])
+            seen = np.logaddexp(seen, kernels.log_sums(queries, keys[:, last:], visible=visible))
+            beside = self._beside(state, asked)
+        return seen if beside is None else np.logaddexp(seen, beside)
+
+    def _others(
+        self,
+        state: _State,
+        block: Block,
+        asked: Asked,
+        cells: NDArray[np.int64],
+        first: int,
+        last: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """The same where a device computes attention: cells that all tokens see, and the rest.
+
+        Args:
+            cells: of what is held.
+        """
+        from laserkv_gguf import kernels
+
+        beside, whole = self._beside(state, asked), len(state.held)
+        if state.question is None:
+            asking = np.arange(block.end - asked.queries.shape[1], block.end)
+            whole = max(last, int(np.searchsorted(state.held, asking[0], side="right")))
+            late = state.held[whole:]
+            own = self._array("own_keys", min(self.observation, block.tokens))
+            if "keys" in self._seen():
+                own = self._array("keys", self._rows(state.budget))[:, : len(state.held)]
+            with kernels.threads(self.context.threads):
+                keys = own[:, own.shape[1] - len(late) :]
+                visible = np.searchsorted(late, asking, side="right")
+                seen = kernels.log_sums(asked.queries, keys, visible=visible)
+            beside = seen if beside is None else np.logaddexp(seen, beside)
+            beside = np.maximum(beside, np.float32(-1e30))  # the first of them sees none
+        return np.concatenate((cells[:first], cells[last:whole])), beside
+
+    def _beside(self, state: _State, asked: Asked) -> NDArray[np.float32] | None:
+        """The part of `Candidates.outside` that is not of the sequence itself."""
+        from laserkv_gguf import kernels
+
+        if state.before is None:
+            return asked.own
+        with kernels.threads(self.context.threads):
+            before = kernels.log_sums(asked.queries, state.before)
+        return before if asked.own is None else np.logaddexp(before, asked.own)
 
     # 4 and 5
 
@@ -620,18 +754,24 @@ class Reader:
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
 
-        In an accumulating run these are the new window's, else those of all that was kept.
+        In an accumulating run these are the new window's, unless the policy looks at all that the
+        question sees; else those of all that was kept.
         """
-        start = block.end - state.budget.window if state.budget.accumulates else 0
+        start = 0
+        if state.budget.accumulates and not self.policy.needs.holds_all:
+            start = block.end - state.budget.window
         held = state.kept[np.searchsorted(state.kept, start) :]
-        rows = np.searchsorted(state.held, held)
+        taken = np.searchsorted(state.held, held)
+        # what was kept before stays where it is
+        stays = int(np.count_nonzero(taken == np.arange(len(taken))))
         for kind in self._seen():
-            array = self._array(kind, state.budget.rows)
-            if rows[-1] != len(rows) - 1:
-                array[:, : len(rows)] = array[:, rows]
+            array = self._array(kind, self._rows(state.budget))
+            if stays < len(taken):
+                array[:, stays : len(taken)] = array[:, taken[stays:]]
             if kind == "keys" and self._rotation is not None and state.shifts is not None:
                 shifts = state.shifts[np.searchsorted(state.kept, held)]
-                self._rotation.turn(array[:, : len(rows)], shifts[:, None])
+                first = int(np.count_nonzero(np.cumsum(shifts != 0) == 0))
+                self._rotation.turn(array[:, first : len(taken)], shifts[first:, None])
         state.held, state.shifts = held, None
 
     def _gather(self, state: _State) -> None:
@@ -660,9 +800,9 @@ class Reader:
         """A view of `tokens` rows of an array that is made once and grows only when it must."""
         array = self._arrays.get(kind)
         if array is None or array.shape[1] < tokens:
-            precise = kind == "queries" or self.policy.needs.precise
+            precise = kind in ("queries", "own_keys") or self.policy.needs.precise
             array = self._arrays[kind] = self.context.probe.new(
-                "queries" if kind == "block_queries" else kind,
+                {"block_queries": "queries", "own_keys": "keys"}.get(kind, kind),
                 tokens,
                 np.float32 if precise else np.float16,
             )

@@ -222,8 +222,10 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     item = FLOAT if needs.precise else 2
     per_key = header.layers * max(header.kv_heads) * header.key_dim
     per_query = header.layers * header.heads * header.key_dim
-    keys = needs.keys or needs.attention
-    total = (keys + needs.values) * budget.rows * per_key * item
+    rows = budget.most_visible if needs.holds_all else budget.rows
+    total = (needs.host_keys + needs.values) * rows * per_key * item
+    if needs.value_norms != "none" and not needs.values:
+        total += rows * header.layers * max(header.kv_heads) * FLOAT
     if needs.queries:
         total += (run.asking() + run.drafts) * per_query * FLOAT
     if needs.block_queries:
@@ -319,11 +321,13 @@ class _Planner:
         return budget.tokens + self.run.reply > self.header.context > 0
 
     def _parked(self, budget: Budget) -> int:
-        """What is parked: a cell a token, and its signatures."""
+        """What is parked: a cell a token, its signatures, and the lengths of its values."""
         header, run = self.header, self.run
         if not run.parks(budget):
             return 0
         signatures = sum(header.kv_heads) * run.signature_bits // 8
+        if run.policy.needs.value_norms != "none":
+            signatures += sum(header.kv_heads) * FLOAT
         return budget.tokens * (sum(header.cell_bytes(run.type_k, run.type_v)) + signatures)
 
     def _cannot_park(self, budget: Budget) -> bool:

@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Block, Budget
-from laserkv_gguf.engine import Drafts, Reader, Reading
+from laserkv_gguf.engine import Asked, Drafts, Reader, Reading
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import rope, rows
+from laserkv_gguf.llama import output, rope, rows, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Held, Policy, checked
@@ -116,7 +116,7 @@ class RecallSettings:
                 f"--policy {name} does not look at the question, so nothing would be recalled "
                 "for it; use --policy laser, or --recall off"
             )
-        if needs.values or (needs.block_queries and not policy.unit):
+        if needs.values or ((needs.visible or needs.block_queries) and not policy.unit):
             raise UserError(
                 f"--policy {name} needs more of a token than the keys that are parked; "
                 "use --policy laser, or --recall off"
@@ -240,6 +240,14 @@ class Recaller:
         self.use(reader)
         quantised = reader.context.options.quantised_v
         sizes = budget.tokens, form.layers, form.key_bytes, form.value_bytes
+        self._factors: NDArray[np.float32] | None = None
+        if self.policy.needs.value_norms == "output":
+            if quantised:
+                raise UserError(
+                    "values=output cannot be recalled from a quantised V cache; use -ctv f16, "
+                    "--policy-option values=norm or --recall off"
+                )
+            self._factors = output.factors(reader.context.model)
         self.store: Store = (
             Store(*sizes, quantised=quantised)
             if settings.where == "ram"
@@ -250,6 +258,8 @@ class Recaller:
             self.signatures = Signatures(
                 form.layers, form.kv_heads, form.head_dim, budget.tokens, settings.bits
             )
+        # norms of parked values, NaN until they are asked for
+        self.norms: NDArray[np.float32] | None = None
         self.index: dict[str, NDArray[Any]] = {}
         self.units = np.empty(0, np.int64)  # first tokens of the policy's units
         self.kept: Tokens = np.empty(0, np.int64)
@@ -262,6 +272,7 @@ class Recaller:
     def use(self, reader: Reader) -> None:
         """Goes on in a reader's context, which holds what the one before held."""
         self.reader, self.main = reader, reader.main
+        reader.context.row_format = self.form
         self.spare = Sequence(reader.context, SPARE)
 
     def close(self) -> None:
@@ -274,6 +285,8 @@ class Recaller:
         beside = sum(array.nbytes for array in self.index.values())
         if self.signatures is not None:
             beside += self.signatures.codes.nbytes
+        if self.norms is not None:
+            beside += self.norms.nbytes
         return self.store.bytes + beside
 
     @property
@@ -484,6 +497,7 @@ class Recaller:
         memory: dict[str, Any] = {}
         drafts = Drafts()
         probing = len(question) + reader.lookahead + others
+        beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True
             pool = self._pool(block)
@@ -495,15 +509,13 @@ class Recaller:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
-                queries = reader.ask(question, position, drafts, shared=True)
+                asked = reader.ask(question, position, drafts, shared=True)
                 tokens = first + np.flatnonzero(inside[first:last])
-                seen = Candidates(
-                    tokens,
-                    (block.start, block.end),
-                    block.index,
-                    queries,
-                    keys=self._keys(tokens),
-                    memory=memory,
+                others_seen = inside.copy()
+                others_seen[first:last] = False
+                others_seen[self._protected[1] :] = True
+                seen = self._candidates(
+                    tokens, block, asked, np.flatnonzero(others_seen), beside, memory
                 )
                 chosen = self._select(seen, pool)
             inside[first:last] = False
@@ -511,6 +523,76 @@ class Recaller:
         kept = np.flatnonzero(inside)
         self._arrange(self._final(kept))
         return kept
+
+    def _beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> NDArray[Any] | None:
+        """Keys of what a question at a position sees beside the document."""
+        if not self.policy.needs.outside:
+            return None
+        spans, start = [(0, self.offset)], self.next_position
+        for first, last in sorted(hidden):
+            spans.append((start, first))
+            start = last
+        spans.append((start, position))
+        if self._rotation is not None:
+            stored.settle(self.reader.context)
+        return rows.keys_between(self.reader.context, self.main, self.spare, spans)
+
+    def _candidates(
+        self,
+        tokens: Tokens,
+        block: Block | tuple[int, int, int],
+        asked: Asked,
+        others: Tokens,
+        beside: NDArray[Any] | None,
+        memory: dict[str, Any],
+    ) -> Candidates:
+        """What a policy chooses from, out of what is parked.
+
+        Args:
+            tokens: the candidates.
+            block: they are of, or its start, end and index.
+            asked: what looks at them.
+            others: tokens of the document that are seen beside them.
+            beside: keys of what is seen beside the document.
+            memory: the policy's notes.
+        """
+        from laserkv_gguf import kernels
+
+        needs, outside, norms = self.policy.needs, asked.own, None
+        if isinstance(block, Block):
+            block = block.start, block.end, block.index
+        if needs.outside:
+            for keys in (self._keys(others), beside):
+                if keys is not None:
+                    seen = kernels.log_sums(asked.queries, keys)
+                    outside = seen if outside is None else np.logaddexp(outside, seen)
+        if needs.value_norms != "none":
+            norms = self._norms(tokens)
+        return Candidates(
+            tokens,
+            block[:2],
+            block[2],
+            asked.queries,
+            keys=self._keys(tokens),
+            memory=memory,
+            value_norms=norms,
+            outside=outside,
+        )
+
+    def _norms(self, tokens: Tokens) -> NDArray[np.float32]:
+        """`Candidates.value_norms` of parked tokens, computed once each."""
+        from laserkv_gguf import kernels
+
+        form = self.form
+        if self.norms is None:
+            shape = form.layers, self.budget.tokens, form.kv_heads
+            self.norms = np.full(shape, np.nan, np.float32)
+        missing = tokens[np.isnan(self.norms[0, tokens, 0])]
+        for first, last in self._chunks(len(missing)):
+            part = missing[first:last]
+            values = form.values(self.store.values(part))
+            self.norms[:, part] = kernels.value_norms(values, self._factors)
+        return self.norms[:, tokens]
 
     def _bring(self, inside: NDArray[np.bool_], block: Block, others: int) -> None:
         """Puts a block and what a reading would hold beside it into the main sequence.
@@ -553,18 +635,20 @@ class Recaller:
         first, last = self._protected
         ends = np.arange(self.budget.tokens)
         ends = ends[(ends < first) | (ends >= last)]
-        kept = self.kept
+        kept, beside = self.kept, self._beside(position, ())
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
-            queries = self.reader.ask(question, position, lookahead=lookahead)
-            if self._rope is not None:
-                asked_at = self.reader.asked_at(question, position, queries.shape[1])
-                self._rope.turn(queries, -asked_at[:, None])
-            kept = np.sort(np.concatenate((ends, self._choose(queries))))
+            asked = self.reader.ask(question, position, lookahead=lookahead)
+            if self._rope is not None and asked.at is not None:
+                self._rope.turn(asked.queries, -asked.at[:, None])
+            kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
             self._arrange(self._final(kept))
         return kept
 
-    def _choose(self, queries: NDArray[np.float32]) -> Tokens:
-        """As many tokens as a reading leaves between the anchors and the last window."""
+    def _choose(self, asked: Asked, ends: Tokens, beside: NDArray[Any] | None) -> Tokens:
+        """As many tokens as a reading leaves between the anchors and the last window.
+
+        A softmax over all counts the shortlist, the `ends` and what is `beside` the document.
+        """
         first, last = self._protected
         room = self.most - self.least
         if room >= last - first:
@@ -572,18 +656,18 @@ class Recaller:
         if room <= 0:
             return np.empty(0, np.int64)
         if self.policy.unit:
-            return self._whole_units(queries, room)
+            return self._whole_units(asked.queries, room)
         from laserkv_gguf import kernels
 
         assert self.signatures is not None
-        votes = kernels.pool(self.signatures.votes(queries), getattr(self.policy, "pool", 1))
+        votes = kernels.pool(self.signatures.votes(asked.queries), getattr(self.policy, "pool", 1))
         chosen = []
         for index, (start, end, part) in enumerate(self._shares(room)):
             near = start + kernels.top_k(votes[start:end], round(self.settings.shortlist * part))
             if len(near) <= part:
                 chosen.append(near)
                 continue
-            seen = Candidates(near, (start, end), index, queries, keys=self._keys(near))
+            seen = self._candidates(near, (start, end, index), asked, ends, beside, {})
             chosen.append(self._select(seen, part))
         return np.concatenate(chosen)
 

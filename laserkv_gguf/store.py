@@ -123,6 +123,11 @@ class Store:
         found: Bytes = self._keys[:, _selection(tokens)]
         return found
 
+    def values(self, tokens: Tokens) -> Bytes:
+        """Value rows (layers, n, value_bytes); a view where the tokens follow each other."""
+        found: Bytes = self._values[:, _selection(tokens)]
+        return found
+
     def copy(self, tokens: Tokens, keys: Bytes, values: Bytes) -> None:
         """Copies rows into `keys` (layers, n, key_bytes) and `values` (layers, n, …)."""
         chosen = _selection(tokens)
@@ -230,6 +235,10 @@ class DiskStore(Store):
     def keys(self, tokens: Tokens) -> Bytes:
         self._page(len(tokens) * self.layers * self.key_bytes)
         return super().keys(tokens)
+
+    def values(self, tokens: Tokens) -> Bytes:
+        self._page(len(tokens) * self.layers * self.value_bytes)
+        return super().values(tokens)
 
     def copy(self, tokens: Tokens, keys: Bytes, values: Bytes) -> None:
         self._page(keys.nbytes + values.nbytes)

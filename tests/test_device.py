@@ -351,9 +351,11 @@ def other_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 def other_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device computes a little wrong."""
     attention = device.Scorer.attention
-    monkeypatch.setattr(
-        device.Scorer, "attention", lambda *given: attention(*given) * np.float32(1.01)
-    )
+
+    def wrong(*given: Any, **named: Any) -> NDArray[np.float32]:
+        return attention(*given, **named) * np.float32(1.01)
+
+    monkeypatch.setattr(device.Scorer, "attention", wrong)
 
 
 def no_operation(monkeypatch: pytest.MonkeyPatch) -> None:

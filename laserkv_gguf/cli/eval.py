@@ -193,6 +193,7 @@ def _settings(
         own = preset.settings.get(name, {}) if preset else {}
         for key in ("ratio", "block_size"):
             del settings[key]
+        settings["policy_options"] = {**own.get("policy_options", {}), **settings["policy_options"]}
         made[name] = {**own, **{k: v for k, v in settings.items() if v is not None or k not in own}}
     return made
 

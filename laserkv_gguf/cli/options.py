@@ -151,7 +151,7 @@ class EngineOptions:
             "hash_bits hash_tables positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
-        from laserkv_gguf.policies.laser import PAPER
+        from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS
 
         settings = {name: getattr(self, name) for name in names.split()}
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
@@ -161,6 +161,7 @@ class EngineOptions:
             for name, value in PAPER.items():
                 if settings[name] is None:  # a flag that was given wins
                     settings[name] = value
+            settings["policy_options"] = {**PAPER_OPTIONS, **settings["policy_options"]}
         return settings
 
     def context(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.evaluation.background import read_text
 from laserkv_gguf.hub import digest
-from laserkv_gguf.policies.laser import PAPER
+from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS
 
 if TYPE_CHECKING:
     from laserkv_gguf.evaluation.runner import Plan
@@ -51,6 +51,7 @@ class Preset:
     notes: tuple[str, ...] = ()
 
 
+_PAPER: dict[str, Any] = {**PAPER, "policy_options": PAPER_OPTIONS}
 _LASER: dict[str, Any] = {
     "source": "LASER-KV, arXiv 2602.02199",
     "models": ("llama-3.1-8b-instruct", "llama-3-8b-instruct-gradient-1048k"),
@@ -58,9 +59,9 @@ _LASER: dict[str, Any] = {
     "ratios": (0.25,),
     "policies": ("full", "laser", "exact", "magicpig", "finch"),
     "settings": {
-        "laser": PAPER,
-        "exact": PAPER,
-        "magicpig": PAPER,
+        "laser": _PAPER,
+        "exact": _PAPER,
+        "magicpig": _PAPER,
         "finch": {"block_size": 1024},
     },
     "claims": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laserkv_gguf.kernels._jit import set_threads, threads
-from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus
+from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus, log_sums
 from laserkv_gguf.kernels.select import max_pool, pool, top_k
 from laserkv_gguf.kernels.simhash import (
     analytic_collisions,
@@ -11,12 +11,14 @@ from laserkv_gguf.kernels.simhash import (
     planes,
     signatures,
 )
+from laserkv_gguf.kernels.values import value_norms
 
 __all__ = [
     "analytic_collisions",
     "attention_by_layer",
     "attention_consensus",
     "collision_scores",
+    "log_sums",
     "max_pool",
     "planes",
     "pool",
@@ -24,4 +26,5 @@ __all__ = [
     "signatures",
     "threads",
     "top_k",
+    "value_norms",
 ]

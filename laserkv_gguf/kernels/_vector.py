@@ -251,6 +251,29 @@ def _gather(e: _Emit, args: Sequence[Any]) -> None:
         b.store(added, pointer, align=_BYTES)
 
 
+def _spread(e: _Emit, args: Sequence[Any]) -> None:
+    table, pitch, n, vectors, heads, weights, factors, out = args
+    b = e.b
+    total = cgutils.alloca_once(b, _VEC)
+    factor = cgutils.alloca_once(b, _F32)
+    width = b.mul(vectors, _I64(LANES))
+    with cgutils.for_range(b, n, intp=_I64) as row:
+        start = b.mul(row.index, pitch)
+        b.store(_F32(1.0), factor)
+        with b.if_then(b.icmp_signed("!=", factors, _I64(0))):
+            b.store(b.load(e.pointer(factors, row.index), align=_BYTES), factor)
+        scaled = e.broadcast(b.load(factor))
+        with cgutils.for_range(b, vectors, intp=_I64) as loop:
+            at = b.mul(loop.index, _I64(LANES))
+            b.store(e.constant(0.0), total)
+            with cgutils.for_range(b, heads, intp=_I64) as head:
+                here = b.add(at, b.mul(head.index, width))
+                value = e.load(table, b.add(start, here))
+                b.store(e.muladd(value, e.load(weights, here), b.load(total)), total)
+            to = b.add(b.mul(row.index, width), at)
+            e.store(e.muladd(b.load(total), scaled, e.load(out, to)), out, to)
+
+
 def _signs(e: _Emit, args: Sequence[Any]) -> None:
     values, vectors, out = args
     b = e.b
@@ -432,6 +455,10 @@ soften = _define(6, _soften, "soften")
 weigh = _define(4, _weigh, "weigh")
 # gather(table, pitch, n, vectors, weights, out): out[i] += table[i, :] . weights
 gather = _define(6, _gather, "gather")
+# spread(table, pitch, n, vectors, heads, weights, factors, out): with h heads of so many vectors
+# side by side, out[i, :] += factors[i] * sum over h of table[i, h, :] * weights[h, :]; the rows of
+# out are one head wide. Without factors (0) they are 1.
+spread = _define(8, _spread, "spread")
 # signs(values, vectors, out): out (one uint64) = bit i set where values[i] >= 0
 signs = _define(3, _signs, "signs")
 # copy(source, count, out): count float32; widen: count float16 at source -> float32 at out

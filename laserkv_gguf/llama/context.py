@@ -162,11 +162,14 @@ class Context:
             fixed=options.threads is not None or model.gpu_layers != 0 or not plain,
         )
         self._threads_now = 0
-        self.probe = Probe(model.layers, model.heads, model.kv_heads, model.head_dim)
+        self.probe = Probe(
+            model.layers, model.heads, model.kv_heads, model.head_dim, model.value_dim
+        )
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
+        self.row_format: Any = None  # of rows.py, once it was tried
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())

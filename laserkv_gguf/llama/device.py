@@ -3,8 +3,10 @@
 The host path (Numba, `kernels`) copies every candidate's key to the host. Here they stay: the
 probe notes which tensors hold the cached keys and into which cells the tokens went; the graph
 gathers the candidates' rows, multiplies them with the queries, and sums what the softmax gives.
-One number a candidate comes back. Keys that llama.cpp has re-rotated or quantised are looked at as
-they are now, as the model's own attention does.
+One number a candidate comes back, or one for each of the few tokens that ask. What goes there
+beside the queries is small: lengths of values, and the log-sum of keys that only the host has.
+Keys that llama.cpp has re-rotated or quantised are looked at as they are now, as the model's own
+attention does.
 
 Everything is called through libggml's C functions. Two things no function tells, the cells a node
 writes and the buffer a tensor lies in, are read out of `struct ggml_tensor`, whose layout is
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -70,14 +73,17 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_op_desc": (ctypes.c_char_p, [_P]),
     "ggml_new_tensor_1d": (_P, [_P, _I, _N]),
     "ggml_new_tensor_2d": (_P, [_P, _I, _N, _N]),
+    "ggml_new_tensor_3d": (_P, [_P, _I, _N, _N, _N]),
     "ggml_new_tensor_4d": (_P, [_P, _I, _N, _N, _N, _N]),
     "ggml_set_input": (None, [_P]),
     "ggml_set_output": (None, [_P]),
     "ggml_view_1d": (_P, [_P, _P, _N, _SIZE]),
     "ggml_view_2d": (_P, [_P, _P, _N, _N, _SIZE, _SIZE]),
     "ggml_view_3d": (_P, [_P, _P, _N, _N, _N, _SIZE, _SIZE, _SIZE]),
-    "ggml_reshape_2d": (_P, [_P, _P, _N, _N]),
-    "ggml_transpose": (_P, [_P, _P]),
+    "ggml_reshape_3d": (_P, [_P, _P, _N, _N, _N]),
+    "ggml_permute": (_P, [_P, _P, _I, _I, _I, _I]),
+    "ggml_concat": (_P, [_P, _P, _P, _I]),
+    "ggml_mul": (_P, [_P, _P, _P]),
     "ggml_cont": (_P, [_P, _P]),
     "ggml_get_rows": (_P, [_P, _P, _P]),
     "ggml_set_rows": (_P, [_P, _P, _P, _P]),
@@ -232,16 +238,29 @@ class Scorer:
         return sum(part.bytes for part in self._parts)
 
     def attention(
-        self, queries: NDArray[np.float32], cells: NDArray[np.int64]
+        self,
+        queries: NDArray[np.float32],
+        cells: NDArray[np.int64],
+        *,
+        weights: NDArray[np.float32] | None = None,
+        over: str = "sum",
+        others: NDArray[np.int64] | None = None,
+        beside: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """As `kernels.attention_consensus`, over the keys in the given cells.
 
         Args:
             queries: (layers, tokens, heads, head_dim) float32.
             cells: (C,) int64.
+            weights: (layers, C, kv_heads) float32: what each weight counts; None for 1.
+            over: "sum" over the tokens, or "max", the largest of their scores.
+            others: (O,) int64: cells of keys that the softmax counts and that get no score.
+            beside: (layers, tokens, heads) float32: log-sum-exp of keys that are in none of these
+                cells and that the softmax counts, finite; None for none.
 
         Returns:
-            (C,) float32, in attention weights; they sum to layers * heads * tokens.
+            (C,) float32, in attention weights; of the plain ones the sum is layers * heads *
+            tokens.
 
         Raises:
             DeviceError: the device failed.
@@ -252,17 +271,37 @@ class Scorer:
         L.llama_synchronize(self.context.handle)
         if self.turned:
             queries = queries @ hadamard(dim)
-        # kv heads first: the rows that read one kv head stand together
-        rows = np.ascontiguousarray(
-            queries.reshape(layers, tokens, self.kv_heads, heads // self.kv_heads, dim).swapaxes(
-                1, 2
-            ),
-            np.float32,
-        ).reshape(layers, self.kv_heads, -1, dim)
-        total = np.zeros(len(cells))
+
+        def rows(array: NDArray[np.float32]) -> NDArray[np.float32]:
+            """(layers, kv_heads, rows, …): the rows that read one kv head, its heads' tokens."""
+            shape = layers, tokens, self.kv_heads, heads // self.kv_heads, -1
+            turned = array.reshape(shape).transpose(0, 2, 3, 1, 4)
+            return np.ascontiguousarray(turned, np.float32).reshape(
+                layers, self.kv_heads, tokens * heads // self.kv_heads, -1
+            )
+
+        asked = rows(queries)
+        seen = cells if others is None else np.concatenate((cells, others))
+        shape = _Shape(
+            asked.shape[2],
+            len(cells),
+            len(seen) - len(cells),
+            tokens if over == "max" else 1,
+            beside is not None,
+            weights is not None,
+        )
+        total = np.zeros((shape.kept, len(cells)))
+        added = None if beside is None else rows(beside) * np.float32(dim**0.5)
+        factors = None if weights is None else np.swapaxes(weights, 1, 2)
         for part in self._parts:
-            total += part.attention(rows[part.layers], cells.astype(np.int32))
-        return total.astype(np.float32)
+            total += part.attention(
+                shape,
+                seen.astype(np.int32),
+                asked[part.layers],
+                None if added is None else added[part.layers],
+                None if factors is None else factors[part.layers],
+            )
+        return total.max(axis=0).astype(np.float32)
 
     def close(self) -> None:
         for part in self._parts:
@@ -274,6 +313,54 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`Candidates.scorer`: a scorer with all that it is to look at.
+
+    Attributes:
+        cells: (C,) of the candidates.
+        others, beside: as in `Scorer.attention`, for a softmax over all; `beside` of all tokens of
+            the probe.
+    """
+
+    scorer: Scorer
+    cells: NDArray[np.int64]
+    others: NDArray[np.int64] | None = None
+    beside: NDArray[np.float32] | None = None
+
+    def __call__(
+        self,
+        queries: NDArray[np.float32],
+        *,
+        weights: NDArray[np.float32] | None = None,
+        whole: bool = False,
+        over: str = "sum",
+    ) -> NDArray[np.float32]:
+        others = self.others if whole else None
+        beside = self.beside if whole else None
+        if beside is not None:
+            beside = beside[:, -queries.shape[1] :]
+        return self.scorer.attention(
+            queries, self.cells, weights=weights, over=over, others=others, beside=beside
+        )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a graph is made for: rows of queries a kv head, candidates, other keys, …"""
+
+    rows: int
+    count: int
+    others: int
+    kept: int  # scores a candidate: 1, or one a token that asks
+    beside: bool
+    weighs: bool
+
+    @property
+    def keys(self) -> int:
+        return self.count + self.others
 
 
 class _Part:
@@ -288,9 +375,10 @@ class _Part:
         self.row = row_bytes(options.type_k, self.kv_heads * self.dim)
         self.head = row_bytes(options.type_k, self.dim)
         self.name = self.ggml.backend_dev_name(device).decode()
-        self._shape: tuple[int, int] | None = None
+        self._shape: _Shape | None = None
         self._arena: _Arena | None = None
         self._graph = self._cells = self._queries = self._scores = 0
+        self._beside = self._factors = 0
         self._memory = 0
         self._backend = self.ggml.backend_dev_init(device, None) or 0
         if not self._backend:
@@ -312,57 +400,82 @@ class _Part:
         return int(self.ggml.gallocr_get_buffer_size(self._memory, 0)) if self._memory else 0
 
     def attention(
-        self, queries: NDArray[np.float32], cells: NDArray[np.int32]
+        self,
+        shape: _Shape,
+        cells: NDArray[np.int32],
+        queries: NDArray[np.float32],
+        beside: NDArray[np.float32] | None,
+        factors: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
-        """For queries (layers, kv_heads, rows, head_dim) and cells (C,): (C,)."""
-        self._build(queries.shape[2], len(cells))
-        ggml, scores = self.ggml, np.empty(len(cells), np.float32)
-        ggml.backend_tensor_set(self._cells, cells.ctypes.data, 0, cells.nbytes)
-        ggml.backend_tensor_set(self._queries, queries.ctypes.data, 0, queries.nbytes)
+        """Scores (kept, C).
+
+        Args:
+            shape: of all this.
+            cells: (C + O,), the candidates' first.
+            queries: (layers, kv_heads, rows, head_dim).
+            beside: (layers, kv_heads, rows, 1), divided by the scale of the products.
+            factors: (layers, kv_heads, C).
+        """
+        self._build(shape)
+        ggml, scores = self.ggml, np.empty((shape.kept, shape.count), np.float32)
+        given = (self._cells, cells), (self._queries, queries)
+        given += (self._beside, beside), (self._factors, factors)
+        for tensor, array in given:
+            if array is not None:
+                array = np.ascontiguousarray(array)
+                ggml.backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
         if ggml.backend_graph_compute(self._backend, self._graph):
             raise DeviceError(f"{self.name} failed to score; use --scoring host")
         ggml.backend_tensor_get(self._scores, scores.ctypes.data, 0, scores.nbytes)
         return scores
 
-    def _build(self, rows: int, count: int) -> None:
-        """Describes the graph for so many rows of queries and candidates, if it is not there."""
-        if self._shape == (rows, count):
+    def _build(self, shape: _Shape) -> None:
+        """Describes the graph for such a shape, if it is not there."""
+        if self._shape == shape:
             return
         self._shape = None
-        per_head = 4 * count * (2 * rows + self.dim)
+        per_head = 4 * shape.keys * (2 * shape.rows + self.dim)
+        if shape.beside or shape.weighs:
+            per_head += 4 * shape.keys * shape.rows
         together = min(max(WORK_BYTES // per_head, 1), self.kv_heads)
         groups = -(-self.kv_heads // together)
-        tensors = 16 + 16 * groups * len(self.layers)
+        tensors = 16 + 24 * groups * len(self.layers)
         self._arena = arena = _Arena(tensors, tensors)
-        ggml, at = self.ggml, arena.handle
-        self._cells = ggml.new_tensor_1d(at, _I32, count)
-        self._queries = ggml.new_tensor_4d(
-            at, _F32, self.dim, rows, self.kv_heads, len(self.layers)
-        )
-        ggml.set_input(self._cells)
-        ggml.set_input(self._queries)
+        ggml, at, layers = self.ggml, arena.handle, len(self.layers)
+        self._cells = ggml.new_tensor_1d(at, _I32, shape.keys)
+        self._queries = ggml.new_tensor_4d(at, _F32, self.dim, shape.rows, self.kv_heads, layers)
+        inputs = [self._cells, self._queries]
+        if shape.beside:
+            self._beside = ggml.new_tensor_3d(at, _F32, shape.rows, self.kv_heads, layers)
+            inputs.append(self._beside)
+        if shape.weighs:
+            self._factors = ggml.new_tensor_3d(at, _F32, shape.count, self.kv_heads, layers)
+            inputs.append(self._factors)
+        for tensor in inputs:
+            ggml.set_input(tensor)
         total = 0
-        for layer in range(len(self.layers)):
+        for layer in range(layers):
             for first in range(0, self.kv_heads, together):
                 heads = min(together, self.kv_heads - first)
-                scores = self._attend(at, layer, first, heads, rows, count)
+                scores = self._attend(at, layer, first, heads, shape)
                 total = ggml.add(at, total, scores) if total else scores
         ggml.set_output(total)
         self._graph = ggml.new_graph_custom(at, tensors, False)
         ggml.build_forward_expand(self._graph, total)
         if not ggml.gallocr_alloc_graph(self._memory, self._graph):
             raise DeviceError(
-                f"{self.name} has no memory for scoring {count} tokens; use --scoring host"
+                f"{self.name} has no memory for scoring {shape.keys} tokens; use --scoring host"
             )
-        self._scores, self._shape = total, (rows, count)
+        self._scores, self._shape = total, shape
 
-    def _attend(self, at: Any, layer: int, first: int, heads: int, rows: int, count: int) -> int:
-        """What one layer's kv heads first … first + heads - 1 add to the scores: (1, C)."""
-        ggml, dim = self.ggml, self.dim
+    def _attend(self, at: Any, layer: int, first: int, heads: int, shape: _Shape) -> int:
+        """What one layer's kv heads first … first + heads - 1 add to the scores: (1, C, kept)."""
+        ggml, dim, rows, count = self.ggml, self.dim, shape.rows, shape.count
         stored = ggml.view_2d(
             at, self.tensors[layer], heads * dim, self.cells, self.row, first * self.head
         )
         keys = ggml.get_rows(at, stored, self._cells)  # float32, whatever the cache's type
+        head = layer * self.kv_heads + first
         queries = ggml.view_3d(
             at,
             self._queries,
@@ -371,16 +484,33 @@ class _Part:
             heads,
             4 * dim,
             4 * dim * rows,
-            4 * dim * rows * (layer * self.kv_heads + first),
+            4 * dim * rows * head,
         )
-        by_head = ggml.view_3d(at, keys, dim, count, heads, 4 * dim * heads, 4 * dim, 0)
-        products = ggml.mul_mat(at, by_head, queries)  # (C, rows, heads)
+        by_head = ggml.view_3d(at, keys, dim, shape.keys, heads, 4 * dim * heads, 4 * dim, 0)
+        products = ggml.mul_mat(at, by_head, queries)  # (C + O, rows, heads)
         ggml.mul_mat_set_prec(products, _FULL_PRECISION)
+        nodes, width = [keys, products], shape.keys
+        if shape.beside:  # one more key, as heavy as all that only the host has
+            sums = ggml.view_3d(at, self._beside, 1, rows, heads, 4, 4 * rows, 4 * rows * head)
+            products, width = ggml.concat(at, products, sums, 0), width + 1
+            nodes.append(products)
         weights = ggml.soft_max_ext(at, products, None, dim**-0.5, 0.0)
-        flat = ggml.reshape_2d(at, weights, count, rows * heads)
-        across = ggml.cont(at, ggml.transpose(at, flat))
+        nodes.append(weights)
+        if width > count:
+            weights = ggml.view_3d(at, weights, count, rows, heads, 4 * width, 4 * width * rows, 0)
+            weights = ggml.cont(at, weights)
+            nodes.append(weights)
+        if shape.weighs:
+            counts = ggml.view_3d(
+                at, self._factors, count, 1, heads, 4 * count, 4 * count, 4 * count * head
+            )
+            weights = ggml.mul(at, weights, counts)
+            nodes.append(weights)
+        # a kv head's rows are the tokens of its heads, one head after another
+        flat = ggml.reshape_3d(at, weights, count, shape.kept, rows * heads // shape.kept)
+        across = ggml.cont(at, ggml.permute(at, flat, 1, 2, 0, 3))
         summed = ggml.sum_rows(at, across)
-        for node in (keys, products, weights, across, summed):
+        for node in (*nodes, across, summed):
             if not ggml.backend_dev_supports_op(self.device, node):
                 operation = ggml.op_desc(node).decode()
                 raise DeviceError(f"{self.name} cannot compute {operation} for this cache")
@@ -459,8 +589,7 @@ def open_scorer(context: Context) -> Scorer:
         stored = stored_keys(context, cells[0])
         scorer = Scorer(context, turned=_are_turned(stored, keys))
         asked = queries @ hadamard(context.model.head_dim) if scorer.turned else queries
-        truth = _attention(asked, stored)
-        error = float(np.abs(scorer.attention(queries, cells[0]) - truth).max() / truth.max())
+        error = max(_errors(scorer, queries, asked, cells[0], stored))
     except CaptureError as error_seen:
         raise DeviceError(str(error_seen)) from error_seen
     finally:
@@ -517,11 +646,53 @@ def _are_turned(stored: NDArray[np.float32], keys: NDArray[np.float32]) -> bool:
     raise DeviceError("the cache holds other keys than the model computed")
 
 
-def _attention(queries: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The formula, for a few tokens: (C,)."""
+def _errors(
+    scorer: Scorer,
+    queries: NDArray[np.float32],
+    asked: NDArray[np.float32],
+    cells: NDArray[np.int64],
+    stored: NDArray[np.float32],
+) -> Iterator[float]:
+    """How far scores of a few cells are from the formula, as shares of the largest; never NaN.
+
+    Plain ones, and the largest over the tokens with all that can be added.
+
+    Args:
+        queries, asked: as the scorer takes them, and turned as the cache's keys are.
+        stored: keys (layers, cells, kv_heads, head_dim).
+    """
+    few = max(len(cells) // 2, 1)
+    weights = 1 + np.arange(stored[:, :few, :, 0].size, dtype=np.float32) % 5
+    weights = weights.reshape(stored[:, :few, :, 0].shape)
+    beside = np.linspace(-1, 1, queries[..., 0].size, dtype=np.float32)
+    beside = beside.reshape(queries.shape[:3])
+    by_token = _attention(asked, stored).sum(axis=(0, 2))
+    group = queries.shape[2] // stored.shape[2]
+    counted = np.repeat(weights, group, axis=2).transpose(0, 2, 1)[:, None]
+    all_seen = _attention(asked, stored, beside)[..., :few]
+    for truth, found in (
+        (by_token.sum(axis=0), scorer.attention(queries, cells)),
+        (
+            (all_seen * counted).sum(axis=(0, 2)).max(axis=0),
+            scorer.attention(
+                queries, cells[:few], weights=weights, over="max", others=cells[few:], beside=beside
+            ),
+        ),
+    ):
+        error = float(np.abs(found - truth).max() / truth.max())
+        yield error if error == error else np.inf
+
+
+def _attention(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    beside: NDArray[np.float32] | None = None,
+) -> NDArray[np.float64]:
+    """The formula, for a few tokens: (layers, tokens, heads, C)."""
     wide = np.repeat(keys, queries.shape[2] // keys.shape[2], axis=2).astype(np.float64)
     scores = np.einsum("lthd,lchd->lthc", queries, wide) / np.sqrt(queries.shape[3])
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    if beside is not None:
+        scores = np.concatenate((scores, beside[..., None]), axis=-1)
+    weights: NDArray[np.float64] = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    total: NDArray[np.float64] = weights.sum(axis=(0, 1, 2))
-    return total
+    return weights

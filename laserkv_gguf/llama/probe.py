@@ -5,7 +5,8 @@ decode, so no Python may run in it. This one is compiled by Numba, reads a contr
 integers and copies the wanted rows of `Qcur-<layer>`, `Kcur-<layer>` and `Vcur-<layer>` out with
 libggml's own `ggml_backend_tensor_get`, which also works for tensors on a GPU. Several nodes bear
 such a name: queries and keys are the one whose operation is ROPE, values the one that is reshaped
-to heads.
+to heads. Where only the lengths of values are wanted they are computed on the way, so that one
+float32 a layer, token and kv head is left of them.
 
 Where keys are scored on the device they are not read at all: the SET_ROWS node that stores a
 layer's keys in `cache_k_l<layer>` tells where that tensor is and which cells it writes (device.py).
@@ -48,10 +49,12 @@ _SYMBOLS = (
     "ggml_backend_tensor_get",
 )
 
-# The control block: a header, then one record for each of queries, keys, values and cells.
-_ARMED, _LAYERS, _SCRATCH, _SCRATCH_ROWS, _CACHE, _ROWS_AT, _BASE_AT, _RECORDS = range(8)
-_WANTED, _ADDRESS, _LAYER_STRIDE, _ROW_STRIDE, _ROW, _FIRST, _END, _HALF, _SEEN = range(9)
-_KINDS = {"queries": 0, "keys": 1, "values": 2, "cells": 3}
+# The control block: a header, then one record for each of queries, keys, values, cells and norms.
+_ARMED, _LAYERS, _SCRATCH, _SCRATCH_ROWS, _CACHE, _ROWS_AT, _BASE_AT, _FACTORS, _RECORDS = range(9)
+_WANTED, _ADDRESS, _LAYER_STRIDE, _ROW_STRIDE, _ROW, _FIRST, _END, _FORM, _HEADS, _SEEN = range(10)
+_KINDS = {"queries": 0, "keys": 1, "values": 2, "cells": 3, "value_norms": 4, "output_norms": 4}
+_COUNT = 5
+_WHOLE, _HALF, _NORM, _OUTPUT = range(4)  # what is made of a row
 
 
 @intrinsic
@@ -96,6 +99,54 @@ def _as_pointer(_context: Any, address: Any, to: Any) -> Any:
 _pointer: Any = _as_pointer
 
 
+@intrinsic
+def _half_rounded(_context: Any, value: Any) -> Any:
+    """float32 as float16 holds it."""
+
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.float32), code
+
+
+_rounded: Any = _half_rounded
+
+
+@numba.njit
+def _norms_of(
+    source: Any, rows: Any, heads: Any, dim: Any, factors: Any, room: Any, out: Any
+) -> None:
+    """Lengths of `rows` × `heads` values of `dim` numbers; of their products with factors if given.
+
+    Args:
+        source: (rows * heads * dim,) float32.
+        factors: address of (heads, dim, dim) float32, symmetric, or 0.
+        room: (dim,) float32 to work in.
+        out: address of (rows, heads) float32.
+    """
+    result = carray(_pointer(out, np.float32(0)), (rows * heads,))
+    for at in range(rows * heads):
+        if factors == 0:
+            total = np.float32(0)
+            for i in range(dim):
+                value = _rounded(source[at * dim + i])
+                total += value * value
+        else:
+            head = factors + at % heads * dim * dim * 4
+            matrix = carray(_pointer(head, np.float32(0)), (dim * dim,))
+            for i in range(dim):
+                room[i] = np.float32(0)
+            for j in range(dim):
+                value = _rounded(source[at * dim + j])
+                for i in range(dim):
+                    room[i] += value * matrix[j * dim + i]
+            total = np.float32(0)
+            for i in range(dim):
+                total += room[i] * room[i]
+        result[at] = np.sqrt(total)
+
+
 @numba.njit
 def _on_store(tensor: Any, ask: Any, control: Any, name: Any) -> Any:
     """A layer's keys go into the cache: notes its tensor, and the cells at the first layer."""
@@ -131,7 +182,7 @@ def _on_store(tensor: Any, ask: Any, control: Any, name: Any) -> Any:
 
 
 def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
-    control = carray(user, (_RECORDS + 4 * _SEEN,), np.int64)
+    control = carray(user, (_RECORDS + _COUNT * _SEEN,), np.int64)
     if control[_ARMED] == 0:
         return 0
     name = carray(_ggml_get_name(tensor), (64,), np.uint8)
@@ -145,7 +196,7 @@ def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
     elif name[0] == 75:  # K
         kind = 1
     elif name[0] == 86:  # V
-        kind = 2
+        kind = 2 if control[_RECORDS + 2 * _SEEN + _WANTED] != 0 else 4
     else:
         return 0
     record = _RECORDS + kind * _SEEN
@@ -185,17 +236,26 @@ def _on_node(tensor: Any, ask: Any, user: Any) -> Any:
         + (begin - control[record + _FIRST]) * control[record + _ROW_STRIDE]
     )
     whole = stride == row * 4 and control[record + _ROW_STRIDE] == stride
-    half = control[record + _HALF] != 0
+    form = control[record + _FORM]
     scratch = control[_SCRATCH]
     at = begin - seen[layer]
     last = end - seen[layer]
     while at < last:
-        if half:
+        if form != _WHOLE:
             rows = min(last - at, control[_SCRATCH_ROWS] // row)
             if stride != row * 4:
                 rows = np.int64(1)
             _ggml_tensor_get(tensor, scratch, at * stride, rows * row * 4)
             source = carray(_pointer(scratch, np.float32(0)), (rows * row,))
+        if form >= _NORM:
+            heads = control[record + _HEADS]
+            dim = row // heads
+            factors = np.int64(0)
+            if form == _OUTPUT:
+                factors = control[_FACTORS] + layer * heads * dim * dim * 4
+            room = carray(_pointer(scratch + control[_SCRATCH_ROWS] * 4, np.float32(0)), (dim,))
+            _norms_of(source, rows, heads, dim, factors, room, target)
+        elif form == _HALF:
             result = carray(_pointer(target, np.uint16(0)), (rows * row,))
             for i in range(rows * row):
                 result[i] = _to_half(source[i])
@@ -262,17 +322,23 @@ class Probe:
     Args:
         layers: number of layers of the model.
         heads, kv_heads, head_dim: shape of queries (heads) and of keys and values (kv_heads).
+        value_dim: of values where it is another than head_dim.
     """
 
-    def __init__(self, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, layers: int, heads: int, kv_heads: int, head_dim: int, value_dim: int | None = None
+    ) -> None:
         self.layers, self.heads, self.kv_heads, self.head_dim = layers, heads, kv_heads, head_dim
-        self._control = np.zeros(_RECORDS + 4 * _SEEN, np.int64)
-        self._seen = np.zeros((4, layers), np.int64)
+        self.value_dim = value_dim or head_dim
+        self._control = np.zeros(_RECORDS + _COUNT * _SEEN, np.int64)
+        self._seen = np.zeros((_COUNT, layers), np.int64)
         self.cache = np.zeros(layers, np.int64)
-        self._scratch = np.empty(max(1 << 16, heads * head_dim), np.float32)
+        self.factors: NDArray[np.float32] | None = None
+        room = max(1 << 16, heads * head_dim, kv_heads * self.value_dim)
+        self._scratch = np.empty(room + self.value_dim, np.float32)
         self._control[_LAYERS] = layers
         self._control[_SCRATCH] = self._scratch.ctypes.data
-        self._control[_SCRATCH_ROWS] = self._scratch.size
+        self._control[_SCRATCH_ROWS] = room
         self._control[_CACHE] = self.cache.ctypes.data
 
     def watch_cache(self, rows_at: int, base_at: int) -> None:
@@ -295,15 +361,33 @@ class Probe:
 
     def row(self, kind: str) -> int:
         """Values a token has: heads * head_dim."""
+        if _KINDS[kind] == _KINDS["value_norms"]:
+            return self.kv_heads * self.value_dim
         return (self.heads if kind == "queries" else self.kv_heads) * self.head_dim
+
+    def use_factors(self, factors: NDArray[np.float32]) -> None:
+        """Makes `output_norms` possible.
+
+        Args:
+            factors: (layers, kv_heads, value_dim, value_dim) float32, symmetric: the length of
+                their product with a value is its norm.
+        """
+        shape = (self.layers, self.kv_heads, self.value_dim, self.value_dim)
+        if factors.shape != shape:
+            raise ValueError(f"factors must be {shape}, not {factors.shape}")
+        self.factors = np.ascontiguousarray(factors, np.float32)
+        self._control[_FACTORS] = self.factors.ctypes.data
 
     def new(self, kind: str, tokens: int, dtype: Any = np.float32) -> NDArray[Any]:
         """An array (layers, tokens, heads or kv_heads, head_dim) to capture into.
 
-        For cells it is (1, tokens) int64: all layers use the same.
+        For cells it is (1, tokens) int64: all layers use the same. For norms of values it is
+        (layers, tokens, kv_heads) float32.
         """
         if kind == "cells":
             return np.empty((1, tokens), np.int64)
+        if _KINDS[kind] == _KINDS["value_norms"]:
+            return np.empty((self.layers, tokens, self.kv_heads), np.float32)
         heads = self.heads if kind == "queries" else self.kv_heads
         return np.empty((self.layers, tokens, heads, self.head_dim), dtype)
 
@@ -316,11 +400,17 @@ class Probe:
                 or float16, gets tokens first … first + n - 1 of those decoded in the block; None
                 for a kind that is not wanted.
             cells: the same with (1, n) int64: where in the cache the tokens' keys went.
+            value_norms: the same with (layers, n, kv_heads) float32: the length of each value, as
+                float16 holds it. Not together with values.
+            output_norms: the same, of the value's product with what `use_factors` was given.
 
         Raises:
             ValueError: an array of another shape, type or layout.
             CaptureError: the graph did not show all rows (only when the block ended well).
         """
+        of_values = ("values", "value_norms", "output_norms")
+        if sum(wanted.get(kind) is not None for kind in of_values) > 1:
+            raise ValueError("values can be captured in one way at a time only")
         try:
             for kind, target in wanted.items():
                 self._want(kind, target)
@@ -340,7 +430,8 @@ class Probe:
             if short.size:
                 raise CaptureError(
                     f"layer {short[0]} showed {self._seen[_KINDS[kind], short[0]]} rows of "
-                    f"{kind} where {end} were decoded"
+                    f"{kind} where {end} were decoded",
+                    kind,
                 )
 
     def _want(self, kind: str, target: tuple[NDArray[Any], int] | None) -> None:
@@ -350,6 +441,9 @@ class Probe:
         array, first = target
         if kind == "cells":
             self._want_cells(at, array, first)
+            return
+        if _KINDS[kind] == _KINDS["value_norms"]:
+            self._want_norms(kind, array, first)
             return
         row = self.row(kind)
         shape = (self.layers, array.shape[1], row // self.head_dim, self.head_dim)
@@ -361,14 +455,30 @@ class Probe:
             array.itemsize,
         ):
             raise ValueError(f"the rows of the array for {kind} must be contiguous")
+        form = _HALF if array.dtype == np.float16 else _WHOLE
+        self._record(kind, array, first, form)
+
+    def _record(self, kind: str, array: NDArray[Any], first: int, form: int) -> None:
+        at = _RECORDS + _KINDS[kind] * _SEEN
         self._control[at + _WANTED] = self._seen[_KINDS[kind]].ctypes.data
         self._control[at + _ADDRESS] = array.ctypes.data
         self._control[at + _LAYER_STRIDE] = array.strides[0]
         self._control[at + _ROW_STRIDE] = array.strides[1]
-        self._control[at + _ROW] = row
+        self._control[at + _ROW] = self.row(kind)
         self._control[at + _FIRST] = first
         self._control[at + _END] = first + array.shape[1]
-        self._control[at + _HALF] = array.dtype == np.float16
+        self._control[at + _FORM] = form
+        self._control[at + _HEADS] = self.kv_heads
+
+    def _want_norms(self, kind: str, array: NDArray[Any], first: int) -> None:
+        shape = (self.layers, array.shape[1], self.kv_heads)
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError(f"{kind} go into {shape} of float32, not {array.shape}")
+        if array.strides[1:] != (self.kv_heads * 4, 4):
+            raise ValueError(f"the rows of the array for {kind} must be contiguous")
+        if kind == "output_norms" and self.factors is None:
+            raise ValueError("output_norms can be captured after use_factors only")
+        self._record(kind, array, first, _OUTPUT if kind == "output_norms" else _NORM)
 
     def _want_cells(self, at: int, array: NDArray[Any], first: int) -> None:
         if array.shape[0] != 1 or array.dtype != np.int64 or array.strides[1] != 8:
@@ -381,4 +491,12 @@ class Probe:
 
 
 class CaptureError(RuntimeError):
-    """The model's graph does not name its queries, keys or values as expected."""
+    """The model's graph does not name its queries, keys or values as expected.
+
+    Attributes:
+        kind: what is missing.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -6,9 +6,9 @@ A policy never touches the engine. It is a frozen dataclass; its fields are its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,12 @@ class Needs:
         attention: `Candidates.attention` of the probe. Where a device computes it the keys stay
             there, and `Candidates.keys` is None unless they are needed as well.
         keys, values: of every candidate.
+        value_norms: one number for every candidate's value, so that none is held: "norm" for its
+            length, "output" for what it adds to the stream at that length (see `Candidates`),
+            "none" for none.
+        outside: `Candidates.outside`, for a softmax over all that the probe sees. The keys of all
+            that is kept are then held as long as there are blocks to come.
+        visible: `Candidates.visible_keys`, for other softmaxes over all that is seen.
         precise: keys, values and block queries in float32; else they are kept as float16.
         probe_tokens: the question's last so many tokens ask, with what the template puts after
             them; 0 for everything after the document.
@@ -47,6 +53,9 @@ class Needs:
     attention: bool = False
     keys: bool = False
     values: bool = False
+    value_norms: str = "none"
+    outside: bool = False
+    visible: bool = False
     precise: bool = False
     probe_tokens: int = 0
     lookahead: int = 0
@@ -58,15 +67,43 @@ class Needs:
     @property
     def host_keys(self) -> bool:
         """Whether the host must have the keys; attention needs them unless a device computes it."""
-        return self.keys or self.attention
+        return self.keys or self.visible or self.attention
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether what was kept of earlier blocks is looked at again."""
+        return self.outside or self.visible
+
+
+class DeviceAttention(Protocol):
+    """Attention computed where the keys are, for `Candidates.attention`."""
+
+    def __call__(
+        self,
+        queries: NDArray[np.float32],
+        *,
+        weights: NDArray[np.float32] | None = None,
+        whole: bool = False,
+        over: str = "sum",
+    ) -> NDArray[np.float32]:
+        """Scores (C,) of the candidates, as `kernels.attention_consensus`.
+
+        Args:
+            queries: the probe's, or the last of them.
+            weights: (layers, C, kv_heads) float32, or None.
+            whole: softmax over all that the probe sees, not over the candidates alone.
+            over: "sum" or "max".
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Held:
     """What the host holds of the cache: the candidates in the middle, and what stands around them.
 
-    In a recursive or one-shot run that is all of the cache; in an accumulating one the window
-    before the block, the block, and with it the new window.
+    In a recursive or one-shot run, and where a policy needs `visible`, that is all of the sequence
+    in the cache; in an accumulating one the window before the block, the block, and with it the
+    new window.
 
     Attributes:
         tokens: (H,) int64, ascending: which tokens of the sequence these are.
@@ -94,7 +131,18 @@ class Candidates:
         keys, values: (layers, C, kv_heads, head_dim) float16 or float32, or None.
         block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None.
         memory: a policy's own notes; empty at the start of a sequence, kept from block to block.
-        scorer: attention of queries over the candidates' keys where these are; None on the host.
+        scorer: attention of queries over the candidates' keys where these are (see
+            `DeviceAttention`); None on the host.
+        value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate; of "output" the
+            root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
+        outside: (layers, probe tokens, heads) float32, or None: log-sum-exp of q · k / √head_dim
+            over all that the query sees and that is no candidate: anchors, what was kept, the
+            window, what stands before the sequence, and of the question and drafts, or the tokens
+            that ask in their place, those up to itself. None where a device computes attention.
+        visible: (V,) int64 or None: which tokens `visible_keys` are, ascending; the candidates are
+            among them as one run.
+        visible_keys: (layers, V, kv_heads, head_dim) or None: keys of all that is in the cache of
+            the sequence.
         held: see Held; None where nothing but the candidates is known.
         asked_at: (probe tokens,) int64, the positions of `queries`; None where there are none.
         rotation: of the model's RoPE; None if not asked for, or not known.
@@ -108,7 +156,11 @@ class Candidates:
     values: NDArray[Any] | None = None
     block_queries: NDArray[Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
-    scorer: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    scorer: DeviceAttention | None = None
+    value_norms: NDArray[np.float32] | None = None
+    outside: NDArray[np.float32] | None = None
+    visible: NDArray[np.int64] | None = None
+    visible_keys: NDArray[Any] | None = None
     held: Held | None = None
     asked_at: NDArray[np.int64] | None = None
     rotation: Rotation | None = None
@@ -143,20 +195,40 @@ class Candidates:
         """Number of candidates, C."""
         return len(self.tokens)
 
-    def attention(self, last: int | None = None) -> NDArray[np.float32]:
+    def attention(
+        self,
+        last: int | None = None,
+        *,
+        values: bool = False,
+        softmax: str = "candidates",
+        over: str = "sum",
+    ) -> NDArray[np.float32]:
         """Attention the probe pays each candidate: (C,), as `kernels.attention_consensus`.
 
         Args:
             last: of only so many last tokens of the probe.
+            values: multiply each weight by the candidate's `value_norms` (`Needs.value_norms`).
+            softmax: over the "candidates" alone, or over "all" that the probe sees
+                (`Needs.outside`).
+            over: the "sum" over the probe's tokens, or the largest of their scores, "max".
         """
         assert self.queries is not None
-        queries = self.queries if last is None else self.queries[:, -last:]
+        asking = slice(None) if last is None else slice(-last, None)
+        queries = self.queries[:, asking]
+        weights = self.value_norms if values else None
+        assert not values or weights is not None, "a policy that weighs values needs value_norms"
         if self.scorer is not None:
-            return self.scorer(queries)
+            return self.scorer(queries, weights=weights, whole=softmax == "all", over=over)
         from laserkv_gguf import kernels
 
         assert self.keys is not None
-        return kernels.attention_consensus(queries, self.keys)
+        outside = None
+        if softmax == "all":
+            assert self.outside is not None, "a softmax over all needs outside"
+            outside = self.outside[:, asking]
+        return kernels.attention_consensus(
+            queries, self.keys, weights=weights, outside=outside, over=over
+        )
 
 
 @dataclass(frozen=True)
@@ -241,6 +313,10 @@ class Policy(ABC):
                 keys=seen if needs.host_keys else None,
                 values=seen if needs.values else None,
                 block_queries=seen if needs.block_queries else None,
+                value_norms=None if needs.value_norms == "none" else asked[..., 0],
+                outside=asked[..., 0] if needs.outside else None,
+                visible=np.arange(count) if needs.visible else None,
+                visible_keys=seen if needs.visible else None,
             ),
             count // 2,
         )

@@ -37,7 +37,7 @@ class ChunkKV(Policy):
     """
 
     name: ClassVar[str] = "chunkkv"
-    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=32)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, outside=True, probe_tokens=32)
 
     chunk: int = 10
     window: int = 32
@@ -61,7 +61,7 @@ class ChunkKV(Policy):
         return Budget(tokens, block_size, ratio, divisor, shape="one-shot", recent=self.window)
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        scores = candidates.attention()
+        scores = candidates.attention(softmax="all")
         starts = np.arange(0, candidates.count, self.chunk)
         sizes = np.diff(np.append(starts, candidates.count))
         means = np.add.reduceat(scores.astype(np.float64), starts) / sizes

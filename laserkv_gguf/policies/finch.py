@@ -30,7 +30,7 @@ class Finch(Policy):
     """
 
     name: ClassVar[str] = "finch"
-    needs: ClassVar[Needs] = Needs(queries=True, attention=True)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, outside=True)
     positions: ClassVar[str] = "compact"
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
@@ -39,5 +39,5 @@ class Finch(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        scores = candidates.attention()
+        scores = candidates.attention(softmax="all")
         return kernels.top_k(scores, budget)

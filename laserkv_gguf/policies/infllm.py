@@ -29,8 +29,7 @@ class InfLLM(Policy):
 
     The paper fetches other units in every layer, and for every chunk while it reads; in llama.cpp
     all layers fetch the same ones, by the sum over layers, and while reading every block chooses
-    among its own units and the window's before it, asked by its last tokens. A query's softmax is
-    over the keys that are held beside its block, without earlier units.
+    among its own units and the window's before it, asked by its last tokens.
 
     Attributes:
         size: tokens of a unit (128, the paper's).
@@ -41,7 +40,7 @@ class InfLLM(Policy):
 
     name: ClassVar[str] = "infllm"
     needs: ClassVar[Needs] = Needs(
-        queries=True, keys=True, block_queries=True, recall=True, unrotated=True
+        queries=True, keys=True, block_queries=True, visible=True, recall=True, unrotated=True
     )
 
     size: int = 128

@@ -9,11 +9,19 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
 # LASER-KV as it was published, in the terms of `settings.Settings`
 PAPER = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
+# and in those of the policy alone
+PAPER_OPTIONS = {"values": "none", "softmax": "candidates", "over": "sum", "shares": "equal"}
+VALUES = ("none", "norm", "output")
+SOFTMAX = ("candidates", "all")
+OVER = ("sum", "max")
+SHARES = ("equal", "one")
+SINKS, RECENT = 4, 32  # of one pool: always kept
 RULES = ("fraction", "magicpig", "analytic")
 RESIDUALS = ("lsh", "keydiff", "leverage")
 
@@ -38,6 +46,16 @@ class Laser(Policy):
         rule: what collisions are worth. "fraction": the share of the tables that collide;
             "magicpig": 1 from two tables on, else 0 (arXiv 2410.16179); "analytic": the fraction's
             expected value, (1 - θ/π)^b with θ the angle of query and centred key, without a hash.
+        values: what an attention weight counts. "norm": times ‖v‖, the length of the token's value
+            in its layer and kv head; "output": times what the value adds to the stream, ‖W_o v‖
+            (CriticalKV, arXiv 2502.03805); "none": itself, as in the LASER paper.
+        softmax: over "all" that the question sees, anchors, window, what was kept before and its
+            own tokens among it, or over the "candidates" alone, as in the LASER paper.
+        over: the "sum" over the probe's tokens, as in the LASER paper, or the largest of their
+            scores, "max" (KVzip, arXiv 2505.23416).
+        shares: "equal": every block keeps its own pool, as in the LASER paper; "one": one pool of
+            all that is kept, chosen anew from itself and every block (FINCH, arXiv 2408.00167),
+            beside the first 4 and the last 32 tokens; `--protection-divisor` bounds these.
         residual: what fills the (1 - α) part. "lsh": collisions, by `rule`; "keydiff": keys least
             like the others (arXiv 2504.15364); "leverage": keys that lie apart (2507.08143).
         seed: of the hash planes, and of leverage's sketch.
@@ -55,13 +73,30 @@ class Laser(Policy):
     rule: str = "fraction"
     residual: str = "lsh"
     seed: int = 0
+    values: str = "none"
+    softmax: str = "candidates"
+    over: str = "sum"
+    shares: str = "equal"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha:g}; give a fraction from 0 to 1, such as 0.75")
         check_pool(self.pool)
-        # at 1 no key is hashed: on a device none leaves it
-        needs = replace(self.needs, attention=self.alpha > 0, keys=self.alpha < 1)
+        for name, known in (
+            ("values", VALUES),
+            ("softmax", SOFTMAX),
+            ("over", OVER),
+            ("shares", SHARES),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; give {', '.join(known)}")
+        needs = replace(
+            self.needs,
+            attention=self.alpha > 0,
+            keys=self.alpha < 1,  # at 1 no key is hashed: on a device none leaves it
+            value_norms=self.values if self.alpha > 0 else "none",
+            outside=self.softmax == "all" and self.alpha > 0,
+        )
         object.__setattr__(self, "needs", needs)
         if not 1 <= self.hash_bits <= 16:
             raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
@@ -72,13 +107,22 @@ class Laser(Policy):
         if self.residual not in RESIDUALS:
             raise UserError(f"residual is {self.residual!r}; give {', '.join(RESIDUALS)}")
 
+    def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
+        if self.shares == "equal":
+            return super().budget(tokens, block_size, ratio, divisor)
+        whole = Budget(tokens, block_size, ratio, divisor, shape="recursive")
+        most = max(whole.total // divisor, 1)
+        return replace(whole, sinks=min(SINKS, most), recent=min(RECENT, most))
+
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
         exact = math.floor(self.alpha * budget + 0.5)
         kept = np.zeros(candidates.count, bool)
         if exact:
-            scores = candidates.attention()
+            scores = candidates.attention(
+                values=self.values != "none", softmax=self.softmax, over=self.over
+            )
             kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
         if exact < budget:
             assert candidates.queries is not None

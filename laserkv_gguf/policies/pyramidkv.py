@@ -35,7 +35,9 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8, observation=8)
+    needs: ClassVar[Needs] = Needs(
+        queries=True, keys=True, outside=True, probe_tokens=8, observation=8
+    )
 
     window: int = 8
     beta: float = 20.0

@@ -19,8 +19,9 @@ class SnapKV(Policy):
     """Observation-window attention, pooled, one choice after reading (arXiv 2404.14469).
 
     Also Zefan-Cai/KVCache-Factory, `pyramidkv_utils.py`, with the settings of `run_longbench.py`.
-    Each head's attention is summed over the asking tokens and becomes the largest among neighbours
-    (the paper's listing 1; max pooling over 7 in the published LongBench runs).
+    Each head's attention, a softmax over all that the asking tokens see, is summed over these tokens
+    and becomes the largest among neighbours (the paper's listing 1; max pooling over 7 in the
+    published LongBench runs).
 
     In llama.cpp a token is kept for all layers and heads or for none, so heads do not choose each
     for itself: their pooled scores are summed, and the sum chooses. Where the question is known its
@@ -33,7 +34,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=32)
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True, outside=True, probe_tokens=32)
 
     window: int = 32
     pool: int = 7
@@ -63,5 +64,6 @@ class SnapKV(Policy):
 
         assert candidates.queries is not None
         assert candidates.keys is not None
-        for heads in geometry.attention_by_head(candidates.queries, candidates.keys):
+        queries, keys, outside = candidates.queries, candidates.keys, candidates.outside
+        for heads in geometry.attention_by_head(queries, keys, outside):
             yield kernels.max_pool(heads, self.pool).sum(axis=0, dtype=np.float64)
