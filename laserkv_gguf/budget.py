@@ -95,6 +95,8 @@ class Budget:
             "recursive": a summary of ``floor(r L)`` tokens is chosen anew from summary and block
             (FINCH, arXiv 2408.00167); "one-shot": everything is read, then chosen from once.
         sinks, recent: first and last tokens that a recursive or one-shot run always keeps.
+        grows: the summary of a recursive run has ``floor(r · read)`` tokens, not all of them from
+            the beginning (FINCH).
         protected: first tokens that stay whole (a system prompt): more anchors where they are
             more, paid for by the pools as long as these have anything.
 
@@ -114,6 +116,7 @@ class Budget:
     sinks: int = 0
     recent: int = 1
     protected: int = 0
+    grows: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.ratio, self.block_size, self.divisor)
@@ -161,6 +164,13 @@ class Budget:
         least = min(self.protected + 1, self.tokens)
         return max(1, least, math.floor(as_fraction(self.ratio) * self.tokens))
 
+    def summary(self, read: int) -> int:
+        """Tokens that a recursive or one-shot run keeps of the first `read`."""
+        if not self.grows:
+            return self.total
+        share = math.floor(as_fraction(self.ratio) * read)
+        return min(self.total, max(share, self.anchors + self.window))
+
     @property
     def rows(self) -> int:
         """Tokens whose keys are held on the host at a time, for policies that look at keys."""
@@ -204,14 +214,16 @@ class Budget:
         for index, start, end in self._spans():
             held = kept + end - start
             waits = self.shape == "one-shot" and end < self.tokens
-            if self.keeps_all or waits or held <= self.total:
+            total = self.summary(end)
+            if self.keeps_all or waits or held <= total:
                 yield Block(index, start, end, (end, end), 0, 0, kept, held)
                 kept = held
                 continue
-            count = held - self.anchors - self.window
+            protected = self.anchors + self.window
             candidates = (self.anchors, end - self.window)
-            yield Block(index, start, end, candidates, count, self.long_term, kept, self.total)
-            kept = self.total
+            count, pool = held - protected, total - protected
+            yield Block(index, start, end, candidates, count, pool, kept, total)
+            kept = total
 
     def _accumulating(self) -> Iterator[Block]:
         kept = spent = granted = 0

@@ -445,18 +445,15 @@ class Conversation:
         Raises:
             UserError: --ctx-size alone does not say how much each of them may keep.
         """
-        settings, trained = self.engine.settings, self.engine.model.trained_context
+        trained = self.engine.model.trained_context
         if self.engine.fills_cells:
             raise UserError(
                 "with --recall and several documents --ctx-size does not say how much to keep of "
                 "each; give --ratio too"
             )
-        if settings.positions != "auto":
-            return settings.positions == "compact"
-        if trained <= 0:
-            return False
-        beyond = tokens + sum(len(self._tokens(text)) for _, text in later)
-        return trained < beyond
+        if self.engine.settings.positions == "auto" and trained > 0:
+            tokens += sum(len(self._tokens(text)) for _, text in later)
+        return self.engine.demand.moves(beyond=0 < trained < tokens)
 
     def _tokens(self, text: str | Tokens) -> Tokens:
         return self.engine.model.tokenize(text) if isinstance(text, str) else text
@@ -926,7 +923,7 @@ class Conversation:
         engine, cells = self.engine, self.cells
         settings, trained = engine.settings, engine.model.trained_context
         beyond = 0 < trained < cells.position + glue + tokens + self.max_tokens
-        compact = settings.positions == "compact" or (settings.positions == "auto" and beyond)
+        compact = engine.demand.moves(beyond=beyond)
         limits = [(engine.share, "cells")] if engine.share else []
         limits += [(trained - self._gaps, "positions")] if compact else []
         limit, of = min(limits, default=(None, ""))

@@ -196,6 +196,8 @@ class Engine:
             settings.positions,
             settings.recall,
             settings.recalling.mode_for(self.policy),
+            movable=rope.movable(self.model, self.options),
+            exact_keys=self.options.type_k in ("f16", "f32"),
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from laserkv_gguf.kernels._jit import set_threads, threads
 from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus, log_sums
-from laserkv_gguf.kernels.select import pool, top_k
+from laserkv_gguf.kernels.select import max_pool, pool, top_k
 from laserkv_gguf.kernels.simhash import (
     analytic_collisions,
     collision_scores,
@@ -19,6 +19,7 @@ __all__ = [
     "attention_consensus",
     "collision_scores",
     "log_sums",
+    "max_pool",
     "planes",
     "pool",
     "set_threads",

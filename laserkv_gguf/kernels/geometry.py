@@ -71,22 +71,58 @@ def z_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def attention(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], scale: float
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    scale: float,
+    outside: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """softmax(scale · Q Kᵀ) of (queries, head_dim) and (keys, head_dim): (queries, keys).
 
     A product that is no number counts as no attention; a row of nothing else is 0.
+
+    Args:
+        outside: (queries,): log-sum-exp of scale · q · k over keys that are seen but not given
+            here, which take their part of the softmax; None for none.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         weights = queries @ keys.T
         weights *= np.float32(scale)
     weights[~np.isfinite(weights)] = -np.inf
     peak = weights.max(axis=1, keepdims=True)
-    weights -= np.where(np.isfinite(peak), peak, np.float32(0))
+    if outside is not None:
+        beside = np.where(np.isfinite(outside), outside, np.float32(-np.inf))[:, None]
+        peak = np.maximum(peak, beside)
+    peak = np.where(np.isfinite(peak), peak, np.float32(0))
+    weights -= peak
     np.exp(weights, out=weights)
     total = weights.sum(axis=1, keepdims=True)
+    if outside is not None:
+        total += np.exp(beside - peak)
     weights /= np.where(total > 0, total, np.float32(1))
     return weights
+
+
+def attention_by_head(
+    queries: NDArray[np.float32], keys: NDArray[Any], outside: NDArray[np.float32] | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """What every head pays each key, summed over its queries: a layer at a time, (heads, keys).
+
+    Args:
+        queries: (layers, tokens, heads, head_dim).
+        keys: (layers, keys, kv_heads, head_dim).
+        outside: (layers, tokens, heads), as of `attention`.
+    """
+    heads, dim = queries.shape[2:]
+    group = heads // keys.shape[2]
+    for layer, (asked, held) in enumerate(zip(queries, keys, strict=True)):
+        received = np.empty((heads, held.shape[0]), np.float32)
+        for kv_head in range(held.shape[1]):
+            wide = held[:, kv_head].astype(np.float32)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                beside = None if outside is None else outside[layer, :, head]
+                weights = attention(asked[:, head], wide, dim**-0.5, beside)
+                received[head] = weights.sum(axis=0)
+        yield received
 
 
 def _heads(layer: NDArray[Any]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:

@@ -68,3 +68,20 @@ def pool(scores: ArrayLike, width: int) -> NDArray[np.float32]:
             count[shift:] += 1.0
             count[:-shift] += 1.0
         return (total / count).astype(np.float32)
+
+
+@step("select")
+def max_pool(scores: ArrayLike, width: int) -> NDArray[Any]:
+    """The largest of ``width`` neighbours, centred, along the last axis; the ends have fewer.
+
+    As SnapKV (arXiv 2404.14469) and PyramidKV pool in their published LongBench runs. A ``width``
+    of 1 changes nothing. NaN reaches its neighbours. Raises ValueError for an even ``width``.
+    """
+    values = np.asarray(scores)
+    if width > 1 and width % 2 == 0:
+        raise ValueError(f"pooling width must be odd, got {width}")
+    largest = values.copy()
+    for shift in range(1, min(width // 2, values.shape[-1] - 1) + 1):
+        np.maximum(largest[..., shift:], values[..., :-shift], out=largest[..., shift:])
+        np.maximum(largest[..., :-shift], values[..., shift:], out=largest[..., :-shift])
+    return largest

@@ -80,6 +80,26 @@ def check(model: Model, options: ContextOptions) -> None:
         )
 
 
+def movable(model: Model, options: ContextOptions) -> bool:
+    """Whether llama.cpp can re-rotate such keys; see `check`."""
+    try:
+        check(model, options)
+    except UserError:
+        return False
+    return True
+
+
+def known(context: Context) -> Rotation | None:
+    """The model's RoPE, to take it back from captured keys; None where it is of no known kind.
+
+    Raises:
+        CaptureError: as of `measure`.
+    """
+    if context.model.rope_type not in (L.LLAMA_ROPE_TYPE_NORM, L.LLAMA_ROPE_TYPE_NEOX):
+        return None
+    return _read_off(context)
+
+
 def measure(context: Context) -> Rotation:
     """Reads the model's RoPE off an empty context (one tiny batch).
 
@@ -89,8 +109,12 @@ def measure(context: Context) -> Rotation:
         UserError: see `check`.
         CaptureError: the graph does not name its keys as expected.
     """
+    check(context.model, context.options)
+    return _read_off(context)
+
+
+def _read_off(context: Context) -> Rotation:
     model = context.model
-    check(model, context.options)
     spare = [SEQUENCES - 1 - i for i in range(len(_DISTANCES))]
     keys = context.probe.new("keys", len(_DISTANCES))
     token = model.vocab_size // 2

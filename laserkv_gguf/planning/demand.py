@@ -24,6 +24,8 @@ class Demand:
         positions: "original", "compact", or "auto": compact only beyond the trained context.
         recall: where rows are parked: "ram", "disk", or "off".
         recall_mode: "replay" or "shortlist", where there is recall.
+        movable: whether llama.cpp can turn cached keys to other positions.
+        exact_keys: whether cached keys are float16 or float32.
     """
 
     policy: Policy
@@ -33,6 +35,8 @@ class Demand:
     positions: str = "auto"
     recall: str = "off"
     recall_mode: str = ""
+    movable: bool = True
+    exact_keys: bool = True
 
     def budget(self, tokens: int, ratio: float, protected: int = 0) -> Budget:
         """What of so many tokens is kept.
@@ -89,9 +93,20 @@ class Demand:
             positions: that a run takes where they are not.
             trained: positions the model was trained for; 0 for any number.
         """
-        if budget.keeps_all or self.positions == "original":
-            return False
-        return self.positions == "compact" or positions > trained > 0
+        return not budget.keeps_all and self.moves(beyond=positions > trained > 0)
+
+    def moves(self, *, beyond: bool) -> bool:
+        """Whether kept tokens are moved together, by --positions.
+
+        Args:
+            beyond: whether positions would pass what the model was trained for.
+        """
+        if self.positions != "auto":
+            return self.positions == "compact"
+        if beyond or self.policy.positions != "compact":
+            return beyond
+        # the policy was published so; where it cannot be, tokens stay where they were read
+        return self.movable and (self.exact_keys or self.recall == "off")
 
     def largest_ratio(
         self, fits: Callable[[Budget], bool], tokens: int, protected: int = 0

@@ -7,7 +7,7 @@ graph out so that those of one step take the place of the step before, and the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, padded
@@ -206,6 +206,9 @@ def make(
         tokens: of the document, with all that stands before the question.
         ratio: of the tokens to keep; None for the largest that fits (0.25 where none does).
     """
+    exact = run.type_k in ("f16", "f32")
+    turns = run.type_k != "bf16" and header.key_dim % 64 == 0  # see `rope.check`
+    run = replace(run, exact_keys=exact, movable=exact or turns)
     return _Planner(header, run, memory).plan(tokens, ratio)
 
 

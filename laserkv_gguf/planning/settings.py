@@ -73,7 +73,7 @@ class RecallSettings:
                 f"--policy {name} does not look at the question, so nothing would be recalled "
                 "for it; use --policy laser, or --recall off"
             )
-        if needs.values or needs.visible or (needs.block_queries and not policy.unit):
+        if needs.values or ((needs.visible or needs.block_queries) and not policy.unit):
             raise UserError(
                 f"--policy {name} needs more of a token than the keys that are parked; "
                 "use --policy laser, or --recall off"
@@ -106,7 +106,8 @@ class Settings:
         alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
         lookahead: tokens drafted after the question to ask with; None for the policy's own number.
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
-        positions: "original", "compact", or "auto": compact only beyond the trained context.
+        positions: "original", "compact", or "auto": compact beyond the trained context, and with
+            a policy that was published so, where keys can be moved.
         scoring: where attention is computed: "host", or "device": where the cache is.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all

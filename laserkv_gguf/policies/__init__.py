@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.policies.base import Candidates, Needs, Policy, PolicyError, checked
+from laserkv_gguf.policies.base import Candidates, Held, Needs, Policy, PolicyError, checked
 
 __all__ = [
     "Candidates",
+    "Held",
     "Needs",
     "Policy",
     "PolicyError",

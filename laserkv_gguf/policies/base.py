@@ -8,13 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import LaserKVError, UserError
+
+if TYPE_CHECKING:
+    from laserkv_gguf.llama.rope import Rotation
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Needs:
         observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
             2404.14469).
         recall: evicted tokens that can come back (`--recall`), without which it is not the method.
+        every_block: `Policy.observe` is called with the blocks after which nothing is evicted.
+        unrotated: `Candidates.rotation`, to take RoPE back; `Policy.look_up` gets queries without.
     """
 
     queries: bool = False
@@ -56,6 +61,8 @@ class Needs:
     lookahead: int = 0
     observation: int = 32
     recall: bool = False
+    every_block: bool = False
+    unrotated: bool = False
 
     @property
     def host_keys(self) -> bool:
@@ -91,6 +98,28 @@ class DeviceAttention(Protocol):
 
 
 @dataclass(frozen=True)
+class Held:
+    """What the host holds of the cache: the candidates in the middle, and what stands around them.
+
+    In a recursive or one-shot run, and where a policy needs `visible`, that is all of the sequence
+    in the cache; in an accumulating one the window before the block, the block, and with it the
+    new window.
+
+    Attributes:
+        tokens: (H,) int64, ascending: which tokens of the sequence these are.
+        positions: (H,) int64: where each stands in the cache, which is what its RoPE says.
+        first: number of the first candidate among them.
+        keys, values: as of `Candidates`, of all H; None if not asked for.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    first: int = 0
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
 class Candidates:
     """A read-only view of what can be kept: everything after RoPE.
 
@@ -114,6 +143,9 @@ class Candidates:
             among them as one run.
         visible_keys: (layers, V, kv_heads, head_dim) or None: keys of all that is in the cache of
             the sequence.
+        held: see Held; None where nothing but the candidates is known.
+        asked_at: (probe tokens,) int64, the positions of `queries`; None where there are none.
+        rotation: of the model's RoPE; None if not asked for, or not known.
     """
 
     tokens: NDArray[np.int64]
@@ -129,6 +161,34 @@ class Candidates:
     outside: NDArray[np.float32] | None = None
     visible: NDArray[np.int64] | None = None
     visible_keys: NDArray[Any] | None = None
+    held: Held | None = None
+    asked_at: NDArray[np.int64] | None = None
+    rotation: Rotation | None = None
+
+    @property
+    def around(self) -> Held:
+        """What is held; where that is not known the candidates alone, never moved."""
+        return self.held or Held(self.tokens, self.tokens, 0, self.keys, self.values)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """(C,) int64: where the candidates stand in the cache."""
+        held = self.around
+        return held.positions[held.first : held.first + self.count]
+
+    def turned(self, vectors: NDArray[Any], by: NDArray[np.int64] | int) -> NDArray[np.float32]:
+        """A float32 copy of queries or keys, as if they stood so many positions further on.
+
+        Minus their positions gives them before RoPE. Without `rotation` nothing is turned.
+
+        Args:
+            vectors: (…, heads, head_dim) float16 or float32.
+            by: positions, of a shape that broadcasts to all but the last axis.
+        """
+        copied: NDArray[np.float32] = np.array(vectors, np.float32)
+        if self.rotation is not None:
+            self.rotation.turn(copied, by)
+        return copied
 
     @property
     def count(self) -> int:
@@ -179,6 +239,20 @@ class Policy(ABC):
     needs: ClassVar[Needs] = Needs()
     flexible: ClassVar[bool] = False
     """Whether `select` may keep fewer than its budget."""
+    positions: ClassVar[str] = "original"
+    """Where kept tokens stand as the method was published: what `--positions auto` means."""
+
+    def observe(self, block: Candidates) -> None:
+        """Looks at a block after which nothing is evicted, in the order of the blocks.
+
+        Called if `needs.every_block`; what is to be remembered goes into `block.memory`, as new
+        objects: a one-shot choice may be made again from what was there before it.
+
+        Args:
+            block: its candidates are the block's tokens, with what the policy needs of them;
+                there are no queries of a probe.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
@@ -218,6 +292,7 @@ class Policy(ABC):
         """Scores (units,) for a question's queries (layers, tokens, heads, head_dim).
 
         Args:
+            queries: before RoPE if `needs.unrotated`.
             index: what `index` returned for the blocks, one after the other along the second axis.
         """
         raise NotImplementedError

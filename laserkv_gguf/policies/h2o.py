@@ -1,13 +1,14 @@
-"""`h2o`: the heavy hitters, tokens that all queries of a block look at most, and the recent."""
+"""`h2o`: the heavy hitters, tokens that all queries looked at most so far, and the recent."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.policies.base import Candidates, Needs, Policy
 
 CHUNK = 512  # queries looked at at a time
@@ -15,29 +16,45 @@ CHUNK = 512  # queries looked at at a time
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Attention accumulated over every query of the block (arXiv 2306.14048).
+    """Attention accumulated over every query, and a recent half (arXiv 2306.14048, algorithm 1).
 
-    A query sees the candidates up to its own token, and its softmax is over those; sums over
-    queries are the score of the paper's algorithm 1. In llama.cpp a token is kept for all layers
-    and heads or for none, so the score is summed over them as well, and it is spent block by
-    block instead of token by token.
+    The authors' code: FMInference/H2O, `h2o_hf/utils_hh/modify_llama.py`. A query's softmax is over
+    all keys it sees in the cache, first tokens and recent ones included; what a key receives is
+    added up over all queries since it was read, and goes on being added up while it stays. Half of
+    the budget are the tokens with the largest sums, half the most recent ones (their ratios for
+    both are equal). The question is not asked.
 
-    The question is not asked. The recent tokens are the window of `--protection-divisor`, which
-    protects as many first tokens too (the paper has none of these and halves its budget between
-    heavy hitters and recent). It has no options of its own.
+    In llama.cpp a token is kept for all layers and heads or for none, so the sums are over them
+    too, where the paper chooses in each head. A block is read and then the surplus goes at once,
+    where the paper drops one token for each one read. It has no options of its own.
     """
 
     name: ClassVar[str] = "h2o"
-    needs: ClassVar[Needs] = Needs(block_queries=True, keys=True)
+    needs: ClassVar[Needs] = Needs(block_queries=True, keys=True, every_block=True)
+
+    def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
+        whole = Budget(tokens, block_size, ratio, divisor, shape="recursive")
+        return replace(whole, recent=whole.total // 2)
+
+    def observe(self, block: Candidates) -> None:
+        """Adds what the block's queries give to the sums of all tokens in the cache."""
+        held = block.around
+        assert block.block_queries is not None
+        assert held.keys is not None
+        visible = np.searchsorted(held.tokens, np.arange(*block.block), side="right")
+        sums = causal_attention(block.block_queries, held.keys, visible)
+        tokens, before = block.memory.get("h2o", (held.tokens[:0], sums[:0]))
+        _, here, there = np.intersect1d(held.tokens, tokens, return_indices=True)
+        sums[here] += before[there]
+        block.memory["h2o"] = held.tokens, sums
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        assert candidates.block_queries is not None
-        assert candidates.keys is not None
-        visible = np.searchsorted(candidates.tokens, np.arange(*candidates.block), side="right")
-        scores = causal_attention(candidates.block_queries, candidates.keys, visible)
-        return kernels.top_k(scores, budget)
+        self.observe(candidates)
+        first = candidates.around.first
+        sums = candidates.memory["h2o"][1][first : first + candidates.count]
+        return kernels.top_k(sums, budget)
 
 
 def causal_attention(

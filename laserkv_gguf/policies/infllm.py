@@ -12,30 +12,40 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy
 
+CHUNK = 256  # queries looked at at a time
+
 
 @dataclass(frozen=True)
 class InfLLM(Policy):
     """Units of the document looked up by representative tokens, and fetched (arXiv 2402.04617).
 
-    A unit's representatives are the tokens that the tokens after them look at most; a unit is as
-    relevant as the sum of their q · k. All evicted rows are parked and, for every question, the
-    most relevant units of the whole document come in beside the first and the last tokens. The
-    paper fetches other units in every layer, and for every chunk while it reads; with shared cells
-    all layers and heads fetch the same ones, and while reading every block chooses among its own,
-    asked by its last tokens.
+    The authors' code: thunlp/InfLLM, `attention/context_manager.py`. In every head a unit's
+    representatives are the tokens that get the most attention of the queries up to `local` tokens
+    after them; the mean of their keys, before RoPE, stands for the unit. A unit is as relevant as
+    the sum over heads of q · k with the mean query of the question, turned to one angle, that of
+    `local` - 1 positions, however far the unit is away. All evicted rows are parked and, for every
+    question, the most relevant units of the whole document come in beside the first and the last
+    tokens.
+
+    The paper fetches other units in every layer, and for every chunk while it reads; in llama.cpp
+    all layers fetch the same ones, by the sum over layers, and while reading every block chooses
+    among its own units and the window's before it, asked by its last tokens.
 
     Attributes:
-        size: tokens of a unit (the paper's 128).
-        representatives: of a unit (the paper's 4).
-        local: so many tokens after a token say how much it is looked at.
+        size: tokens of a unit (128, the paper's).
+        representatives: of a unit (4, the paper's).
+        local: queries of so many tokens after a token say how much it is looked at (4096, the
+            authors' local window).
     """
 
     name: ClassVar[str] = "infllm"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, block_queries=True, recall=True)
+    needs: ClassVar[Needs] = Needs(
+        queries=True, keys=True, block_queries=True, visible=True, recall=True, unrotated=True
+    )
 
     size: int = 128
     representatives: int = 4
-    local: int = 512
+    local: int = 4096
 
     def __post_init__(self) -> None:
         for name in ("size", "representatives", "local"):
@@ -48,54 +58,76 @@ class InfLLM(Policy):
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         """While reading: whole units among the candidates, the last one cut to the budget."""
-        assert candidates.queries is not None
-        relevance = self.look_up(candidates.queries, self.index(candidates))
-        units = np.argsort(-relevance, kind="stable")
+        queries = candidates.queries
+        assert queries is not None
+        if candidates.asked_at is not None:
+            queries = candidates.turned(queries, -candidates.asked_at[:, None])
+        relevance = self.look_up(queries, self.index(candidates))
+        units = np.argsort(-relevance, kind="stable")  # NaN comes last
         tokens = (units[:, None] * self.size + np.arange(self.size)).ravel()
         return tokens[tokens < candidates.count][:budget]
 
     def index(self, block: Candidates) -> dict[str, NDArray[Any]]:
-        """Keys of the representatives, (layers, units, representatives, kv_heads, head_dim)."""
-        assert block.keys is not None
-        looked_at = self._looked_at(block)
-        units = -(-block.count // self.size)
-        chosen = np.empty((units, self.representatives), np.int64)
-        for unit in range(units):
-            first = unit * self.size
-            inside = looked_at[first : first + self.size]
-            best = first + np.argsort(-inside, kind="stable")[: self.representatives]
-            chosen[unit] = np.resize(best, self.representatives)  # a short unit repeats some
-        return {"representatives": block.keys[:, chosen]}
+        """What stands for each unit: (layers, units, heads, head_dim) float16.
 
-    def _looked_at(self, block: Candidates) -> NDArray[np.float64]:
-        """Mean q · k of every token's key with the queries of up to `local` tokens after it.
-
-        Tokens from before the block, whose own successors are gone, are asked by the block's first;
-        the last token, with nothing after it, and blocks read without queries, count 0.
+        Mean keys, turned the other way by the one angle, so that a query before RoPE meets them.
         """
         assert block.keys is not None
-        score = np.zeros(block.count)
+        layers, count, kv_heads, dim = block.keys.shape
+        units = -(-count // self.size)
+        heads = kv_heads if block.block_queries is None else block.block_queries.shape[2]
+        means = np.empty((layers, units, heads, dim), np.float32)
+        for layer, keys in enumerate(block.keys):
+            mass = self._mass(block, layer)
+            for unit in range(units):
+                inside = slice(unit * self.size, (unit + 1) * self.size)
+                turned = block.turned(keys[inside], -block.positions[inside, None])
+                best = np.argsort(-mass[:, inside], axis=1, kind="stable")
+                best = best[:, : self.representatives]
+                for head in range(heads):
+                    own = head // (heads // kv_heads)
+                    means[layer, unit, head] = turned[best[head], own].mean(axis=0)
+        return {"means": block.turned(means, 1 - self.local).astype(np.float16)}
+
+    def _mass(self, block: Candidates, layer: int) -> NDArray[np.float32]:
+        """What each head's queries of the block pay each candidate near enough: (heads, C).
+
+        Tokens from before the block get the block's part; blocks read without queries get none.
+        """
+        held = block.around
+        assert held.keys is not None
+        kv_heads, dim = held.keys.shape[2:]
         if block.block_queries is None:
-            return score
-        kv_heads, dim = block.keys.shape[2:]
-        asking = block.block_queries.shape[1]
-        first = np.clip(block.tokens - block.block[0] + 1, 0, asking)
-        last = np.clip(first + self.local, 0, asking)
-        for queries, keys in zip(block.block_queries, block.keys, strict=True):
-            grouped = queries.reshape(asking, kv_heads, -1, dim).sum(axis=2, dtype=np.float64)
-            running = np.concatenate((np.zeros((1, kv_heads, dim)), np.cumsum(grouped, axis=0)))
-            total = running[last] - running[first]
-            score += (total * keys).sum(axis=(1, 2))
-        mean: NDArray[np.float64] = score / np.maximum(last - first, 1)
-        return mean
+            return np.zeros((kv_heads, block.count), np.float32)
+        queries = block.block_queries[layer]
+        asking, heads = queries.shape[:2]
+        group = heads // kv_heads
+        mass = np.zeros((heads, len(held.tokens)), np.float32)
+        keys = held.keys[layer].astype(np.float32).transpose(1, 0, 2) * np.float32(dim**-0.5)
+        for start in range(0, asking, CHUNK):
+            part = queries[start : start + CHUNK].astype(np.float32)
+            apart = np.arange(len(part))[:, None] + block.block[0] + start - held.tokens
+            hidden, near = apart < 0, (apart >= 0) & (apart < self.local)
+            grouped = part.reshape(len(part), kv_heads, group, dim).transpose(1, 2, 0, 3)
+            for head in range(kv_heads):
+                with np.errstate(invalid="ignore", over="ignore"):
+                    weights = grouped[head] @ keys[head].T  # (group, queries, keys)
+                np.copyto(weights, np.float32(-np.inf), where=hidden | ~np.isfinite(weights))
+                peak = weights.max(axis=2, keepdims=True)
+                weights = np.exp(weights - np.where(np.isfinite(peak), peak, np.float32(0)))
+                total = weights.sum(axis=2, keepdims=True)
+                weights /= np.where(total > 0, total, np.float32(1))
+                weights *= near
+                mass[head * group : (head + 1) * group] += weights.sum(axis=1)
+        return mass[:, held.first : held.first + block.count]
 
     def look_up(
         self, queries: NDArray[np.float32], index: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float64]:
-        """Σ q · k over a unit's representatives, all queries, heads and layers."""
-        kv_heads, dim = index["representatives"].shape[3:]
-        relevance = np.zeros(index["representatives"].shape[1])
-        for asked, keys in zip(queries, index["representatives"], strict=True):
-            query = asked.reshape(len(asked), kv_heads, -1, dim).sum(axis=(0, 2), dtype=np.float64)
-            relevance += (keys.sum(axis=1, dtype=np.float64) * query).sum(axis=(1, 2))
+        """Products of the mean query and what stands for a unit, summed over heads and layers."""
+        relevance = np.zeros(index["means"].shape[1])
+        for asked, means in zip(queries, index["means"], strict=True):
+            query = asked.mean(axis=0, dtype=np.float64)
+            query = query.reshape(means.shape[1], -1, query.shape[1]).sum(axis=1)
+            relevance += (means.astype(np.float64) * query).sum(axis=(1, 2))
         return relevance

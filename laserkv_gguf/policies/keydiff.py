@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from laserkv_gguf.budget import Budget
 from laserkv_gguf.policies.base import Candidates, Needs, Policy
 
 
@@ -15,16 +16,25 @@ from laserkv_gguf.policies.base import Candidates, Needs, Policy
 class KeyDiff(Policy):
     """Keys with the smallest cosine to the mean of the normalised keys (arXiv 2504.15364).
 
-    The paper keeps other tokens in every head; here a token is kept for all layers and heads or
-    for none, so the scores are summed over them. The mean is taken over the candidates of a block,
-    and what earlier blocks kept is not looked at again.
+    Also NVIDIA/kvpress, `BlockPress(KeyDiffPress())`. What was kept and the block just read compete
+    for one cache of r·L tokens; the mean is over all keys in it. The last token read is protected,
+    for the next one must follow it.
+
+    In llama.cpp a token is kept for all layers and heads or for none, so the scores are summed over
+    them, where the paper keeps other tokens in every head. The block is the run's `--block-size`
+    (the paper's: 128). It has no options of its own.
     """
 
     name: ClassVar[str] = "keydiff"
     needs: ClassVar[Needs] = Needs(keys=True)
 
+    def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
+        return Budget(tokens, block_size, ratio, divisor, shape="recursive")
+
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf.kernels import geometry, top_k
 
-        assert candidates.keys is not None
-        return top_k(geometry.keydiff_scores(candidates.keys), budget)
+        held = candidates.around
+        assert held.keys is not None
+        scores = geometry.keydiff_scores(held.keys)
+        return top_k(scores[held.first : held.first + candidates.count], budget)

@@ -17,19 +17,22 @@ from laserkv_gguf.policies.base import Candidates, Needs, Policy
 class LagKV(Policy):
     """Keys and values measured by the next partition's range (arXiv 2504.04704).
 
-    The paper chooses in every head and keeps the last partition, which has no next one, as its
-    sliding window; here a token is kept for all layers and heads or for none, so its scores are
-    summed over them. The window lies behind the candidates, so their last partition (with a
-    remainder too short to be one) takes part, measured by the one before it, or by itself if it
-    is the only one.
+    The authors' code: AI-Lab-China-Merchants-Bank/LagKV, `lag_kv.py`. The sequence is cut into
+    partitions of `lag` tokens. A token's score is the standard deviation of its channels, in units
+    of their range in the next partition, as a softmax over its own partition; keys' and values'
+    scores are added. What was chosen is never looked at again. The last tokens, which have no next
+    partition yet, always stay: here the window, which is the last candidates' reference. Where it
+    has fewer than two tokens, the partition before is.
 
-    Every partition gets its share of the budget and keeps its best. What does not divide evenly
-    goes to those whose next best token scores highest.
+    In llama.cpp a token is kept for all layers and heads or for none, so scores are summed over
+    them, where the paper chooses in every head. A remainder too short for a partition counts with
+    the one before it. Every partition gets its share of the budget and keeps its best; what does
+    not divide evenly goes to those whose next best token scores highest.
 
     Attributes:
-        lag: tokens of a partition (the authors' default).
-        sinks: first tokens of the sequence, kept whatever their score (the authors' default); the
-            anchors are usually more than these.
+        lag: tokens of a partition (128, the paper's).
+        sinks: first tokens of the sequence, kept whatever their score (16, the authors' default);
+            the anchors are usually more than these.
     """
 
     name: ClassVar[str] = "lagkv"
@@ -45,17 +48,21 @@ class LagKV(Policy):
             raise UserError(f"sinks is {self.sinks}; give a number of tokens, 0 for none")
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        assert candidates.keys is not None
-        assert candidates.values is not None
         first = int(np.searchsorted(candidates.tokens, self.sinks))
         scores = np.zeros(candidates.count)
         place = np.full(candidates.count, -1.0)  # within the partition, 0 for its best to 1
-        parts = self._partitions(first, candidates.count)
-        for index, part in enumerate(parts):
-            other = (parts[index + 1 :] or parts[-2:])[0]
+        held = candidates.around
+        begin, count = held.first, len(held.tokens)
+        for part in self._partitions(first, candidates.count):
+            own = slice(begin + part.start, begin + part.stop)
+            other = slice(own.stop, min(own.stop + self.lag, count))
+            if other.stop - other.start < 2:
+                before = max(own.start - self.lag, begin + first)
+                other = slice(before, own.start) if before < own.start else own
             score = sum(
-                _standing_out(layer[part], layer[other])
-                for seen in (candidates.keys, candidates.values)
+                _standing_out(layer[own], layer[other])
+                for seen in (held.keys, held.values)
+                if seen is not None
                 for layer in seen
             )
             size = part.stop - part.start

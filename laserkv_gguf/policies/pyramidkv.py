@@ -1,4 +1,4 @@
-"""`pyramidkv`: as `snapkv`, but layers vote, the low ones for more tokens than the high ones."""
+"""`pyramidkv`: as `snapkv`, but the low layers keep more tokens than the high ones."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ from laserkv_gguf.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """Budgets that shrink linearly from low to high layers, as votes (arXiv 2406.02069).
+    """Budgets that shrink linearly from low to high layers (arXiv 2406.02069).
 
-    With a mean budget of b tokens the highest layer has b / β, the lowest 2b - b / β, and those
-    between lie on a line (the paper's equations for the budget allocation). In llama.cpp a token
-    is kept for all layers or for none: each layer votes for its own best by pooled attention, the
-    tokens with most votes stay, and among equals the scores summed over layers decide.
+    The authors' code: Zefan-Cai/KVCache-Factory, `pyramidkv_utils.py`. With a mean budget of b
+    tokens the highest layer keeps b / β, the lowest 2b - b / β, and those between lie on a line
+    (the paper's equations for the budget allocation). Where the lowest layer's budget passes the
+    number of candidates, it is all of them and the line turns flatter; the mean stays b. Scores
+    are `snapkv`'s.
 
-    Where the lowest layer's budget passes the number of candidates, it is all of them and the
-    line turns flatter; the mean stays b.
+    In llama.cpp a token is kept for all layers or for none, so layers cannot keep each its own k
+    best. Instead all budgets shrink by one factor until together they name b tokens: the tokens
+    stay whose rank / k is smallest in the layer where it is smallest, and among equals the scores
+    summed over layers decide.
 
     Attributes:
         window: last tokens read that always stay (8, the paper's α).
-        pool: scores are averaged over this many neighbours (7, the authors' code); 1: none.
+        pool: a score is the largest of this many neighbours (7, the authors' code); 1: none.
         beta: how steep the pyramid is (20, the paper's β); 1 gives every layer the same.
     """
 
     name: ClassVar[str] = "pyramidkv"
-    needs: ClassVar[Needs] = Needs(queries=True, keys=True, probe_tokens=8, observation=8)
+    needs: ClassVar[Needs] = Needs(
+        queries=True, keys=True, outside=True, probe_tokens=8, observation=8
+    )
 
     window: int = 8
     beta: float = 20.0
@@ -45,20 +50,18 @@ class PyramidKV(SnapKV):
             )
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        from laserkv_gguf import kernels
-
-        assert candidates.queries is not None
-        assert candidates.keys is not None
-        scores = kernels.attention_by_layer(candidates.queries, candidates.keys)
-        scores = np.stack([kernels.pool(layer, self.pool) for layer in scores])
-        votes = np.zeros(candidates.count, np.int64)
-        for layer, share in zip(scores, self.shares(len(scores), budget, votes.size), strict=True):
-            chosen = kernels.top_k(layer, share)
-            votes[chosen[~np.isnan(layer[chosen])]] += 1
-        return np.lexsort((-np.nansum(scores, axis=0), -votes))[:budget]
+        scores = np.stack(list(self.by_layer(candidates)))
+        scores = np.where(np.isnan(scores), -np.inf, scores)
+        places = np.full(candidates.count, np.inf)
+        for layer, share in zip(scores, self.shares(len(scores), budget, places.size), strict=True):
+            if share and layer.max() > 0:  # a layer that looks at nothing has no say
+                ranks = np.empty(places.size)
+                ranks[np.argsort(-layer, kind="stable")] = np.arange(1, places.size + 1)
+                places = np.minimum(places, ranks / share)
+        return np.lexsort((-scores.sum(axis=0), places))[:budget]
 
     def shares(self, layers: int, budget: int, count: int) -> list[int]:
-        """How many of `count` candidates each layer votes for, from the lowest layer on."""
+        """How many of `count` candidates each layer would keep, from the lowest layer on."""
         if layers == 1:
             return [budget]
         lowest = min(2 * budget - budget / self.beta, count)

@@ -30,7 +30,7 @@ class Sage(Policy):
     """
 
     name: ClassVar[str] = "sage"
-    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=1)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, outside=True, probe_tokens=1)
 
     sinks: int = 4
     recent: int = 64
@@ -57,5 +57,5 @@ class Sage(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        scores = candidates.attention(last=1)
+        scores = candidates.attention(last=1, softmax="all")
         return kernels.top_k(scores, budget)

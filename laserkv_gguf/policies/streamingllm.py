@@ -16,14 +16,19 @@ from laserkv_gguf.policies.base import Candidates, Policy
 class StreamingLLM(Policy):
     """The first tokens and the last ones, whatever the question (arXiv 2309.17453).
 
-    With cells shared by all layers and heads nothing needs adapting. The window takes what the
-    sinks leave of r·L, so that the cache ends at the size of every other policy's.
+    The authors' code: mit-han-lab/streaming-llm, `kv_cache.py` and `pos_shift/`. All layers and
+    heads keep the same tokens there, too. Positions are those within the cache, not those in the
+    text: `--positions auto` closes the gaps after every block (they do it for every token).
+
+    The window takes what the sinks leave of r·L, so that the cache ends at the size of every other
+    policy's; the paper has windows of a fixed number of tokens.
 
     Attributes:
-        sinks: first tokens that stay (the paper's 4).
+        sinks: first tokens that stay (4, the paper's).
     """
 
     name: ClassVar[str] = "streamingllm"
+    positions: ClassVar[str] = "compact"
 
     sinks: int = 4
 

@@ -26,7 +26,7 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
-    needs: ClassVar[Needs] = Needs(queries=True, attention=True, probe_tokens=1)
+    needs: ClassVar[Needs] = Needs(queries=True, attention=True, outside=True, probe_tokens=1)
 
     def budget(self, tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
         return Budget(tokens, block_size, ratio, divisor, shape="recursive")
@@ -34,5 +34,5 @@ class TOVA(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         from laserkv_gguf import kernels
 
-        scores = candidates.attention(last=1)
+        scores = candidates.attention(last=1, softmax="all")
         return kernels.top_k(scores, budget)

@@ -26,7 +26,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Needs, Policy, checked
+from laserkv_gguf.policies import Candidates, Held, Needs, Policy, checked
 from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
@@ -124,10 +124,12 @@ class Asked:
         own: (layers, probe tokens, heads) float32: log-sum-exp over the keys of the question and
             the drafts themselves, each up to the token that asks; None where no policy wants it,
             or where tokens of the block ask.
+        at: (probe tokens,) int64, their positions.
     """
 
     queries: NDArray[np.float32]
     own: NDArray[np.float32] | None = None
+    at: NDArray[np.int64] | None = None
 
     def with_more(self, keys: Iterable[NDArray[Any]]) -> NDArray[np.float32] | None:
         """`own` joined by other keys that all of these tokens see; None where there are none."""
@@ -244,6 +246,7 @@ class Reader:
         self._rotation: rope.Rotation | None = None
         self._on_device = scoring == "device" and policy.needs.attention
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._reads: _State | None = None  # while a block is being looked at
 
     def read(
         self,
@@ -279,8 +282,8 @@ class Reader:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt.
         """
         self._forget_from(start)
-        if self.compact and not budget.keeps_all and self._rotation is None:
-            self._rotation = rope.measure(self.context)
+        if not budget.keeps_all:
+            self._learn_rotation()
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
         if not budget.keeps_all:
@@ -294,6 +297,7 @@ class Reader:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
                 if park:
+                    self._reads = state
                     with state.timings.spent("park"):
                         park(block, self._position(state) - block.tokens)
                 if block.evicts:
@@ -303,6 +307,8 @@ class Reader:
                     candidates = self._candidates(state, block, asked)  # 3
                     kept = self._select(state, candidates, block)  # 4 and 5
                     self._evict(state, block, kept)  # 6
+                elif self._observes(state, block):
+                    self._observe(state, block)
                 if not state.last(block) and not budget.keeps_all:
                     with state.timings.spent("evict"):
                         self._hold(state, block)
@@ -313,7 +319,15 @@ class Reader:
         except BaseException:
             self._forget_from(start)
             raise
+        finally:
+            self._reads = None
         return self._reading(state)
+
+    def _learn_rotation(self) -> None:
+        if self.compact and self._rotation is None:
+            self._rotation = rope.measure(self.context)
+        elif self.policy.needs.unrotated and self._rotation is None:
+            self._rotation = rope.known(self.context)
 
     def _reading(self, state: _State) -> Reading:
         state.timings.total = time.perf_counter() - state.started
@@ -394,7 +408,7 @@ class Reader:
                 array = self._array(kind, self._rows(state.budget))
                 wanted[kind] = (array[:, held : held + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
-        if block.evicts and needs.block_queries:
+        if needs.block_queries and (block.evicts or self._observes(state, block)):
             wanted["queries"] = (self.block_queries(block), 0)
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
@@ -442,6 +456,11 @@ class Reader:
         }
         return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
+    def _observes(self, state: _State, block: Block) -> bool:
+        """Whether the policy looks at a block after which nothing is evicted."""
+        wanted = self.policy.needs.every_block and not block.evicts
+        return wanted and self._scores_later(state, block)
+
     def _rows(self, budget: Budget) -> int:
         """Most tokens that are looked at, or looked past, at a time."""
         return budget.most_visible if self.policy.needs.holds_all else budget.rows
@@ -470,8 +489,10 @@ class Reader:
         if state.question is None:
             if self.policy.needs.block_queries:
                 last = self.block_queries(block)[:, -self.observation :]
-                return Asked(last.astype(np.float32))
-            return Asked(self._observed(block))
+                queries = last.astype(np.float32)
+            else:
+                queries = self._observed(block)
+            return Asked(queries, at=self._positions(state)[-queries.shape[1] :])
         probe = len(state.question) + self.lookahead
         short = self.lookahead > 0 and state.last(block) and block.tokens <= probe
         if state.asked is None or self.compact or not short:
@@ -522,14 +543,15 @@ class Reader:
         finally:
             self.scratch.remove()
         found = np.ascontiguousarray(queries[:, : asking + drafted])
+        at = position + len(question) - asking + np.arange(asking + drafted)
         if keys is None:
-            return Asked(found)
+            return Asked(found, at=at)
         from laserkv_gguf import kernels
 
         seen = len(question) - asking + 1 + np.arange(asking + drafted)
         with kernels.threads(self.context.threads):
             own = kernels.log_sums(found, keys[:, : len(question) + drafted], visible=seen)
-        return Asked(found, own)
+        return Asked(found, own, at)
 
     def _draft(
         self,
@@ -595,8 +617,14 @@ class Reader:
 
     def _candidates(self, state: _State, block: Block, asked: Asked | None) -> Candidates:
         """The block and what it looks back at, without anchors and without the new window."""
-        needs = self.policy.needs
         first, last = np.searchsorted(state.held, block.candidates)
+        return self._looked_at(state, block, int(first), int(last), asked)
+
+    def _looked_at(
+        self, state: _State, block: Block, first: int, last: int, asked: Asked | None
+    ) -> Candidates:
+        """The tokens first … last - 1 of those that are held, as a policy sees them."""
+        needs = self.policy.needs
         held = {
             kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
             for kind in self._seen()
@@ -630,8 +658,38 @@ class Reader:
             block.index,
             None if asked is None else asked.queries,
             memory=state.memory,
+            held=self._held(state, first),
+            asked_at=None if asked is None else asked.at,
+            rotation=self._rotation if self.policy.needs.unrotated else None,
             **views,
         )
+
+    def held_with(self, block: Block) -> Held | None:
+        """What is held with a block that is just being parked; None where nothing of it is."""
+        state = self._reads
+        if state is None or not len(state.held) or state.held[-1] != block.end - 1:
+            return None
+        return self._held(state, int(np.searchsorted(state.held, block.start)))
+
+    def _held(self, state: _State, first: int) -> Held:
+        """What the host holds, of which a policy's candidates begin with number `first`."""
+        arrays = {
+            kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
+            for kind in self._seen()
+            if kind in ("keys", "values")
+        }
+        for array in arrays.values():
+            array.flags.writeable = False
+        where = self._positions(state)[np.searchsorted(state.kept, state.held)]
+        return Held(state.held, where, first, **arrays)
+
+    def _observe(self, state: _State, block: Block) -> None:
+        """Shows the policy a block after which nothing is evicted."""
+        from laserkv_gguf import kernels
+
+        first, last = np.searchsorted(state.held, (block.start, block.end)).tolist()
+        with state.timings.spent("score"), kernels.threads(self.context.threads):
+            self.policy.observe(self._looked_at(state, block, first, last, None))
 
     def _norms(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """What the probe makes of values, of such as are held."""

@@ -41,7 +41,7 @@ from laserkv_gguf.llama import moving, output, rope, rows
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.planning.settings import BITS, RecallSettings
-from laserkv_gguf.policies import Candidates, checked
+from laserkv_gguf.policies import Candidates, Held, checked
 from laserkv_gguf.reading.reader import Asked, Drafts, Reader, Reading
 from laserkv_gguf.recall.signatures import Signatures
 from laserkv_gguf.recall.store import DiskStore, Store
@@ -117,6 +117,8 @@ class Recaller:
         self.policy = reader.policy
         self.mode = settings.mode_for(self.policy)
         self._rotation = rope.measure(reader.context) if reader.compact else None
+        unrotated = self.policy.needs.unrotated
+        self._rope = rope.known(reader.context) if unrotated else None  # also if nothing moves
         self.use(reader)
         quantised = reader.context.options.quantised_v
         sizes = budget.tokens, form.layers, form.key_bytes, form.value_bytes
@@ -255,11 +257,21 @@ class Recaller:
         if self.signatures is not None:
             self.signatures.add(block.start, keys)
             return
-        queries = None
-        if reader and reader.policy.needs.block_queries and block.evicts:
-            queries = reader.block_queries(block)
+        queries, held = None, None
+        if self.policy.needs.block_queries:
+            if reader and reader.policy.needs.block_queries and block.evicts:
+                queries, held = reader.block_queries(block), reader.held_with(block)
+            else:  # nobody asks, but with so many heads
+                heads = self.reader.context.model.heads
+                queries = np.empty((len(keys), 0, heads, keys.shape[3]), keys.dtype)
         seen = Candidates(
-            tokens, (block.start, block.end), block.index, keys=keys, block_queries=queries
+            tokens,
+            (block.start, block.end),
+            block.index,
+            keys=keys,
+            block_queries=queries,
+            held=held or Held(tokens, self.store.positions[tokens], 0, keys),
+            rotation=self._rope,
         )
         for name, array in self.policy.index(seen).items():
             held = self.index.get(name)
@@ -530,6 +542,8 @@ class Recaller:
         kept, beside = self.kept, self._beside(position, ())
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
             asked = self.reader.ask(question, position, lookahead=lookahead)
+            if self._rope is not None and asked.at is not None:
+                self._rope.turn(asked.queries, -asked.at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
             self._arrange(self._final(kept))
         return kept

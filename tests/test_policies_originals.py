@@ -1,0 +1,433 @@
+"""Every method as its authors have it: whole runs against a model of our own that reads in chunks.
+
+The references know neither the package's kernels nor its budgets. They read a document chunk by
+chunk with a NumPy model whose cache holds keys before RoPE, so tokens can be dropped and moved,
+take the softmax that the model itself took, and choose by the papers' formulas. What is kept must
+be what `Reader` keeps on llama.cpp, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny as model_of
+from numpy.typing import NDArray
+from tiny import Tiny, TinySpec, make, random_tokens
+
+from laserkv_gguf import policies
+from laserkv_gguf.budget import Budget
+from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.context import Context, ContextOptions
+from laserkv_gguf.llama.model import Model
+from laserkv_gguf.reading.reader import Reader
+
+Array = NDArray[Any]
+
+SIZE, TOKENS = 48, 180  # three whole blocks and one of 36
+QUESTION, ENDING = 44, 3
+OPTIONS = ContextOptions(
+    batch_size=64,
+    ubatch_size=16,
+    type_k="f32",
+    type_v="f32",
+    flash_attn="off",
+    threads=1,
+)
+
+# ---- a model that reads in chunks --------------------------------------------------------------
+
+
+@dataclass
+class Chunk:
+    """What reading some tokens showed; m is the cache with them behind it."""
+
+    queries: Array  # (layers, n, heads, dim), after RoPE
+    plain: Array  # (layers, n, kv_heads, dim): keys before RoPE
+    values: Array
+    attention: Array  # (layers, heads, n, m), what each token paid each that it saw
+
+
+def turn(spec: TinySpec, plain: Array, positions: Array) -> Array:
+    return np.stack(
+        [model_of._rope(spec, x, model_of._angles(spec, positions, None)) for x in plain]
+    )
+
+
+def read(tiny: Tiny, ids: Array, positions: Array, plain: Array, values: Array, at: Array) -> Chunk:
+    """Reads tokens on top of a cache: keys before RoPE, values, and where they stand now."""
+    spec, n = tiny.spec, len(ids)
+    wide = {name: weights.astype(float) for name, weights in tiny.weights.items()}
+    stream = wide["token_embd.weight"][ids]
+    angles = model_of._angles(spec, positions, None)
+    found: list[tuple[Array, ...]] = []
+    seen = np.concatenate((np.ones((n, len(at)), bool), np.tri(n, dtype=bool)), axis=1)
+    for layer in range(spec.layers):
+        block = f"blk.{layer}."
+        normed = model_of._rms_norm(stream, wide[block + "attn_norm.weight"], spec.rms_eps)
+        q, k, v = (
+            model_of._linear(wide, f"{block}attn_{name}", normed).reshape(n, heads, spec.head_dim)
+            for name, heads in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads))
+        )
+        q = model_of._rope(spec, q, angles)
+        keys = np.concatenate((plain[layer], k))
+        keys = turn(spec, keys[None], np.concatenate((at, positions)))[0]
+        group = spec.heads // spec.kv_heads
+        shared = np.repeat(keys, group, axis=1)
+        scores = np.einsum("nhd,mhd->hnm", q, shared) / np.sqrt(spec.head_dim)
+        paid = softmax(np.where(seen, scores, -np.inf))
+        held = np.repeat(np.concatenate((values[layer], v)), group, axis=1)
+        mixed = np.einsum("hnm,mhd->nhd", paid, held).reshape(n, -1)
+        stream = stream + model_of._linear(wide, block + "attn_output", mixed)
+        normed = model_of._rms_norm(stream, wide[block + "ffn_norm.weight"], spec.rms_eps)
+        gate, up = (model_of._linear(wide, f"{block}ffn_{name}", normed) for name in ("gate", "up"))
+        stream = stream + model_of._linear(
+            wide, block + "ffn_down", gate / (1 + np.exp(-gate)) * up
+        )
+        found.append((q, k, v, paid))
+    return Chunk(*(np.stack(layers) for layers in zip(*found, strict=True)))
+
+
+def softmax(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@dataclass
+class Moment:
+    """A block has been read, and nothing of it is dropped yet."""
+
+    spec: TinySpec
+    ratio: float
+    total: int  # tokens of the document
+    start: int  # of the block
+    end: int
+    tokens: Array  # in the cache
+    positions: Array
+    plain: Array  # keys before RoPE of all of these
+    values: Array
+    block: Chunk
+    asked: Chunk | None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last(self) -> bool:
+        return self.end == self.total
+
+    @property
+    def kept(self) -> int:
+        """floor(r L)"""
+        return int(round(self.ratio * 1000) * self.total // 1000)
+
+    @property
+    def keys(self) -> Array:
+        return turn(self.spec, self.plain, self.positions)
+
+    def question(self, count: int) -> Array:
+        """What the last so many tokens of the question pay what is in the cache."""
+        assert self.asked is not None
+        return self.asked.attention[:, :, -count:, : len(self.tokens)]
+
+
+Method = Callable[[Moment], Array]  # the tokens that stay
+
+
+def run(
+    tiny: Tiny, ids: Array, question: Array, method: Method, ratio: float, compact: bool = False
+) -> list[list[int]]:
+    """What is in the cache after each block."""
+    spec = tiny.spec
+    kept, history = np.empty(0, int), []
+    plain = values = np.empty((spec.layers, 0, spec.kv_heads, spec.head_dim))
+    notes: dict[str, Any] = {}
+    at = np.empty(0, int)
+    for start in range(0, len(ids), SIZE):
+        end = min(start + SIZE, len(ids))
+        first = len(kept) if compact else start
+        block = read(tiny, ids[start:end], first + np.arange(end - start), plain, values, at)
+        kept = np.concatenate((kept, np.arange(start, end)))
+        plain = np.concatenate((plain, block.plain), axis=1)
+        values = np.concatenate((values, block.values), axis=1)
+        at = np.arange(len(kept)) if compact else kept
+        asked = read(tiny, question, at[-1] + 1 + np.arange(len(question)), plain, values, at)
+        moment = Moment(
+            spec, ratio, len(ids), start, end, kept, at, plain, values, block, asked, notes
+        )
+        stays = np.isin(kept, method(moment))
+        kept, plain, values = kept[stays], plain[:, stays], values[:, stays]
+        at = np.arange(len(kept)) if compact else kept
+        history.append(kept.tolist())
+    return history
+
+
+# ---- the papers' formulas ----------------------------------------------------------------------
+
+
+def best(scores: Array, count: int) -> Array:
+    return np.argsort(-scores, kind="stable")[:count]
+
+
+def largest_near(scores: Array, width: int) -> Array:
+    """The largest of the neighbours there are, along the last axis."""
+    half = width // 2
+    spans = [slice(max(0, i - half), i + half + 1) for i in range(scores.shape[-1])]
+    return np.stack([scores[..., span].max(axis=-1) for span in spans], axis=-1)
+
+
+def standard(scores: Array) -> Array:
+    return (scores - scores.mean()) / scores.std()
+
+
+def snapkv(m: Moment, window: int = 32, probe: int = 35) -> Array:
+    """Listing 1, with max pooling over 7: once, over all that was read."""
+    if not m.last:
+        return m.tokens
+    heads = m.question(probe).sum(axis=2)[..., :-window]
+    chosen = best(largest_near(heads, 7).sum(axis=(0, 1)), m.kept - window)
+    return np.concatenate((m.tokens[chosen], m.tokens[-window:]))
+
+
+def pyramidkv(m: Moment, window: int = 8, beta: float = 20) -> Array:
+    """All layers' budgets k_l times one factor, found by trying, until they name enough tokens."""
+    if not m.last:
+        return m.tokens
+    layers = largest_near(m.question(11).sum(axis=2)[..., :-window], 7).sum(axis=1)
+    budget, count, top = m.kept - window, layers.shape[1], len(layers) - 1
+    high = budget / beta
+    low = 2 * budget - high
+    if low > count:
+        low, high = count, 2 * budget - count
+    shares = [round(low - (low - high) / top * layer) for layer in range(top + 1)]
+    order = [best(scores, count) for scores in layers]
+    named: set[int] = set()
+    for factor in np.unique([(i + 1) / share for share in shares for i in range(count)]):
+        new = {
+            int(token)
+            for ranked, share in zip(order, shares, strict=True)
+            for token in ranked[: int(factor * share + 1e-9)]
+        } - named
+        by_sum = sorted(new, key=lambda token: -layers[:, token].sum())
+        named |= {*by_sum[: budget - len(named)]}
+        if len(named) == budget:
+            break
+    return np.concatenate((m.tokens[sorted(named)], m.tokens[-window:]))
+
+
+def h2o(m: Moment) -> Array:
+    """Algorithm 1: sums go on while a token stays; half heavy, half recent."""
+    received = m.block.attention.sum(axis=(0, 1, 2))
+    sums = {
+        int(t): float(s) + m.notes.get(int(t), 0.0) for t, s in zip(m.tokens, received, strict=True)
+    }
+    m.notes.clear()
+    m.notes.update(sums)
+    recent = m.kept // 2
+    if len(m.tokens) <= m.kept:
+        return m.tokens
+    older = m.tokens[:-recent]
+    heavy = best(np.array([sums[int(t)] for t in older]), m.kept - recent)
+    return np.concatenate((older[heavy], m.tokens[-recent:]))
+
+
+def tova(m: Moment) -> Array:
+    """The last query's attention, averaged over the heads; here the last token must stay."""
+    if len(m.tokens) <= m.kept:
+        return m.tokens
+    scores = m.question(1)[:, :, 0].mean(axis=(0, 1))[:-1]
+    return np.append(m.tokens[best(scores, m.kept - 1)], m.tokens[-1])
+
+
+def finch(m: Moment) -> Array:
+    """The whole question's attention; room for r of what was read."""
+    room = int(round(m.ratio * 1000) * m.end // 1000)
+    if len(m.tokens) <= room:
+        return m.tokens
+    scores = m.question(QUESTION).sum(axis=(0, 1, 2))[:-1]
+    return np.append(m.tokens[best(scores, room - 1)], m.tokens[-1])
+
+
+def sage(m: Moment, sinks: int = 4, recent: int = 20) -> Array:
+    if not m.last:
+        return m.tokens
+    scores = m.question(1)[:, :, 0].sum(axis=(0, 1))[sinks:-recent]
+    middle = sinks + best(scores, m.kept - sinks - recent)
+    return np.concatenate((m.tokens[:sinks], m.tokens[middle], m.tokens[-recent:]))
+
+
+def keydiff(m: Moment) -> Array:
+    """-cos(key, mean of the normalised keys in the cache)."""
+    if len(m.tokens) <= m.kept:
+        return m.tokens
+    unit = m.keys / np.linalg.norm(m.keys, axis=3, keepdims=True)
+    mean = unit.mean(axis=1, keepdims=True)
+    scores = -(unit * mean).sum(axis=3) / np.linalg.norm(mean, axis=3)
+    return np.append(m.tokens[best(scores.sum(axis=(0, 2))[:-1], m.kept - 1)], m.tokens[-1])
+
+
+def chunkkv(m: Moment, chunk: int = 10, window: int = 32) -> Array:
+    if not m.last:
+        return m.tokens
+    scores = m.question(35).sum(axis=(0, 1, 2))[:-window]
+    chunks = [np.arange(len(scores))[i : i + chunk] for i in range(0, len(scores), chunk)]
+    chunks.sort(key=lambda part: -scores[part].mean())
+    inside = np.concatenate(chunks)[: m.kept - window]
+    return np.concatenate((m.tokens[inside], m.tokens[-window:]))
+
+
+def compactor(
+    m: Moment, chunk: int = 32, sketch: int = 8, sinks: int = 8, recent: int = 4
+) -> Array:
+    """kvpress: leverage before RoPE, weighed by the share that goes; chunks see both ways."""
+    m.notes.setdefault("queries", []).append(m.block.queries)
+    if not m.last:
+        return m.tokens
+    spec, inside = m.spec, slice(sinks, m.total - recent)
+    queries = np.concatenate(m.notes["queries"], axis=1)[:, inside]
+    keys, plain, values = m.keys[:, inside], m.plain[:, inside], m.values[:, inside]
+    gaussian = np.random.Generator(np.random.PCG64(0)).standard_normal((spec.head_dim, sketch))
+    total, group = np.zeros(keys.shape[1]), spec.heads // spec.kv_heads
+    for layer in range(spec.layers):
+        lever, looked = [], []
+        for kv in range(spec.kv_heads):
+            x = plain[layer, :, kv]
+            x = (x - x.mean(axis=0)) @ gaussian / np.sqrt(sketch)
+            lever.append(np.diag(x @ np.linalg.inv(x.T @ x + 0.01 * np.eye(sketch)) @ x.T))
+            received = np.zeros((group, len(x)))
+            for g in range(group):
+                for start in range(0, len(x), chunk):
+                    part = slice(start, start + chunk)
+                    products = queries[layer, part, kv * group + g] @ keys[layer, part, kv].T
+                    received[g, part] = softmax(products).sum(axis=0)
+            score = received.mean(axis=0) * np.linalg.norm(values[layer, :, kv], axis=1)
+            near = [score[max(i - 1, 0) : i + 2].mean() for i in range(len(x))]
+            looked.append(np.array(near))
+        blend = 1 - m.kept / m.total
+        total += blend * standard(np.array(lever)).sum(axis=0)
+        total += standard(np.array(looked)).sum(axis=0)
+    chosen = sinks + best(total, m.kept - sinks - recent)
+    return np.concatenate((m.tokens[:sinks], m.tokens[chosen], m.tokens[-recent:]))
+
+
+def pooled(m: Moment, choose: Callable[[Moment, Array, int], Array]) -> Array:
+    """LASER-KV's partition, which methods without one of their own use: `choose` fills the pool."""
+    budget = Budget(m.total, SIZE, m.ratio)
+    block = next(block for block in budget.blocks if block.end == m.end)
+    inside = (m.tokens >= block.candidates[0]) & (m.tokens < block.candidates[1])
+    numbers = np.flatnonzero(inside)
+    if block.pool >= len(numbers):
+        return m.tokens
+    chosen = numbers[choose(m, numbers, block.pool)]
+    return np.concatenate((m.tokens[~inside], m.tokens[chosen]))
+
+
+def lagkv(m: Moment, lag: int = 8) -> Array:
+    """Whole partitions, each by the range of the one after it; what is left over counts with them."""
+
+    def choose(m: Moment, numbers: Array, budget: int) -> Array:
+        starts = list(range(0, len(numbers) - lag + 1, lag)) or [0]
+        ranked = []
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            own = numbers[start:end]
+            after = np.arange(own[-1] + 1, min(own[-1] + 1 + lag, len(m.tokens)))
+            score = np.zeros(len(own))
+            for states in (m.keys, m.values):
+                low = states[:, after].min(axis=1, keepdims=True)
+                high = states[:, after].max(axis=1, keepdims=True)
+                spread = ((states[:, own] - low) / (high - low)).std(axis=3, ddof=1)
+                score += softmax(spread.swapaxes(1, 2)).sum(axis=(0, 1))
+            for rank, i in enumerate(np.argsort(-score, kind="stable")):
+                ranked.append((rank / len(own), -score[i] * len(own), start + int(i)))
+        sinks = [i for i in range(len(numbers)) if m.tokens[numbers[i]] < 16]
+        assert not sinks  # the anchors are more
+        return np.array([i for *_, i in sorted(ranked)[:budget]])
+
+    return pooled(m, choose)
+
+
+def quest(m: Moment, page: int = 8, skip: int = 2) -> Array:
+    """Each head's and query's own ranking of pages, but as shares; the first layers have no say."""
+
+    def choose(m: Moment, numbers: Array, budget: int) -> Array:
+        assert m.asked is not None
+        group = m.spec.heads // m.spec.kv_heads
+        pages = [numbers[i : i + page] for i in range(0, len(numbers), page)]
+        scores = np.zeros(len(pages))
+        for layer in range(skip, m.spec.layers):
+            for head in range(m.spec.heads):
+                queries = m.asked.queries[layer, -8 - ENDING :, head]
+                upper = np.empty((len(queries), len(pages)))
+                for i, part in enumerate(pages):
+                    keys = m.keys[layer, part, head // group]
+                    either = queries * keys.min(axis=0), queries * keys.max(axis=0)
+                    upper[:, i] = np.maximum(*either).sum(axis=1) / np.sqrt(m.spec.head_dim)
+                scores += softmax(upper).max(axis=0)
+        order = np.argsort(-scores, kind="stable")
+        return np.concatenate([pages[i] - numbers[0] for i in order])[:budget]
+
+    return pooled(m, choose)
+
+
+def streamingllm(m: Moment, sinks: int = 4) -> Array:
+    return np.concatenate((m.tokens[:sinks], m.tokens[sinks:][-(m.kept - sinks) :]))
+
+
+@dataclass(frozen=True)
+class Case:
+    method: Method
+    options: dict[str, Any] = field(default_factory=dict)
+    ratio: float = 0.5
+
+
+CASES = {
+    "snapkv": Case(snapkv),
+    "pyramidkv": Case(pyramidkv),
+    "h2o": Case(h2o),
+    "tova": Case(tova),
+    "finch": Case(finch, ratio=0.3),
+    "sage": Case(sage, {"recent": 20}),
+    "keydiff": Case(keydiff, ratio=0.3),
+    "chunkkv": Case(chunkkv),
+    "compactor": Case(compactor, {"chunk": 32, "sketch": 8}),
+    "lagkv": Case(lagkv, {"lag": 8}, ratio=0.7),
+    "quest": Case(quest, {"page": 8}, ratio=0.3),
+    "streamingllm": Case(streamingllm, ratio=0.3),
+}
+COMPACT = {"finch", "streamingllm"}
+every = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tiny, Model]]:
+    tiny = make(tmp_path_factory.mktemp("originals"), spec=TinySpec(layers=4, heads=6, kv_heads=2))
+    model = Model(tiny.path, gpu_layers=0, extra_buffers=False)
+    yield tiny, model
+    model.close()
+
+
+def precise(policy: policies.Policy) -> policies.Policy:
+    """So that float16 does not decide between near equals."""
+    object.__setattr__(policy, "needs", replace(policy.needs, precise=True, lookahead=0))
+    return policy
+
+
+@every
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_keeps_what_the_authors_would(
+    name: str, seed: int, loaded: tuple[Tiny, Model]
+) -> None:
+    tiny, model = loaded
+    case = CASES[name]
+    ids = random_tokens(TOKENS + QUESTION, tiny.spec, seed=seed).astype(np.int32)
+    truth = run(tiny, ids[:TOKENS], ids[TOKENS:], case.method, case.ratio, name in COMPACT)
+    policy = precise(policies.make(name, **case.options))
+    budget = policy.budget(TOKENS, SIZE, case.ratio, 4)
+    with Context(model, 512, OPTIONS) as context:
+        reader = Reader(context, policy, compact=policy.positions == "compact")
+        reading = reader.read(ids[:TOKENS], budget, Prompt(ids[TOKENS:], ENDING))
+    assert reading.kept_per_block == [len(kept) for kept in truth]
+    assert reading.kept.tolist() == truth[-1]
+    assert any(len(kept) < TOKENS for kept in truth)
+    assert reading.next_position == (len(truth[-1]) if name in COMPACT else TOKENS)
