@@ -16,7 +16,7 @@ import re
 import string
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any, NoReturn
@@ -60,8 +60,8 @@ _METHODS: dict[type, frozenset[str]] = {
     list: frozenset(("copy", "count", "index")),
     tuple: frozenset(("count", "index")),
 }
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_MANY: tuple[type, ...] = (list, tuple, set, frozenset, *_VIEWS)
+_VIEWS: tuple[type[Collection[Any]], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_MANY: tuple[type[Collection[Any]], ...] = (list, tuple, set, frozenset, *_VIEWS)
 _PERCENT = re.compile(r"\*|\d{5}")
 _WIDE = re.compile(r"\d{4}")
 
@@ -188,7 +188,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         self.filters = {name: self._paid_filter(name, run) for name, run in known.items()}
         self.filters[_WEIGH] = pass_context(lambda _, value: self._weighed(value))
         self.filters[_SPEND] = pass_context(lambda _, units: self.spend(units))
-        tests: Mapping[str, Callable[..., Any]] = self.tests
+        tests: dict[str, Any] = dict(self.tests)
         self.tests = {name: self._paid_test(test) for name, test in tests.items()}
 
     # the budget
