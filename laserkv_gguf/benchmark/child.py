@@ -26,6 +26,7 @@ from laserkv_gguf.llama import library, state
 from laserkv_gguf.llama.bare import Bare, BareSettings, generate, read
 from laserkv_gguf.llama.model import Model, Tokens
 from laserkv_gguf.machine import peak_rss, reset_peak_rss
+from laserkv_gguf.shown import Formatter
 
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV
@@ -465,7 +466,9 @@ def main() -> int:
     """Does the job; an error is told in the result, with its exit code."""
     job = json.load(sys.stdin)
     level = logging.DEBUG if job["debug"] else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="warning: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("warning: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
     logging.getLogger("numba").setLevel(logging.WARNING)
     if job["kind"] != "facts" and not job["debug"]:
         # what it warns of is said once, with the facts

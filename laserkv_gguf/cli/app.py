@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 import typer
 
-from laserkv_gguf.cli import ask, batch, bench, chat, doctor, plan, pull
+from laserkv_gguf.cli import ask, batch, bench, chat, doctor, plan, pull, streams, terminal
 from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.shown import one_line
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -54,11 +52,11 @@ def _root(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code (0, 1, 2 or 130)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    for stream in (sys.stdout, sys.stderr):
-        # an answer may hold what a terminal cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
+    return streams.settle(_run(given))
+
+
+def _run(given: list[str]) -> int:
     try:
         result = app(args=given or ["--help"], prog_name="laserkv_gguf", standalone_mode=False)
         if not given:
@@ -66,29 +64,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # whoever read our output has gone; what Python still holds back must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
         return FAILED
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        if "--debug" in given:
+            streams.complain(terminal.trace(error))
         return _fail(*_said(error))
 
 
 def _said(error: Exception) -> tuple[str, int]:
     """One line about an error, and its exit code."""
     if isinstance(error, LaserKVError):
-        return str(error), error.exit_code
+        return terminal.said(error), error.exit_code
     # Typer's own errors about arguments know how to say themselves; their class has moved
     # between releases
     describe = getattr(error, "format_message", None)
     if describe is not None:
         message = " ".join(describe().split())
         return f"{message.rstrip('.')}; see --help", getattr(error, "exit_code", USAGE)
-    return f"{type(error).__name__}: {error} (--debug shows where)", FAILED
+    return terminal.said(error), FAILED
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    streams.complain(f"error: {one_line(message)}")
     return code

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from itertools import chain
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
-from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.shown import whole
+
+if TYPE_CHECKING:
+    from laserkv_gguf.conversation.generation import Reply
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -49,6 +53,8 @@ def ask(
         raise UserError("--load brings its own document and system prompt; leave the others out")
     if save and not (document or load):
         raise UserError("--save keeps a read document; give one with --document")
+    question, system = whole(question), whole(system) if system else system
+    streams.check_output()
     text = documents.load(document or [])
     _prepare_saved(options, save, load)
     bar = terminal.ReadingBar()
@@ -72,21 +78,28 @@ def ask(
                 first = next(iter(stream), "")
             for piece in chain([first], stream):
                 if not as_json:
-                    print(terminal.printable(piece), end="", flush=True)
+                    streams.say(terminal.printable(piece))
         except KeyboardInterrupt:
             if bar.read < bar.total:
                 terminal.note(bar.stopped)
             elif not as_json:
-                print(flush=True)
+                streams.say("\n")
             raise
-        reply = stream.reply
-        if save:
-            stream.conversation.save(save)
+        try:
+            _print(stream.reply, as_json)
+        finally:  # neither the answer nor the read document is lost with the other
+            if save:
+                stream.conversation.save(save)
+
+
+def _print(reply: Reply, as_json: bool) -> None:
+    """The answer as one object, or the end of one that is on the screen already."""
     if as_json:
         answer = {"answer": reply.text, "finish_reason": reply.finish_reason}
-        print(json.dumps({**answer, "account": reply.account.as_dict()}, ensure_ascii=False))
+        said = json.dumps({**answer, "account": reply.account.as_dict()}, ensure_ascii=False)
+        streams.say(terminal.printable(said), end="\n")
         return
-    print(flush=True)
+    streams.say("\n")
     if sys.stderr.isatty():
         terminal.dim(terminal.account_line(reply.account))
 

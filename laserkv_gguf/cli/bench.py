@@ -140,11 +140,9 @@ LINES = (
 
 def _print(result: dict[str, Any]) -> None:
     """One table for each length: medians, and in brackets the least and the most."""
-    from rich.console import Console
-
     from laserkv_gguf.benchmark.report import fastest, label
 
-    console = Console()
+    console = terminal.Console()
     for length in result["settings"]["lengths"]:
         rows = [row for row in result["rows"] if row["length"] == length]
         table = Table("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 from typer import Option
 
-from laserkv_gguf.cli import commands, documents, editing, terminal
+from laserkv_gguf.cli import commands, documents, editing, streams, terminal
 from laserkv_gguf.cli.commands import COMMANDS, SETTINGS
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
-from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.errors import UserError
+from laserkv_gguf.shown import one_line, whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV
@@ -49,6 +51,7 @@ def chat(
     """Talk with a model, about documents of any length or none; /help lists its commands."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
+    streams.check_output()
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     with options.engine() as engine:
@@ -58,18 +61,23 @@ def chat(
             max_tokens=sampling.predict,
             sampling=sampling.sampling(options.seed),
         )
-        loop = Loop(engine, talk, editing.reader(list(COMMANDS), lambda: SETTINGS))
+        read = editing.reader(list(COMMANDS), lambda: SETTINGS)
+        loop = Loop(engine, talk, read, debug=options.debug)
         loop.open(question)
         loop.run()
 
 
 def _texts(names: Sequence[str]) -> dict[str, str]:
     """The documents by name: the files' own, and their paths where two are the same."""
-    short = [Path(name).name for name in names]
-    return {
-        name if short.count(own) > 1 else own: documents.read(name)
-        for name, own in zip(names, short, strict=True)
-    }
+    short = [one_line(Path(name).name) for name in names]
+    texts: dict[str, str] = {}
+    of: dict[str, str] = {}
+    for name, own in zip(names, short, strict=True):
+        said = one_line(name) if short.count(own) > 1 else own
+        while of.get(said, name) != name:  # paths that look the same
+            said += "'"
+        of[said], texts[said] = name, documents.read(name)
+    return texts
 
 
 def _terminated(_number: int, _frame: object) -> None:
@@ -86,18 +94,22 @@ class Loop:
     line: Callable[[], str]
     last: Reply | None = None
     running: bool = False
+    debug: bool = False
 
     def open(self, question: str | None) -> None:
         """Reads the documents, and answers the first question if there is one."""
         name = f"{self.engine.model.name} ({self.engine.model.description})"
         terminal.dim(f"{name} · policy {self.engine.settings.policy} · /help lists the commands")
         if question:
-            self.read_for(question)
+            self.read_for(whole(question))
         elif self.talk.texts:
             self.read()
 
     def run(self) -> None:
-        """Until /quit or the end of the input; Ctrl-C drops what is typed, twice it leaves."""
+        """Until /quit or the end of the input; Ctrl-C drops what is typed, twice it leaves.
+
+        Whatever goes wrong in a command or an answer is one line; the conversation stays.
+        """
         self.running, leaving = True, False
         while True:
             try:
@@ -114,19 +126,23 @@ class Loop:
             if not line:
                 continue
             if not line.startswith("/"):
-                self.answer(lambda line=line: self.talk.ask(line))  # type: ignore[misc]
+                asked = whole(line)
+                self.answer(lambda asked=asked: self.talk.ask(asked))  # type: ignore[misc]
                 continue
             try:
                 if not commands.run(self, line):
                     return
             except KeyboardInterrupt:
                 terminal.note("(stopped)")
-            except LaserKVError as error:
-                terminal.note(f"error: {error}")
+            except (BrokenPipeError, streams.OutputLost):
+                raise
+            except Exception as error:
+                terminal.failed(error, self.debug)
 
     def ask(self, prompt: str) -> str:
         """One line typed in between."""
-        print(prompt, end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(prompt, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
@@ -137,14 +153,16 @@ class Loop:
         try:
             stream = ask()
             for piece in stream:
-                print(terminal.printable(piece), end="", flush=True)
-            print(flush=True)
+                streams.say(terminal.printable(piece))
+            streams.say("\n")
         except KeyboardInterrupt:
-            print(flush=True)
+            streams.say("\n")
             terminal.note("(stopped; this turn is dropped)")
             return
-        except LaserKVError as error:
-            terminal.note(f"error: {error}")
+        except (BrokenPipeError, streams.OutputLost):
+            raise
+        except Exception as error:
+            terminal.failed(error, self.debug)
             return
         self.last = stream.reply
         terminal.dim(terminal.account_line(stream.reply.account))
@@ -171,7 +189,7 @@ class Loop:
         if begun is None:
             return
         stream, first = begun
-        print(terminal.printable(first), end="", flush=True)
+        streams.say(terminal.printable(first))
         self.answer(lambda: stream)
 
     def add(self, name: str, text: str) -> None:
@@ -194,11 +212,11 @@ class Loop:
                 return read(on_progress)
         except KeyboardInterrupt:
             stopped(bar.stopped)
-        except LaserKVError as error:
+        except Exception as error:
             # at the start nothing could follow; later the conversation goes on
             if not self.running:
                 raise
-            terminal.note(f"error: {error}")
+            terminal.failed(error, self.debug)
         return None
 
     def _not_read(self, said: str) -> None:

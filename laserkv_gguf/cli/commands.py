@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from laserkv_gguf.cli import documents, terminal
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.shown import one_line
 
 if TYPE_CHECKING:
     from laserkv_gguf.cli.chat import Loop
+
+
+LONGEST = 40  # characters of a mistyped word that are repeated
 
 
 def run(loop: Loop, line: str) -> bool:
@@ -22,7 +26,8 @@ def run(loop: Loop, line: str) -> bool:
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        terminal.note(f"{name} is unknown; did you mean {near[0] if near else '/help'}?")
+        short = name if len(name) <= LONGEST else f"{name[:LONGEST]}…"
+        terminal.note(f"{short} is unknown; did you mean {near[0] if near else '/help'}?")
         return True
     return COMMANDS[name](loop, rest.strip()) is not False
 
@@ -45,8 +50,8 @@ def _add(loop: Loop, rest: str) -> None:
     if rest == documents.STANDARD_INPUT:
         raise UserError("chat reads what you type from standard input; /add a file")
     path = _path(rest)
-    name = path.name if path.name not in loop.talk.texts else str(path)
-    loop.add(name, documents.read(str(path)))
+    short, long = one_line(path.name), one_line(str(path))
+    loop.add(short if short not in loop.talk.texts else long, documents.read(str(path)))
 
 
 def _drop(loop: Loop, rest: str) -> None:
@@ -177,10 +182,19 @@ COMMANDS: dict[str, Callable[[Loop, str], bool | None]] = {
 
 
 def _path(text: str) -> Path:
-    """A path as people type it: perhaps quoted, perhaps from their home."""
+    """A path as people type it: perhaps quoted, perhaps from their home.
+
+    Raises:
+        UserError: no file can be called that.
+    """
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    return Path(text).expanduser()
+    if "\0" in text:
+        raise UserError("a file's name cannot hold a NUL; type the name anew")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user; give the whole path") from None
 
 
 def _named(loop: Loop, text: str) -> str:
@@ -194,7 +208,7 @@ def _named(loop: Loop, text: str) -> str:
         return names[0]
     if text in names:
         return text
-    if text.isdecimal() and 1 <= int(text) <= len(names):
+    if text.isdecimal() and len(text) < 10 and 1 <= int(text) <= len(names):
         return names[int(text) - 1]
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
     remedy = f"did you mean {near[0]}?" if near else "/docs lists them"
@@ -222,13 +236,18 @@ class Setting:
         Raises:
             UserError: no number, or one that does not fit.
         """
+        value: Any = None
         try:
             value = self.kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not self.fits(value):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):  # no number, or one of thousands of digits
+            finite = False
+        if not finite or not self.fits(value):
             raise UserError(f"{name} {text}: give {self.wanted}")
         return value
+
+
+LARGEST = 2**31 - 1  # what llama.cpp takes
 
 
 def _sampled(field: str, *rest: Any) -> Setting:
@@ -259,7 +278,7 @@ SETTINGS = {
         "top_k",
         "sample from the k likeliest; 0: all",
         int,
-        lambda value: value >= 0,
+        lambda value: 0 <= value <= LARGEST,
         "a whole number of 0 or more, such as 40",
     ),
     "top-p": _sampled(
@@ -280,7 +299,7 @@ SETTINGS = {
     "predict": Setting(
         "most tokens of an answer",
         int,
-        lambda value: value >= 1,
+        lambda value: 1 <= value <= LARGEST,
         "a whole number of at least 1, such as 512",
         lambda loop: loop.talk.max_tokens,
         _put_predict,

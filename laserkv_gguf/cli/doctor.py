@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 from typer import Option
 
+from laserkv_gguf.cli import terminal
 from laserkv_gguf.cli.options import log_to_stderr
 
 MARKS = {"good": "green", "degraded": "yellow", "bad": "red"}
@@ -25,12 +26,11 @@ def doctor(
     Exit code 1 where anything is bad.
     """
     log_to_stderr(debug)
-    from rich.console import Console
     from rich.text import Text
 
     from laserkv_gguf.doctor import BAD, examine
 
-    console, findings = Console(highlight=False), []
+    console, findings = terminal.Console(highlight=False), []
     for finding in examine(model, debug=debug):
         findings.append(finding)
         if as_json:

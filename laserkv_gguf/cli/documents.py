@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import io
-import logging
+import importlib.util
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
+from laserkv_gguf.cli import pdf
+from laserkv_gguf.cli.terminal import size as human
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.machine import free_ram
 
-STANDARD_INPUT = "-"
+STANDARD_INPUT, PDF = "-", b"%PDF-"
+# Making tokens of English took 28 times a text's size, of Chinese 75 times (SmolLM2, 8 to 32 MiB).
+MEMORY = 75
+MOST, LEAST = 64 << 20, 1 << 20  # bytes of text
+MOST_PDF = 256 << 20  # bytes; most of a large PDF are pictures
 
 
 def load(names: Sequence[str]) -> str | None:
     """The text of all documents, a blank line between them; None where none are named.
 
     Raises:
-        UserError: missing, empty, not UTF-8, binary, or a PDF that has no text or needs an extra.
+        UserError: missing, no regular file, too large, empty, not UTF-8, binary, or a PDF that has
+            no text, is damaged or needs an extra. Paths are not confined to any folder.
     """
     if not names:
         return None
@@ -30,25 +40,72 @@ def read(name: str) -> str:
     """The text of one document; `-` is standard input."""
     data = _bytes(name)
     said = "standard input" if name == STANDARD_INPUT else name
-    text = _pdf(said, data) if data.startswith(b"%PDF-") else _text(said, data)
+    text = _pdf(said, data) if data.startswith(PDF) else _text(said, data)
     if not text.strip():
         raise UserError(f"{said} is empty; there is nothing to read")
     return text
+
+
+def limit() -> int:
+    """Most bytes of text that are read: `MOST`, or less where memory is short."""
+    free = free_ram()
+    return MOST if free is None else max(min(MOST, free // MEMORY), LEAST)
 
 
 def _bytes(name: str) -> bytes:
     if name == STANDARD_INPUT:
         if sys.stdin.isatty():
             print("reading the document from standard input; end with Ctrl-D", file=sys.stderr)
-        return sys.stdin.buffer.read()
+        return _limited("standard input", sys.stdin.buffer, 0)
     try:
-        return Path(name).read_bytes()
+        _check_kind(name, Path(name).stat().st_mode)
+        # what is swapped for a pipe meanwhile must not make us wait for its other end
+        flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        number = os.open(name, os.O_RDONLY | flags)
+        try:
+            found = os.fstat(number)
+            _check_kind(name, found.st_mode)
+            with os.fdopen(number, "rb", closefd=False) as file:
+                return _limited(name, file, found.st_size)
+        finally:
+            os.close(number)
     except FileNotFoundError:
         raise UserError(f"no document at {name}; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{name} is a folder; name the file to read") from None
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except ValueError:  # a NUL
+        raise UserError(f"{name} is no name of a file; check the path") from None
+
+
+def _check_kind(name: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name} is a folder; name the file to read")
+    if not stat.S_ISREG(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device, not a file"
+        raise UserError(f"{name} is {kind}; name a file, or pipe it into ask with --document -")
+
+
+def _limited(name: str, file: IO[bytes], size: int) -> bytes:
+    """A file's bytes.
+
+    Args:
+        size: bytes that it says it has.
+
+    Raises:
+        UserError: they are more than what is read.
+    """
+    head = file.read(len(PDF)) or b""  # None where a file of the system has nothing to say yet
+    most = MOST_PDF if head == PDF else limit()
+    data = head if size > most else head + (file.read(most + 1 - len(head)) or b"")
+    if max(size, len(data)) > most:
+        has = f"has {human(size)}" if size > most else f"has more than {human(most)}"
+        if head == PDF:
+            raise UserError(f"{name} {has}; at most {human(MOST_PDF)} of a PDF are read")
+        raise UserError(
+            f"{name} {has}; at most {human(most)} of text are read, for {MEMORY} times as much "
+            "memory goes into making tokens of it: give a part of it"
+        )
+    return data
 
 
 def _text(said: str, data: bytes) -> str:
@@ -64,18 +121,11 @@ def _text(said: str, data: bytes) -> str:
 
 
 def _pdf(said: str, data: bytes) -> str:
+    if importlib.util.find_spec("pypdf") is None:
+        raise UserError(f"{said} is a PDF; install the reader with pip install 'laserkv-gguf[pdf]'")
     try:
-        from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
-    except ImportError:
-        raise UserError(
-            f"{said} is a PDF; install the reader with pip install 'laserkv-gguf[pdf]'"
-        ) from None
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings are not for users
-    try:
-        pages = PdfReader(io.BytesIO(data)).pages
-        text = "\n\n".join(page.extract_text() for page in pages)
-    except (PyPdfError, ValueError, KeyError) as error:
+        text = pdf.text(data, limit())
+    except pdf.Unreadable as error:
         raise UserError(f"{said} is a PDF that cannot be read: {error}") from error
     if not text.strip():
         raise UserError(f"{said} is a PDF without text (scanned pages?); run OCR over it first")

@@ -259,8 +259,6 @@ def _report(
     published: bool,
 ) -> None:
     """Tables on stdout; summary and plots beside the results."""
-    from rich.console import Console
-
     from laserkv_gguf.evaluation import plots, report
     from laserkv_gguf.evaluation.results import write
 
@@ -269,7 +267,7 @@ def _report(
     write(out / "summary.md", text)
     write(out / "summary.csv", report.as_csv(found))
     drawn = plots.draw(found, out)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = terminal.Console(width=None if sys.stdout.isatty() else 200)
     for table in report.as_tables(found, published=published):
         console.print(table)
     for note in notes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from laserkv_gguf.cli import terminal
+from laserkv_gguf.shown import harmless
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.conversation import Conversation
@@ -53,14 +54,15 @@ def runs(talk: Conversation, name: str) -> Iterator[tuple[str, int | None]]:
         for index, token in enumerate(segment.tokens.tolist()):
             # a character that several tokens share comes with its last
             said = decoder.decode(talk.engine.model.piece(token), index == last)
-            yield terminal.harmless(said), int(segment.pools[index]) if index in kept else None
+            yield harmless(said, running=True), int(segment.pools[index]) if index in kept else None
 
     for pool, group in itertools.groupby(pieces(), key=lambda piece: piece[1]):
         yield "".join(said for said, _ in group), pool
 
 
 def _page(text: Text, ask: Callable[[str], str]) -> None:
-    console = terminal.console
+    console = terminal.Console(stderr=True, highlight=False)
+    console.running = True
     lines = text.wrap(console, max(console.width, 1))
     height = max(console.height - 2, 5)
     for start in range(0, len(lines), height):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from typer import Option
 
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.shown import Formatter
 
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV, Sampling
@@ -283,11 +284,10 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
 
 def log_to_stderr(debug: bool) -> None:
     """Warnings as one line each on stderr; with `debug` everything, llama.cpp's log included."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(name)s: %(message)s" if debug else "warning: %(message)s"))
     logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(name)s: %(message)s" if debug else "warning: %(message)s",
-        force=True,
+        handlers=[handler], level=logging.DEBUG if debug else logging.WARNING, force=True
     )
     if debug:
         logging.getLogger("numba").setLevel(logging.WARNING)

@@ -165,9 +165,8 @@ def _this_machine(gpu_layers: int) -> Memory:
 
 
 def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
-    from rich.console import Console
 
-    size, console = terminal.size, Console(highlight=False)
+    size, console = terminal.size, terminal.Console(highlight=False)
     table = Table(show_header=False, title=f"{made.model}, policy {made.policy}")
     table.add_column()
     table.add_column(justify="right")

@@ -37,12 +37,10 @@ def pull(
         raise
     verified = "" if entry.sha256 else " (models.txt lists no hash of it)"
     terminal.dim(f"{'downloaded' if fetched else 'already here'}, verified{verified}:")
-    print(place)
+    print(terminal.printable(str(place)))
 
 
 def _list() -> None:
-    from rich.console import Console
-
     from laserkv_gguf import models
 
     # a name cut off at 80 columns could not be copied
@@ -52,5 +50,5 @@ def _list() -> None:
         here = "yes" if models.present(entry) else "begun" if models.unfinished(entry) else ""
         size = terminal.size(entry.size) if entry.size else "?"
         table.add_row(entry.name, size, f"{entry.context:,}", entry.licence, here)
-    Console(highlight=False).print(table)
+    terminal.Console(highlight=False).print(table)
     terminal.dim("python -m laserkv_gguf pull NAME gets one; --model NAME uses it")

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+from laserkv_gguf.cli import streams
+from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.shown import harmless, one_line
 
 if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderableType
+
     from laserkv_gguf.conversation.account import Account
     from laserkv_gguf.reading.reader import Progress as Read
+
+
+class Console(rich.console.Console):
+    """Rich's console, with `shown`'s filter behind everything that is printed on it.
+
+    Attributes:
+        running: whether a document is printed, which may be written from right to left.
+    """
+
+    running = False
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        # Rich makes its own escape sequences later, out of the segments' styles
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else harmless(segment.text, running=self.running)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
 
 console = Console(stderr=True, highlight=False)
 
@@ -70,17 +98,9 @@ def account_line(account: Account) -> str:
     )
 
 
-_CONTROL = dict.fromkeys(c for c in (*range(32), *range(127, 160)) if c not in (9, 10))
-
-
 def printable(text: str) -> str:
-    """Text without control characters where it goes to a terminal, which would obey them."""
-    return harmless(text) if sys.stdout.isatty() else text
-
-
-def harmless(text: str) -> str:
-    """Text without control characters, tabs and line breaks excepted."""
-    return text.translate(_CONTROL)
+    """An answer for standard output: filtered on a terminal, in a pipe or a file as it is."""
+    return harmless(text, running=True) if sys.stdout.isatty() else text
 
 
 def size(number: float) -> str:
@@ -94,7 +114,7 @@ def size(number: float) -> str:
 
 def dim(text: str) -> None:
     """A line that may be overlooked."""
-    console.print(text, style="dim", markup=False, soft_wrap=True)
+    _line(text, "dim")
 
 
 def progress(text: str) -> None:
@@ -105,4 +125,30 @@ def progress(text: str) -> None:
 
 def note(text: str) -> None:
     """A line that should not be."""
-    console.print(text, markup=False, soft_wrap=True)
+    _line(text, None)
+
+
+def _line(text: str, style: str | None) -> None:
+    # where stderr is gone nothing can be said; that is no reason to lose an answer
+    with contextlib.suppress(OSError, ValueError):
+        console.print(one_line(text), style=style, markup=False, soft_wrap=True)
+
+
+def failed(error: Exception, debug: bool = False) -> None:
+    """One line about an error that is not the end; with `debug` where it came from, too."""
+    if debug:
+        streams.complain(trace(error))
+    note(f"error: {said(error)}")
+
+
+def said(error: Exception) -> str:
+    """An error in words."""
+    if isinstance(error, LaserKVError):
+        return str(error)
+    words = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"{words} (--debug shows where)"
+
+
+def trace(error: Exception) -> str:
+    """An error's traceback, as it may be shown."""
+    return harmless("".join(traceback.format_exception(error))).rstrip("\n")

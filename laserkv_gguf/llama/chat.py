@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
-from jinja2 import TemplateError
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.model import Model, Tokens
+from laserkv_gguf.llama.template import ChatFormatter
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +21,7 @@ CHATML = (
 )
 
 _DOCUMENT, _QUESTION, _ANSWER, _SYSTEM = (f"\u2063{name}\u2063" for name in "DQAS")
+MESSAGE = 300  # most characters of a template's error that are passed on
 SEPARATOR = "\n\n"  # between document and question, inside the user's turn
 
 
@@ -68,11 +67,13 @@ class ChatTemplate:
         if template is None:
             log.warning("%s has no chat template; using ChatML as llama.cpp does", model.path.name)
         try:
-            self._format = Jinja2ChatFormatter(
+            self._format = ChatFormatter(
                 template or CHATML, eos_token=model.eos_text, bos_token=model.bos_text
             )
-        except TemplateError as error:
-            raise UserError(f"the chat template of {model.path.name} is broken: {error}") from error
+        except Exception as error:  # the compiler may run into anything
+            raise UserError(
+                f"the chat template of {model.path.name} is broken: {_said(error)}"
+            ) from error
 
     def opening(
         self, question: str, *, system: str | None = None, document: bool = True
@@ -115,11 +116,11 @@ class ChatTemplate:
         """Some templates know no system role: then the first turn says what it would."""
         with_system = messages[0]["role"] == "system"
         try:
-            rendered = str(self._format(messages=cast(Any, messages)).prompt)
+            rendered = self._format(messages)
         except Exception as error:  # a template is a program: anything may go wrong in it
             if not with_system:
                 raise UserError(
-                    f"the chat template of {self.model.path.name} fails: {error}"
+                    f"the chat template of {self.model.path.name} fails: {_said(error)}"
                 ) from error
         else:
             if not with_system or _SYSTEM in rendered:
@@ -136,6 +137,11 @@ class ChatTemplate:
             parts.append(self.model.tokenize(system or ""))
             parts.append(self.model.tokenize(after, special=True))
         return np.concatenate(parts)
+
+
+def _said(error: Exception) -> str:
+    """One line: a template writes what it likes into its errors."""
+    return " ".join(str(error).split())[:MESSAGE] or type(error).__name__
 
 
 def _cut(rendered: str, mark: str) -> tuple[str, str]:

@@ -248,7 +248,7 @@ class Model:
                 text that a user or a document supplies.
             bos: put what the model wants in front (BOS).
         """
-        data = text.encode("utf-8")
+        data = text.encode("utf-8", "replace")  # a lone surrogate is no character
         size = len(data) + 8
         buffer = np.empty(size, np.int32)
         pointer = buffer.ctypes.data_as(L.llama_token_p)
