@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from io import FileIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ pytest.importorskip("llama_cpp")
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation.framing import Framing
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.evaluation import plots, presets, report, results, tasks
 from laserkv_gguf.evaluation.background import Background
@@ -35,6 +36,7 @@ from laserkv_gguf.evaluation.bar import Bar
 from laserkv_gguf.evaluation.results import Results, difference
 from laserkv_gguf.evaluation.runner import Plan, Runner
 from laserkv_gguf.evaluation.samples import Sample, Source
+from laserkv_gguf.files import journal
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.reading.reader import Reader
@@ -101,7 +103,7 @@ def test_log_probabilities_are_the_forward_passes(
 ) -> None:
     """Raw text, also where more rows are wanted than a batch gives."""
     engine.configure(**{**SETTINGS, "policy": policy})
-    talk = Conversation(engine, document=np.array(chars(DOCUMENT), np.int32), plain=True)
+    talk = Conversation(engine, document=np.array(chars(DOCUMENT), np.int32), framing=Framing(plain=True))
     reading = talk.read()
     after = chars("lead and silver, and zinc")[: count + 1]
     prompt, following = np.array(after[:1], np.int32), np.array(after[1:], np.int32)
@@ -114,7 +116,7 @@ def test_log_probabilities_are_the_forward_passes(
 
 def test_answers_go_on_from_their_prefix(loaded: Loaded, engine: LaserKV) -> None:
     engine.configure(policy="full")
-    talk = Conversation(engine, document=DOCUMENT, answer_prefix="It is", max_tokens=4)
+    talk = Conversation(engine, document=DOCUMENT, framing=Framing(answer_prefix="It is"), max_tokens=4)
     talk.read(question="What?")
     stream = talk.ask("What?")
     list(stream)
@@ -230,7 +232,7 @@ def test_rows_are_what_fresh_engines_give(
             talk = Conversation(
                 fresh,
                 document=sample.before + sample.document + sample.after,
-                answer_prefix=sample.prefix,
+                framing=Framing(answer_prefix=sample.prefix),
                 max_tokens=12,
             )
             talk.read(question=sample.question)
@@ -283,7 +285,7 @@ def test_fidelity_against_the_forward_pass(
         document = [BOS, *sample.tokens.tolist()]
         following = sample.following.tolist()
         engine.configure(policy=row["policy"], ratio=row["ratio"], block_size=192)
-        kept = Conversation(engine, document=sample.tokens, plain=True).read().kept
+        kept = Conversation(engine, document=sample.tokens, framing=Framing(plain=True)).read().kept
         full, other = (
             expected(loaded, document, which, following, 64)
             for which in (np.arange(len(document)), kept)
@@ -403,35 +405,18 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         Results(tmp_path, {})
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Results(tmp_path, {}) as found:
         found.add(row_of(0))
-        found._file.close()
-        found._file = FileIO("/dev/full", "a")
-        with pytest.raises(LaserKVError, match=r"results\.jsonl: No space left on device"):
-            found.add(row_of(1))
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, "append", no_room)
+            with pytest.raises(LaserKVError, match=r"results\.jsonl: No space left on device"):
+                found.add(row_of(1))
     assert [row["sample"] for row in results_in(tmp_path)] == [0]
 
 
-def test_half_a_line_on_a_full_disk_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Results(tmp_path, {}) as found:
-        found.add(row_of(0))
-        inner = found._file
-
-        class Short:
-            fileno, close = inner.fileno, inner.close
-
-            def write(self, line: bytes) -> int | None:
-                return inner.write(line[:20])
-
-        monkeypatch.setattr(found, "_file", Short())
-        with pytest.raises(LaserKVError, match="No space left on device"):
-            found.add(row_of(1))
-        assert [row["sample"] for row in results_in(tmp_path)] == [0]
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 CONFIG: dict[str, Any] = {
@@ -787,11 +772,9 @@ def test_a_disk_that_is_full_while_running(
 
     def full(self: Results, row: Any) -> None:
         if len(self.rows) == 2:
-            self._file = FileIO("/dev/full", "a")
+            patched.setattr(journal, "append", no_room)
         add(self, row)
 
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
     with monkeypatch.context() as patched:
         patched.setattr(results.Results, "add", full)
         assert run(arguments(loaded, tmp_path / "out")) == 1

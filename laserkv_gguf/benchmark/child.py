@@ -87,15 +87,17 @@ def facts(job: Job) -> Result:
         UserError: settings or a document that a run of one of the lengths would refuse.
     """
     with _loaded(job) as model:
-        engines = [_engine(job, model, settings) for settings in job["configurations"]]
+        from laserkv_gguf.conversation.conversation import Conversation
+
         for length in job["lengths"]:
             text = of_length(model, job["text"], length)
-            for engine in engines:
-                with engine:
+            for settings in job["configurations"]:
+                with _engine(job, model, settings) as engine:
                     opening = engine.template.opening(job["question"], system=None, document=True)
                     tokens = len(opening.before) + len(model.tokenize(text))
                     prompt = len(opening.after)
-                    engine.plan(tokens, prompt, prompt + job["predict"])
+                    reply = prompt + job["predict"]
+                    engine.prepare(Conversation(engine), tokens, prompt, reply)
         return {
             "name": model.name,
             "file": model.path.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.files.journal import Journal
 
 Job = dict[str, Any]
 
@@ -31,39 +32,25 @@ class Processes:
     """
 
     def __init__(self, store: Path | None = None) -> None:
-        self.store = store
-        self._known: dict[str, Any] = {}
-        if store is None:
-            return
-        try:
-            store.parent.mkdir(parents=True, exist_ok=True)
-            store.touch()
-            lines = store.read_text("utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"cannot write to {store}: {error.strerror}") from error
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # cut off where a run was killed
-                continue
-            self._known[entry["key"]] = entry["result"]
+        self._journal = None if store is None else Journal(store)
+        entries = self._journal.entries if self._journal else []
+        self._known: dict[str, Any] = {entry["key"]: entry["result"] for entry in entries}
 
-    def run(self, job: Job, *, remembered: bool = True) -> dict[str, Any]:
+    def run(self, job: Job) -> dict[str, Any]:
         """The result of a job.
 
         Raises:
             UserError, LaserKVError: what the job failed with.
         """
         key = _key(job)
-        if remembered and key in self._known:
+        if key in self._known:
             found: dict[str, Any] = self._known[key]
             return found
         result = run(job)
         self._known[key] = result
-        if self.store is not None:
+        if self._journal is not None:
             said = {name: job[name] for name in ("kind", "length", "repeat") if name in job}
-            with self.store.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **said, "result": result}) + "\n")
+            self._journal.add({"key": key, **said, "result": result})
         return result
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.files.journal import Journal
 
 Row = dict[str, Any]
 Key = tuple[str, int, int, str, float]
@@ -45,11 +44,10 @@ class Results:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.config = self._joined(folder / "config.json", config)
-            self.rows = self._healed()
-            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise LaserKVError(f"cannot write {folder}: {error.strerror}") from error
-        self.done = {key_of(row) for row in self.rows}
+        self._journal = Journal(self.path)
+        self.done = {self._checked(number, row) for number, row in enumerate(self.rows, 1)}
 
     def _joined(self, path: Path, config: dict[str, Any]) -> dict[str, Any]:
         """What is there and what is asked for now, written where that is more than was there."""
@@ -73,25 +71,20 @@ class Results:
             write(path, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
         return config
 
-    def _healed(self) -> list[Row]:
-        """The rows that are whole; what follows the last line end is cut off."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self.path, whole)
-        rows = []
-        for number, line in enumerate(data[:whole].decode("utf-8", "replace").splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-                key_of(rows[-1])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.path}, line {number} is broken; delete that line, "
-                    "and the sample runs again"
-                ) from error
-        return rows
+    @property
+    def rows(self) -> list[Row]:
+        """All results there are."""
+        return self._journal.entries
+
+    def _checked(self, number: int, row: Row) -> Key:
+        try:
+            return key_of(row)
+        except KeyError as error:
+            self.close()
+            raise UserError(
+                f"{self.path}, line {number} is broken; delete that line, "
+                "and the sample runs again"
+            ) from error
 
     def add(self, row: Row) -> None:
         """Appends a row.
@@ -99,24 +92,11 @@ class Results:
         Raises:
             LaserKVError: it cannot be written; the rows before it stay whole.
         """
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        size = self.path.stat().st_size
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(28, "No space left on device")
-        except OSError as error:
-            # what cannot be cut off now is when the folder is opened again
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise LaserKVError(
-                f"cannot write {self.path}: {error.strerror}; what is there stays valid, "
-                "and the same command goes on from it"
-            ) from error
-        self.rows.append(row)
+        self._journal.add(row)
         self.done.add(key_of(row))
 
     def close(self) -> None:
-        self._file.close()
+        self._journal.close()
 
     def __enter__(self) -> Results:
         return self
