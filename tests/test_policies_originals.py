@@ -324,7 +324,7 @@ def pooled(m: Moment, choose: Callable[[Moment, Array, int], Array]) -> Array:
 
 
 def lagkv(m: Moment, lag: int = 8) -> Array:
-    """Whole partitions, each by the range of the one after it; what is left over counts with them."""
+    """Partitions, each by the range of the one after it; what is left counts with the last."""
 
     def choose(m: Moment, numbers: Array, budget: int) -> Array:
         starts = list(range(0, len(numbers) - lag + 1, lag)) or [0]
