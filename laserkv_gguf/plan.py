@@ -89,7 +89,7 @@ class Run:
     def drafts(self) -> int:
         if not self.policy.needs.queries:
             return 0
-        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
+        return self.policy.needs.most_drafts(self.lookahead)
 
     def cells(self, budget: Budget) -> int:
         """Cells the run needs; as `session.LaserKV.prepare` counts them."""

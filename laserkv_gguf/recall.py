@@ -483,7 +483,7 @@ class Recaller:
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
         memory: dict[str, Any] = {}
         drafts = Drafts()
-        probing = len(question) + reader.lookahead + others
+        probing = len(question) + reader.reach + others
         beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True

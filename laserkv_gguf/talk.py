@@ -229,7 +229,7 @@ class Talk(Conversation):
         """Cells that recalling needs while it goes through one document after the other."""
         if not self._parked:
             return 0
-        _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
+        drafts = self.engine._probe.most_drafts(self.engine.policy.needs)
         return max(recaller.beside for recaller in self._parked) + drafts
 
     def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
@@ -412,7 +412,7 @@ class Talk(Conversation):
             UserError: they never would, or the policy keeps everything.
         """
         prompt = len(self._pending) + len(asked)
-        _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
+        drafts = self.engine._probe.most_drafts(self.engine.policy.needs)
         ahead = min(prompt, LONG_QUESTION) + drafts
         self._compress(self._shared(replace(self.space, prompt=prompt, ahead=ahead)), asked, 0)
         if self._parked and self._trained:
@@ -502,9 +502,10 @@ class Talk(Conversation):
         """
         asker = Reader(self._context, policy, self.engine._probe)
         prompt = np.concatenate((self._pending, asked.tokens)).astype(np.int32)
-        wanted = len(prompt) + asker.lookahead
+        wanted = len(prompt) + asker.reach
         self._free(wanted - self._left(start), numbers, start)
-        asker.lookahead = min(asker.lookahead, self._left(start) - len(prompt))
+        asker.reach = min(asker.reach, self._left(start) - len(prompt))
+        asker.lookahead = min(asker.lookahead, asker.reach)
         if asker.lookahead < 0:
             return None
         self._move_down(wanted)

@@ -38,6 +38,7 @@ class Needs:
         probe_tokens: the question's last so many tokens ask, with what the template puts after
             them; 0 for everything after the document.
         lookahead: tokens drafted after the question that ask along.
+        reach: most of them while the answer is being copied out of the text.
         observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
             2404.14469).
         recall: evicted tokens that can come back (`--recall`), without which it is not the method.
@@ -54,6 +55,7 @@ class Needs:
     precise: bool = False
     probe_tokens: int = 0
     lookahead: int = 0
+    reach: int = 0
     observation: int = 32
     recall: bool = False
 
@@ -61,6 +63,16 @@ class Needs:
     def host_keys(self) -> bool:
         """Whether the host must have the keys; attention needs them unless a device computes it."""
         return self.keys or self.visible or self.attention
+
+    def most_drafts(self, lookahead: int | None = None) -> int:
+        """Most tokens drafted: what there must be cells for.
+
+        Args:
+            lookahead: what the user says, who then gets no more; None for the policy's own.
+        """
+        if lookahead is not None:
+            return lookahead
+        return max(self.lookahead, self.reach) if self.lookahead else 0
 
     @property
     def holds_all(self) -> bool:

@@ -63,7 +63,7 @@ class Laser(Policy):
 
     name: ClassVar[str] = "laser"
     needs: ClassVar[Needs] = Needs(
-        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16
+        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16, reach=96
     )  # of both parts; an instance needs what its own parts do
 
     alpha: float = 1.0
