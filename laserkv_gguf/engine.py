@@ -488,7 +488,10 @@ class Reader:
         if state.asked is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
-                state.asked = self.ask(state.question, self._position(state), state.drafts)
+                room = self.context.cells - state.start - len(state.kept)
+                state.asked = self.ask(
+                    state.question, self._position(state), state.drafts, room=room
+                )
         return state.asked
 
     def use_factors(self) -> None:
@@ -508,6 +511,7 @@ class Reader:
         *,
         lookahead: int | None = None,
         shared: bool = False,
+        room: int | None = None,
     ) -> Asked:
         """Queries of the question's end and of drafts after it, asked at a position.
 
@@ -519,12 +523,14 @@ class Reader:
             lookahead: tokens drafted; None for as many as the reader was made with, and 0 for none,
                 which is when nothing is copied either.
             shared: the scratch sequence has what the question is to see; else it sees all.
+            room: free cells; where they are few, what is copied ends earlier. None for enough.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
         asking = len(question)
         if self.asking:
             asking = min(self.asking + question.ending, asking)
-        most = max(lookahead, self.reach) if lookahead else 0
+        reach = self.reach if room is None else min(self.reach, room - len(question))
+        most = max(lookahead, reach) if lookahead else 0
         queries, keys = self._array("queries", asking + most), None
         if self.policy.needs.outside:
             keys = self._array("own_keys", len(question) + most)

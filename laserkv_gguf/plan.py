@@ -89,7 +89,10 @@ class Run:
     def drafts(self) -> int:
         if not self.policy.needs.queries:
             return 0
-        return self.policy.needs.most_drafts(self.lookahead)
+        needs = self.policy.needs
+        if self.ctx_size is None:
+            return needs.most_drafts(self.lookahead)
+        return needs.lookahead if self.lookahead is None else self.lookahead
 
     def cells(self, budget: Budget) -> int:
         """Cells the run needs; as `session.LaserKV.prepare` counts them."""

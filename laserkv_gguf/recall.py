@@ -428,7 +428,7 @@ class Recaller:
             if self.mode == "replay":
                 kept = self._replay(question, position, cells - len(before), tuple(hidden))
             else:
-                kept = self._shortlist(question, position)
+                kept = self._shortlist(question, position, self.reader.context.cells - cells)
         except BaseException:
             self.go_back(before)
             raise
@@ -483,7 +483,8 @@ class Recaller:
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
         memory: dict[str, Any] = {}
         drafts = Drafts()
-        probing = len(question) + reader.reach + others
+        # room for all drafts, whatever stands there from the question before
+        probing = len(question) + max(reader.lookahead, reader.reach) + others
         beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True
@@ -496,7 +497,9 @@ class Recaller:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
-                asked = reader.ask(question, position, drafts, shared=True)
+                taken = others + int(np.count_nonzero(self.where >= 0))
+                room = reader.context.allocated_cells - taken
+                asked = reader.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
                 others_seen[first:last] = False
@@ -612,14 +615,18 @@ class Recaller:
 
     # shortlist
 
-    def _shortlist(self, question: Prompt, position: int) -> Tokens:
-        """Chooses among all tokens at once: with the question, then with its drafts too."""
+    def _shortlist(self, question: Prompt, position: int, room: int) -> Tokens:
+        """Chooses among all tokens at once: with the question, then with its drafts too.
+
+        Args:
+            room: cells that are free.
+        """
         first, last = self._protected
         ends = np.arange(self.budget.tokens)
         ends = ends[(ends < first) | (ends >= last)]
         kept, beside = self.kept, self._beside(position, ())
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
-            asked = self.reader.ask(question, position, lookahead=lookahead)
+            asked = self.reader.ask(question, position, lookahead=lookahead, room=room)
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
             self._arrange(self._final(kept))
         return kept

@@ -229,8 +229,7 @@ class Talk(Conversation):
         """Cells that recalling needs while it goes through one document after the other."""
         if not self._parked:
             return 0
-        drafts = self.engine._probe.most_drafts(self.engine.policy.needs)
-        return max(recaller.beside for recaller in self._parked) + drafts
+        return max(recaller.beside for recaller in self._parked) + self.engine.drafts
 
     def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
         # where each document is read by itself, a question recalls of each in turn
@@ -412,7 +411,7 @@ class Talk(Conversation):
             UserError: they never would, or the policy keeps everything.
         """
         prompt = len(self._pending) + len(asked)
-        drafts = self.engine._probe.most_drafts(self.engine.policy.needs)
+        drafts = self.engine.drafts
         ahead = min(prompt, LONG_QUESTION) + drafts
         self._compress(self._shared(replace(self.space, prompt=prompt, ahead=ahead)), asked, 0)
         if self._parked and self._trained:
@@ -502,13 +501,13 @@ class Talk(Conversation):
         """
         asker = Reader(self._context, policy, self.engine._probe)
         prompt = np.concatenate((self._pending, asked.tokens)).astype(np.int32)
-        wanted = len(prompt) + asker.reach
+        wanted = len(prompt) + asker.lookahead
         self._free(wanted - self._left(start), numbers, start)
         asker.reach = min(asker.reach, self._left(start) - len(prompt))
-        asker.lookahead = min(asker.lookahead, asker.reach)
+        asker.lookahead = min(asker.lookahead, self._left(start) - len(prompt))
         if asker.lookahead < 0:
             return None
-        self._move_down(wanted)
+        self._move_down(len(prompt) + max(asker.lookahead, asker.reach))
         found = asker.ask(Prompt(prompt, asked.ending), self._position)
         self._settled = True
         return found
