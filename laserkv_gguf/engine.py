@@ -456,7 +456,7 @@ class Reader:
 
     def _rows(self, budget: Budget) -> int:
         """Most tokens that are looked at, or looked past, at a time."""
-        return budget.most_visible if self.policy.needs.holds_all else budget.rows
+        return self.policy.needs.rows(budget)
 
     def _block_queries(self, block: Block) -> NDArray[Any]:
         return self._array("block_queries", block.tokens)
@@ -759,13 +759,16 @@ class Reader:
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
 
-        In an accumulating run these are the new window's, unless the policy looks at all that the
-        question sees; else those of all that was kept.
+        In an accumulating run these are the new window's, and the anchors' where the policy looks
+        past them, unless it looks at all that the question sees; else those of all that was kept.
         """
-        start = 0
-        if state.budget.accumulates and not self.policy.needs.holds_all:
-            start = block.end - state.budget.window
-        held = state.kept[np.searchsorted(state.kept, start) :]
+        needs, budget = self.policy.needs, state.budget
+        held = state.kept
+        if budget.accumulates and not needs.holds_all:
+            stays_held = held >= block.end - budget.window
+            if needs.outside:
+                stays_held |= held < budget.anchors
+            held = held[stays_held]
         taken = np.searchsorted(state.held, held)
         # what was kept before stays where it is
         stays = int(np.count_nonzero(taken == np.arange(len(taken))))

@@ -225,7 +225,7 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     item = FLOAT if needs.precise else 2
     per_key = header.layers * max(header.kv_heads) * header.key_dim
     per_query = header.layers * header.heads * header.key_dim
-    rows = budget.most_visible if needs.holds_all else budget.rows
+    rows = needs.rows(budget)
     total = (needs.host_keys + needs.values) * rows * per_key * item
     if needs.value_norms != "none" and not needs.values:
         total += rows * header.layers * max(header.kv_heads) * FLOAT

@@ -502,6 +502,8 @@ class Recaller:
                 asked = reader.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
+                if not self.policy.needs.outside_kept:
+                    others_seen[self.budget.anchors : first] = False
                 others_seen[first:last] = False
                 others_seen[self._protected[1] :] = True
                 seen = self._candidates(

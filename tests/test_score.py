@@ -506,6 +506,39 @@ def test_the_whole_softmax_where_positions_move(
         cache.keep(policy.kept(budget, block.index + 1), compact=True)
 
 
+@pytest.mark.parametrize("scoring", ["host", "device"])
+def test_a_softmax_over_the_ends(scoring: str, load: Callable[[str], Loaded]) -> None:
+    """What was kept of earlier blocks does not count: the model's own attention without it."""
+
+    @dataclass(frozen=True)
+    class Ends(Everything):
+        needs: ClassVar[Needs] = replace(Everything.needs, outside_kept=False)
+
+    one, policy = load("grouped"), Watching(Ends())
+    budget = Budget(TOKENS, SIZE, 0.4)
+    with one.context() as context:
+        reader = Reader(context, policy, SHORT, scoring=scoring)
+        reader.read(one.tokens, budget, one.question)
+    evicted: dict[int, int] = {}
+    for block, seen, (candidates, scores) in zip(
+        budget.blocks, policy.seen, policy.scores, strict=True
+    ):
+        sequence = np.concatenate((one.tokens[: block.end], one.question.tokens))
+        for _ in range(seen.queries.shape[1] - 12):
+            mask = visibility(len(sequence), evicted)
+            logits = forward(one.weights, one.spec, sequence, visible=mask).logits[-1]
+            sequence = np.append(sequence, logits.argmax())
+        mask = visibility(len(sequence), evicted)
+        truth = forward(one.weights, one.spec, sequence, visible=mask)
+        attention = truth.attention.copy()
+        attention[..., budget.anchors : candidates[0]] = 0
+        attention /= attention.sum(axis=-1, keepdims=True)
+        rows = slice(len(sequence) - seen.queries.shape[1], len(sequence))
+        compare(scores, expected(attention, truth.values, rows, candidates))
+        for token in {*range(block.end)} - {*policy.kept(budget, block.index + 1)} - {*evicted}:
+            evicted[token] = block.end
+
+
 @pytest.mark.parametrize("shape", ["accumulating", "recursive", "one-shot"])
 def test_keys_of_all_that_is_visible(shape: str, load: Callable[[str], Loaded]) -> None:
     """`Needs.visible`: the keys of the forward pass, of what is in the cache and nothing else."""
@@ -551,7 +584,7 @@ def test_keys_of_all_that_is_visible(shape: str, load: Callable[[str], Loaded]) 
 
 
 @pytest.mark.parametrize("values", ["none", "norm"])
-@pytest.mark.parametrize("softmax", ["candidates", "all"])
+@pytest.mark.parametrize("softmax", ["candidates", "ends", "all"])
 @pytest.mark.parametrize("over", ["sum", "max"])
 def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: str) -> None:
     given = made((2, 6, 4, 2, 16, 60), seed=3)
@@ -565,7 +598,7 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
     )
     policy = Laser(pool=1, values=values, softmax=softmax, over=over)
     added = {"weights": given["weights"]} if values == "norm" else {}
-    if softmax == "all":
+    if softmax != "candidates":
         added["outside"] = given["outside"]
     truth = written_out(given["queries"], given["keys"], **added)
     truth = truth.max(axis=0) if over == "max" else truth.sum(axis=0)
@@ -576,6 +609,8 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
 def test_laser_asks_for_what_its_options_need() -> None:
     plain = Laser(values="none", softmax="candidates", over="sum").needs
     assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)
+    ends = Laser(softmax="ends").needs
+    assert (ends.outside, ends.holds_all) == (True, False)
     weighing = Laser(values="output", softmax="all").needs
     assert (weighing.value_norms, weighing.outside, weighing.values) == ("output", True, False)
     hashing = Laser(alpha=0, values="norm", softmax="all").needs
@@ -586,7 +621,7 @@ def test_laser_asks_for_what_its_options_need() -> None:
     ("option", "known"),
     [
         ("values", "none, norm, output"),
-        ("softmax", "candidates, all"),
+        ("softmax", "candidates, ends, all"),
         ("over", "sum, max"),
         ("shares", "equal, one"),
     ],
