@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Block, Budget
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import device, output, rope, rows, stored
+from laserkv_gguf.llama import device, output, rope, stored
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
@@ -30,6 +30,8 @@ from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
 
+# Drafts are copied where so many in a row stand in the text, so many times at most.
+COPIED, REPEATED = 4, 3
 WORTH_GATHERING = 0.9  # of the cells are taken: above that there is little to gain
 
 
@@ -43,13 +45,18 @@ class ProbeSettings:
         lookahead: tokens drafted after the question while the block is whole; they join too.
         observation: where no question is known, the block's own last tokens ask instead
             (SnapKV, arXiv 2404.14469).
+        reach: most drafts while the answer is being copied out of the text: those go on, or a key
+            of many digits would be kept as far as `lookahead` only. None for the policy's own, or
+            for `lookahead` where that is given.
         rounds: most batches that the question and drafts of one block are decoded in, once a block
-            before has drafts: what of those is not checked by then asks as it is.
+            before has drafts: what of those is not checked by then asks as it is. What is being
+            copied is always checked.
     """
 
     tokens: int | None = None
     lookahead: int | None = None
     observation: int | None = None
+    reach: int | None = None
     rounds: int = 3
 
     def completed(self, needs: Needs) -> tuple[int, int, int]:
@@ -59,6 +66,11 @@ class ProbeSettings:
             needs.lookahead if self.lookahead is None else self.lookahead,
             needs.observation if self.observation is None else self.observation,
         )
+
+    def most_drafts(self, needs: Needs) -> int:
+        """Most tokens drafted after the question: what there must be cells for."""
+        most = needs.most_drafts(self.lookahead)
+        return max(most, self.reach or 0) if most else 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,16 @@ class Asked:
     own: NDArray[np.float32] | None = None
     at: NDArray[np.int64] | None = None
 
+    def with_more(self, keys: Iterable[NDArray[Any]]) -> NDArray[np.float32] | None:
+        """`own` joined by other keys that all of these tokens see; None where there are none."""
+        from laserkv_gguf import kernels
+
+        sums = self.own
+        for part in keys:
+            seen = kernels.log_sums(self.queries, part)
+            sums = seen if sums is None else np.logaddexp(sums, seen)
+        return sums
+
 
 @dataclass
 class Drafts:
@@ -140,13 +162,33 @@ class Drafts:
                 return [int(token) for token in text[found : found + self.trust]]
         return []
 
+    def copied(self, drafts: list[int]) -> list[int] | None:
+        """What comes next in the text, where these drafts are being copied out of it; else None.
+
+        The last few stand there as they are; but a text that says the same over and over (noise, a
+        table's heads) is not an answer.
+        """
+        if len(drafts) < COPIED:
+            return None
+        found = _all_after(self.seen, drafts[-COPIED:])
+        if not 0 < len(found) <= REPEATED:
+            return None
+        start = int(found[-1])
+        return [int(token) for token in self.seen[start : start + self.trust]]
+
 
 def _after(text: Tokens, words: list[int]) -> int:
     """Where the text goes on after the last time that these tokens stand in it; -1 if nowhere."""
+    ends = _all_after(text, words)
+    return int(ends[-1]) if len(ends) else -1
+
+
+def _all_after(text: Tokens, words: list[int]) -> NDArray[np.int64]:
+    """Where the text goes on after all the times that these tokens stand in it, ascending."""
     ends = np.arange(len(words), len(text))
     for back, token in enumerate(reversed(words), 1):
         ends = ends[text[ends - back] == token]
-    return int(ends[-1]) if len(ends) else -1
+    return ends
 
 
 @dataclass
@@ -168,8 +210,8 @@ class _State:
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
     asked: Asked | None = None  # the last probe
-    # keys (layers, n, kv_heads, head_dim) of what stands before the first token
-    before: NDArray[Any] | None = None
+    # keys (layers, n, kv_heads, head_dim) of what stands before the first token, in parts
+    before: list[NDArray[Any]] = field(default_factory=list)
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
@@ -209,7 +251,7 @@ class Reader:
         self.context, self.policy = context, policy
         settings = probe or ProbeSettings()
         self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
-        self.rounds = settings.rounds
+        self.reach, self.rounds = settings.most_drafts(policy.needs), settings.rounds
         self.compact = compact
         self.main, self.scratch = Sequence(context, MAIN), Sequence(context, PROBE)
         self.spare = Sequence(context, SPARE)
@@ -257,13 +299,13 @@ class Reader:
             self._learn_rotation()
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
-        if self.policy.needs.value_norms == "output" and not budget.keeps_all:
-            self.context.probe.use_factors(output.factors(self.context.model))
+        if not budget.keeps_all:
+            self.use_factors()
         state = _State(tokens, budget, question, on_progress, start)
         if start and self.policy.needs.outside and not budget.keeps_all:
             if self.compact:
                 stored.settle(self.context)
-            state.before = rows.keys_between(self.context, self.main, self.spare, [(0, start)])
+            state.before = list(stored.keys_between(self.context, MAIN, [(0, start)]))
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
@@ -433,7 +475,7 @@ class Reader:
 
     def _rows(self, budget: Budget) -> int:
         """Most tokens that are looked at, or looked past, at a time."""
-        return budget.most_visible if self.policy.needs.holds_all else budget.rows
+        return self.policy.needs.rows(budget)
 
     def _block_queries(self, block: Block) -> NDArray[Any]:
         return self._array("block_queries", block.tokens)
@@ -467,8 +509,20 @@ class Reader:
         if state.asked is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
-                state.asked = self.ask(state.question, self._position(state), state.drafts)
+                room = self.context.cells - state.start - len(state.kept)
+                state.asked = self.ask(
+                    state.question, self._position(state), state.drafts, room=room
+                )
         return state.asked
+
+    def use_factors(self) -> None:
+        """Makes the norms that the policy asks for possible.
+
+        Raises:
+            UserError: the model's file does not hold what they need.
+        """
+        if self.policy.needs.value_norms == "output":
+            self.context.probe.use_factors(output.factors(self.context.model))
 
     def ask(
         self,
@@ -478,6 +532,7 @@ class Reader:
         *,
         lookahead: int | None = None,
         shared: bool = False,
+        room: int | None = None,
     ) -> Asked:
         """Queries of the question's end and of drafts after it, asked at a position.
 
@@ -486,20 +541,26 @@ class Reader:
         Args:
             position: right after the last token that is seen.
             drafts: of the time the same was asked before, replaced by this time's.
-            lookahead: most tokens drafted; None for as many as the reader was made with.
+            lookahead: tokens drafted; None for as many as the reader was made with, and 0 for none,
+                which is when nothing is copied either.
             shared: the scratch sequence has what the question is to see; else it sees all.
+            room: free cells; where they are few, what is copied ends earlier. None for enough.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
         asking = len(question)
         if self.asking:
             asking = min(self.asking + question.ending, asking)
-        queries, keys = self._array("queries", asking + lookahead), None
+        reach = self.reach if room is None else min(self.reach, room - len(question))
+        most = max(lookahead, reach) if lookahead else 0
+        queries, keys = self._array("queries", asking + most), None
         if self.policy.needs.outside:
-            keys = self._array("own_keys", len(question) + lookahead)
+            keys = self._array("own_keys", len(question) + most)
         if not shared:
             self.main.share_with(self.scratch)
         try:
-            drafted = self._draft(question, position, asking, queries, keys, drafts or Drafts())
+            drafted = self._draft(
+                question, position, asking, lookahead, queries, keys, drafts or Drafts()
+            )
         finally:
             self.scratch.remove()
         found = np.ascontiguousarray(queries[:, : asking + drafted])
@@ -518,6 +579,7 @@ class Reader:
         question: Prompt,
         start: int,
         asking: int,
+        lookahead: int,
         queries: NDArray[np.float32],
         keys: NDArray[np.float32] | None,
         before: Drafts,
@@ -528,21 +590,28 @@ class Reader:
         about the answer: the tokens that the model would draft again stay, and cost one batch
         instead of one decode each. The last of `rounds` batches takes the rest of them unchecked:
         where an answer can be worded in many ways, drafting it anew for every block would cost
-        more than all else and find nothing more.
+        more than all else and find nothing more. An answer that is being copied out of the text has
+        one wording: what follows there is the guess, and drafting goes on as long as it is right.
         """
-        context, lookahead = self.context, int(queries.shape[1]) - asking
+        context, most = self.context, int(queries.shape[1]) - asking
         drafts: list[int] = []
         fed, first = question.tokens.tolist(), len(question) - asking
         rounds = self.rounds if before.tokens else lookahead + 1
         while True:
             rounds -= 1
-            left = min(lookahead - len(drafts), context.options.outputs - 1)
-            guess = before.following(drafts) if rounds else before.tokens[len(drafts) :]
+            copied = before.copied(drafts) if most > lookahead else None
+            limit = lookahead if copied is None else most
+            left = min(max(limit - len(drafts), 0), context.options.outputs - 1)
+            checks = rounds > 0 or copied is not None
+            if copied is not None:
+                guess = copied
+            else:
+                guess = before.following(drafts) if checks else before.tokens[len(drafts) :]
             guess = guess[:left]
             row = asking + len(drafts) - 1 if drafts else 0
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
-            outputs = len(guess) + 1 if left and rounds else 0
+            outputs = len(guess) + 1 if left and checks else 0
             own = None
             if keys is not None:
                 own = (keys[:, position - start : position - start + len(fed) + len(guess)], 0)
@@ -560,12 +629,15 @@ class Reader:
                     break
                 drafts.append(token)
                 agreed += 1
-            if not rounds:
+            if not checks:
                 drafts += guess
                 left = 0
             elif guess:
                 before.trust = 2 + 2 * agreed
-            if not left or len(drafts) == lookahead:
+            if left and len(drafts) >= lookahead:  # what comes next may be copied all the same
+                goes_on = len(drafts) < most and before.copied([*drafts, token]) is not None
+                left = left if goes_on else 0
+            if not left:
                 before.tokens = drafts
                 return len(drafts)
             if agreed < len(guess):
@@ -676,10 +748,9 @@ class Reader:
             asking = np.arange(block.end - queries.shape[1], block.end)
             visible = np.searchsorted(after, asking, side="right")
         with kernels.threads(self.context.threads):
-            seen = kernels.log_sums(queries, keys[:, :first])
-            seen = np.logaddexp(seen, kernels.log_sums(queries, keys[:, last:], visible=visible))
-            beside = self._beside(state, asked)
-        return seen if beside is None else np.logaddexp(seen, beside)
+            seen = asked.with_more((keys[:, :first], *state.before))
+            late = kernels.log_sums(queries, keys[:, last:], visible=visible)
+        return late if seen is None else np.logaddexp(seen, late)
 
     def _others(
         self,
@@ -697,7 +768,9 @@ class Reader:
         """
         from laserkv_gguf import kernels
 
-        beside, whole = self._beside(state, asked), len(state.held)
+        with kernels.threads(self.context.threads):
+            beside = asked.with_more(state.before)
+        whole = len(state.held)
         if state.question is None:
             asking = np.arange(block.end - asked.queries.shape[1], block.end)
             whole = max(last, int(np.searchsorted(state.held, asking[0], side="right")))
@@ -712,16 +785,6 @@ class Reader:
             beside = seen if beside is None else np.logaddexp(seen, beside)
             beside = np.maximum(beside, np.float32(-1e30))  # the first of them sees none
         return np.concatenate((cells[:first], cells[last:whole])), beside
-
-    def _beside(self, state: _State, asked: Asked) -> NDArray[np.float32] | None:
-        """The part of `Candidates.outside` that is not of the sequence itself."""
-        from laserkv_gguf import kernels
-
-        if state.before is None:
-            return asked.own
-        with kernels.threads(self.context.threads):
-            before = kernels.log_sums(asked.queries, state.before)
-        return before if asked.own is None else np.logaddexp(before, asked.own)
 
     # 4 and 5
 
@@ -754,13 +817,16 @@ class Reader:
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
 
-        In an accumulating run these are the new window's, unless the policy looks at all that the
-        question sees; else those of all that was kept.
+        In an accumulating run these are the new window's, and the anchors' where the policy looks
+        past them, unless it looks at all that the question sees; else those of all that was kept.
         """
-        start = 0
-        if state.budget.accumulates and not self.policy.needs.holds_all:
-            start = block.end - state.budget.window
-        held = state.kept[np.searchsorted(state.kept, start) :]
+        needs, budget = self.policy.needs, state.budget
+        held = state.kept
+        if budget.accumulates and not needs.holds_all:
+            stays_held = held >= block.end - budget.window
+            if needs.outside:
+                stays_held |= held < budget.anchors
+            held = held[stays_held]
         taken = np.searchsorted(state.held, held)
         # what was kept before stays where it is
         stays = int(np.count_nonzero(taken == np.arange(len(taken))))

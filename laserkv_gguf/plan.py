@@ -89,7 +89,10 @@ class Run:
     def drafts(self) -> int:
         if not self.policy.needs.queries:
             return 0
-        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
+        needs = self.policy.needs
+        if self.ctx_size is None:
+            return needs.most_drafts(self.lookahead)
+        return needs.lookahead if self.lookahead is None else self.lookahead
 
     def cells(self, budget: Budget) -> int:
         """Cells the run needs; as `session.LaserKV.prepare` counts them."""
@@ -222,7 +225,7 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     item = FLOAT if needs.precise else 2
     per_key = header.layers * max(header.kv_heads) * header.key_dim
     per_query = header.layers * header.heads * header.key_dim
-    rows = budget.most_visible if needs.holds_all else budget.rows
+    rows = needs.rows(budget)
     total = (needs.host_keys + needs.values) * rows * per_key * item
     if needs.value_norms != "none" and not needs.values:
         total += rows * header.layers * max(header.kv_heads) * FLOAT

@@ -40,7 +40,7 @@ from laserkv_gguf.engine import Asked, Drafts, Reader, Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import output, rope, rows, stored
 from laserkv_gguf.llama.chat import Prompt
-from laserkv_gguf.llama.sequence import SPARE, Sequence
+from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Held, Policy, checked
 from laserkv_gguf.store import DiskStore, Store
 
@@ -272,7 +272,6 @@ class Recaller:
     def use(self, reader: Reader) -> None:
         """Goes on in a reader's context, which holds what the one before held."""
         self.reader, self.main = reader, reader.main
-        reader.context.row_format = self.form
         self.spare = Sequence(reader.context, SPARE)
 
     def close(self) -> None:
@@ -441,7 +440,7 @@ class Recaller:
             if self.mode == "replay":
                 kept = self._replay(question, position, cells - len(before), tuple(hidden))
             else:
-                kept = self._shortlist(question, position)
+                kept = self._shortlist(question, position, self.reader.context.cells - cells)
         except BaseException:
             self.go_back(before)
             raise
@@ -496,7 +495,8 @@ class Recaller:
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
         memory: dict[str, Any] = {}
         drafts = Drafts()
-        probing = len(question) + reader.lookahead + others
+        # room for all drafts, whatever stands there from the question before
+        probing = len(question) + max(reader.lookahead, reader.reach) + others
         beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True
@@ -509,9 +509,13 @@ class Recaller:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
-                asked = reader.ask(question, position, drafts, shared=True)
+                taken = others + int(np.count_nonzero(self.where >= 0))
+                room = reader.context.allocated_cells - taken
+                asked = reader.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
+                if not self.policy.needs.outside_kept:
+                    others_seen[self.budget.anchors : first] = False
                 others_seen[first:last] = False
                 others_seen[self._protected[1] :] = True
                 seen = self._candidates(
@@ -524,10 +528,10 @@ class Recaller:
         self._arrange(self._final(kept))
         return kept
 
-    def _beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> NDArray[Any] | None:
+    def _beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> list[NDArray[Any]]:
         """Keys of what a question at a position sees beside the document."""
         if not self.policy.needs.outside:
-            return None
+            return []
         spans, start = [(0, self.offset)], self.next_position
         for first, last in sorted(hidden):
             spans.append((start, first))
@@ -535,7 +539,7 @@ class Recaller:
         spans.append((start, position))
         if self._rotation is not None:
             stored.settle(self.reader.context)
-        return rows.keys_between(self.reader.context, self.main, self.spare, spans)
+        return list(stored.keys_between(self.reader.context, MAIN, spans))
 
     def _candidates(
         self,
@@ -543,7 +547,7 @@ class Recaller:
         block: Block | tuple[int, int, int],
         asked: Asked,
         others: Tokens,
-        beside: NDArray[Any] | None,
+        beside: list[NDArray[Any]],
         memory: dict[str, Any],
     ) -> Candidates:
         """What a policy chooses from, out of what is parked.
@@ -556,16 +560,11 @@ class Recaller:
             beside: keys of what is seen beside the document.
             memory: the policy's notes.
         """
-        from laserkv_gguf import kernels
-
-        needs, outside, norms = self.policy.needs, asked.own, None
+        needs, outside, norms = self.policy.needs, None, None
         if isinstance(block, Block):
             block = block.start, block.end, block.index
         if needs.outside:
-            for keys in (self._keys(others), beside):
-                if keys is not None:
-                    seen = kernels.log_sums(asked.queries, keys)
-                    outside = seen if outside is None else np.logaddexp(outside, seen)
+            outside = asked.with_more((self._keys(others), *beside))
         if needs.value_norms != "none":
             norms = self._norms(tokens)
         return Candidates(
@@ -630,21 +629,25 @@ class Recaller:
 
     # shortlist
 
-    def _shortlist(self, question: Prompt, position: int) -> Tokens:
-        """Chooses among all tokens at once: with the question, then with its drafts too."""
+    def _shortlist(self, question: Prompt, position: int, room: int) -> Tokens:
+        """Chooses among all tokens at once: with the question, then with its drafts too.
+
+        Args:
+            room: cells that are free.
+        """
         first, last = self._protected
         ends = np.arange(self.budget.tokens)
         ends = ends[(ends < first) | (ends >= last)]
         kept, beside = self.kept, self._beside(position, ())
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
-            asked = self.reader.ask(question, position, lookahead=lookahead)
+            asked = self.reader.ask(question, position, lookahead=lookahead, room=room)
             if self._rope is not None and asked.at is not None:
                 self._rope.turn(asked.queries, -asked.at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
             self._arrange(self._final(kept))
         return kept
 
-    def _choose(self, asked: Asked, ends: Tokens, beside: NDArray[Any] | None) -> Tokens:
+    def _choose(self, asked: Asked, ends: Tokens, beside: list[NDArray[Any]]) -> Tokens:
         """As many tokens as a reading leaves between the anchors and the last window.
 
         A softmax over all counts the shortlist, the `ends` and what is `beside` the document.

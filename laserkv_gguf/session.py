@@ -341,8 +341,7 @@ class LaserKV:
                 "shorten it, put the long part into a --document, or use a larger --block-size"
             )
         probing = prompt if asked and self.policy.needs.queries else 0
-        _, lookahead, _ = self._probe.completed(self.policy.needs)
-        drafts = lookahead if probing else 0
+        drafts = self.drafts if probing else 0
         read = budget is not None
         if budget is None and self.fills_cells:
             budget = make(
@@ -516,9 +515,18 @@ class LaserKV:
         """Cells beside what is kept and the conversation that recalling needs; 0 without."""
         if self.settings.recall == "off" or budget.keeps_all:
             return 0
-        _, lookahead, _ = self._probe.completed(self.policy.needs)
         mode = self.settings.recalling.mode_for(self.policy)
-        return budget.cells_to_recall(mode) - budget.kept + lookahead
+        return budget.cells_to_recall(mode) - budget.kept + self.drafts
+
+    @property
+    def drafts(self) -> int:
+        """Tokens drafted after a question that there must be cells for.
+
+        Of a cache of given size the drafts that are copied take what is left.
+        """
+        if self.ctx_size is None:
+            return self._probe.most_drafts(self.policy.needs)
+        return self._probe.completed(self.policy.needs)[1]
 
     def recaller(self, run: Run, offset: int = 0, number: int = 0) -> Recaller | None:
         """What parks and recalls the document of a run; None without recall, or nothing to recall.

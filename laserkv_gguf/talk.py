@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from laserkv_gguf import policies
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation import CONVERSATION_CELLS, Conversation, Reply
-from laserkv_gguf.engine import Progress, Reader, Reading
+from laserkv_gguf.engine import Asked, Progress, Reader, Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.history import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
-from laserkv_gguf.llama import rope, stored
+from laserkv_gguf.llama import output, rope, stored
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
-from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.llama.sequence import MAIN, Sequence, runs
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.policies.laser import Laser
 from laserkv_gguf.recall import Recalled, Recaller
@@ -227,8 +227,7 @@ class Talk(Conversation):
         """Cells that recalling needs while it goes through one document after the other."""
         if not self._parked:
             return 0
-        _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
-        return max(recaller.beside for recaller in self._parked) + drafts
+        return max(recaller.beside for recaller in self._parked) + self.engine.drafts
 
     def _read_for(self, question: str, on_progress: Callable[[Progress], None] | None) -> Prompt:
         # where each document is read by itself, a question recalls of each in turn
@@ -410,7 +409,7 @@ class Talk(Conversation):
             UserError: they never would, or the policy keeps everything.
         """
         prompt = len(self._pending) + len(asked)
-        _, drafts, _ = self.engine._probe.completed(self.engine.policy.needs)
+        drafts = self.engine.drafts
         ahead = min(prompt, LONG_QUESTION) + drafts
         self._compress(self._shared(replace(self.space, prompt=prompt, ahead=ahead)), asked, 0)
         if self._parked and self._trained:
@@ -465,12 +464,12 @@ class Talk(Conversation):
             recalled = sum(recaller.most for recaller in self._parked)
             choices.append((self._unparked, max(thinning.documents - recalled, 0)))
             self._shrink()
-        queries = None
+        seen = None
         if policy.needs.queries:
             numbers = [n for some, _ in choices for n in some]
-            queries = self._asked(policy, asked, numbers, start)
-            policy = policy if queries is not None else policies.make("keydiff")
-        self._thin(policy, choices, queries, start)
+            seen = self._asked(policy, asked, numbers, start)
+            policy = policy if seen is not None else policies.make("keydiff")
+        self._thin(policy, choices, seen, start)
         self.thinnings += 1
         for number in aged:
             self.ledger.segments[number].whole = False
@@ -493,8 +492,8 @@ class Talk(Conversation):
 
     def _asked(
         self, policy: policies.Policy, asked: Prompt, numbers: list[int], start: int
-    ) -> NDArray[np.float32] | None:
-        """The queries of the question and its drafts; None where it has no room to be asked.
+    ) -> Asked | None:
+        """The question and its drafts; None where it has no room to be asked.
 
         Where an answer has just filled the cache, room is made first, by the keys alone.
         """
@@ -502,13 +501,14 @@ class Talk(Conversation):
         prompt = np.concatenate((self._pending, asked.tokens)).astype(np.int32)
         wanted = len(prompt) + asker.lookahead
         self._free(wanted - self._left(start), numbers, start)
+        asker.reach = min(asker.reach, self._left(start) - len(prompt))
         asker.lookahead = min(asker.lookahead, self._left(start) - len(prompt))
         if asker.lookahead < 0:
             return None
-        self._move_down(wanted)
-        queries = asker.ask(Prompt(prompt, asked.ending), self._position)
+        self._move_down(len(prompt) + max(asker.lookahead, asker.reach))
+        found = asker.ask(Prompt(prompt, asked.ending), self._position)
         self._settled = True
-        return queries
+        return found
 
     def _left(self, start: int) -> int:
         """Cells that are left; from a position on, positions too."""
@@ -528,13 +528,14 @@ class Talk(Conversation):
         self,
         policy: policies.Policy,
         choices: list[tuple[list[int], int]],
-        queries: NDArray[np.float32] | None,
+        asked: Asked | None,
         start: int = 0,
     ) -> None:
         """Evicts what the policy does not choose.
 
         Args:
             choices: segments, and how many of their rows may stay together.
+            asked: what looks at them, for a policy that wants that.
             start: only rows from this position on count, and go.
         """
         ledger, stays = self.ledger, np.ones(len(self.ledger), bool)
@@ -545,7 +546,7 @@ class Talk(Conversation):
                 rows, keep = rows[:-1], keep - 1
             if keep < len(rows):
                 stays[rows] = False
-                stays[self._chosen(policy, rows, max(keep, 0), queries)] = True
+                stays[self._chosen(policy, rows, max(keep, 0), asked)] = True
         if stays.all():
             return
         with _uninterrupted():
@@ -556,7 +557,7 @@ class Talk(Conversation):
         policy: policies.Policy,
         rows: NDArray[np.int64],
         keep: int,
-        queries: NDArray[np.float32] | None,
+        asked: Asked | None,
     ) -> NDArray[np.int64]:
         if keep == 0:
             return rows[:0]
@@ -569,9 +570,28 @@ class Talk(Conversation):
             for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
                 view = getattr(found, kind)
                 views[kind] = view.astype(np.float32) if needs.precise else view
+            if needs.value_norms != "none":
+                from laserkv_gguf import kernels
+
+                factors = None
+                if needs.value_norms == "output":
+                    factors = output.factors(self.engine.model)
+                views["value_norms"] = kernels.value_norms(found.values, factors)
+            if needs.outside and asked is not None:
+                views["outside"] = self._outside(rows, asked)
         block = (int(rows[0]), int(rows[-1]) + 1)
+        queries = None if asked is None else asked.queries
         candidates = Candidates(rows, block, self.thinnings, queries, **views)
         return rows[checked(policy, policy.select(candidates, keep), candidates, keep)]
+
+    def _outside(self, rows: NDArray[np.int64], asked: Asked) -> NDArray[np.float32] | None:
+        """`Candidates.outside` of some rows of the ledger: the question itself and all others."""
+        from laserkv_gguf import kernels
+
+        others = np.delete(self.ledger.position, rows)
+        keys = stored.keys_between(self._context, MAIN, runs(others))
+        with kernels.threads(self._context.threads):
+            return asked.with_more(keys)
 
     def _policy(self) -> policies.Policy:
         """The run's own policy, or `laser` where that must see a block while it is decoded.

@@ -35,6 +35,7 @@ from tiny import forward
 from laserkv_gguf import memory, policies, store
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
+from laserkv_gguf.engine import Asked
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 from laserkv_gguf.kernels import planes, pool, top_k
 from laserkv_gguf.kernels.hamming import hamming_votes
@@ -749,10 +750,10 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         recaller = talk._recaller
         assert recaller is not None
         assert recaller.mode == "shortlist"
-        seen: list[NDArray[np.float32]] = []
+        seen: list[Asked] = []
         original = recaller.reader.ask
 
-        def ask(*args: Any, **more: Any) -> NDArray[np.float32]:
+        def ask(*args: Any, **more: Any) -> Asked:
             seen.append(original(*args, **more))
             return seen[-1]
 
@@ -764,7 +765,7 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         keys = recaller.form.keys(recaller.store.keys(np.arange(budget.tokens))).astype(float)
         index = recaller.index
         kv = SPEC.kv_heads
-        queries = seen[-1].astype(float)
+        queries = seen[-1].queries.astype(float)
         grouped = queries.reshape(SPEC.layers, queries.shape[1], kv, -1, SPEC.head_dim)
         units, scores = [], []
         number = 0

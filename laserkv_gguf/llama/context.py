@@ -169,7 +169,6 @@ class Context:
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
-        self.row_format: Any = None  # of rows.py, once it was tried
         self._check_memory()
         with library.recorded() as lines:
             self.handle = L.llama_init_from_model(model.handle, self._params())

@@ -16,8 +16,6 @@ format is internal, and this file is all that knows it:
 from __future__ import annotations
 
 import ctypes
-import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,8 +29,6 @@ from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, row_bytes
 from laserkv_gguf.llama.sequence import Sequence
-
-log = logging.getLogger(__name__)
 
 Bytes = NDArray[np.uint8]
 
@@ -259,41 +255,6 @@ def take(context: Context, form: Format, sequence: int) -> Rows:
     if written != size or size < _HEADER.itemsize:
         raise FormatError(f"llama.cpp wrote {written} of {size} bytes of a sequence's state")
     return parse(blob, form)
-
-
-def keys_between(
-    context: Context, source: Sequence, spare: Sequence, spans: Iterable[tuple[int, int]]
-) -> NDArray[Any] | None:
-    """Keys of a sequence's cells at some positions, as the cache has them; they stay there.
-
-    Args:
-        source: whose they are.
-        spare: a sequence that holds nothing, and holds nothing afterwards.
-        spans: half-open runs of positions; some may be free.
-
-    Returns:
-        (layers, n, kv_heads, head_dim) float16 or float32; None where there are none, or where
-        llama.cpp's state is not what this file knows (which is logged).
-    """
-    try:
-        if context.row_format is None:
-            context.row_format = check(context)
-        form: Format = context.row_format
-        parts = []
-        for start, end in spans:
-            for first in range(start, end, form.per_call):
-                source.share_with(spare, first, min(first + form.per_call, end))
-                try:
-                    if spare.last >= 0:
-                        parts.append(
-                            form.keys(np.ascontiguousarray(take(context, form, spare.number).keys))
-                        )
-                finally:
-                    spare.remove()
-    except FormatError as error:
-        log.warning("attention to what stands before the document is not counted: %s", error)
-        return None
-    return np.concatenate(parts, axis=1) if parts else None
 
 
 def put(context: Context, rows: Rows, sequence: int) -> None:

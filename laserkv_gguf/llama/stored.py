@@ -7,7 +7,8 @@ knows: a header, the cells' positions, then per layer the keys' rows, then the v
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import SPARE, Sequence, runs
+
+log = logging.getLogger(__name__)
 
 _MAGIC = 0xAF143CD8
 _HADAMARD = 64  # llama.cpp rotates quantised keys of head sizes that this divides
@@ -63,6 +66,36 @@ def read(context: Context, sequence: int, positions: NDArray[np.int64]) -> Store
         return Stored.of(context, save(context, SPARE))
     finally:
         spare.remove()
+
+
+def keys_between(
+    context: Context, sequence: int, spans: Iterable[tuple[int, int]]
+) -> Iterator[NDArray[Any]]:
+    """Keys of whatever a sequence has at some positions, as `read` gives them.
+
+    Args:
+        spans: half-open runs of positions.
+
+    Yields:
+        (layers, n, kv_heads, head_dim) float16 or float32, a part at a time; nothing where
+        llama.cpp's state is not what this file knows (which is logged).
+    """
+    source, spare = Sequence(context, sequence), Sequence(context, SPARE)
+    at_once = max(1, _BYTES_AT_ONCE * context.allocated_cells // context.kv_bytes)
+    for start, end in spans:
+        for first in range(start, end, at_once):
+            spare.remove()
+            try:
+                source.share_with(spare, first, min(first + at_once, end))
+                if spare.last < 0:
+                    continue
+                keys = Stored.of(context, save(context, SPARE)).keys
+            except LaserKVError as error:
+                log.warning("attention to what stands beside the text is not counted: %s", error)
+                return
+            finally:
+                spare.remove()
+            yield keys
 
 
 def settle(context: Context) -> None:
