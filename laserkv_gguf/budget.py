@@ -180,6 +180,13 @@ class Budget:
         return self.tokens if before is None else before + self.block_size
 
     @property
+    def rows_and_anchors(self) -> int:
+        """`rows` with the anchors among them."""
+        if self.keeps_all or not self.accumulates:
+            return self.rows
+        return self.rows + self.anchors
+
+    @property
     def most_visible(self) -> int:
         """Tokens in the cache at most, while a block is whole."""
         if self.keeps_all:

@@ -16,12 +16,14 @@ from laserkv_gguf.kernels import geometry
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.policies import Candidates, checked
+from laserkv_gguf.policies import Candidates, Held, checked
 from laserkv_gguf.policies.lagkv import _standing_out as standing_out
+from laserkv_gguf.policies.quest import bounds
 from laserkv_gguf.reading.reader import ProbeSettings, Reader
 
 FIRST = 40  # the sequence's number of the first candidate
 BACK = 20  # candidates before the block
+WINDOW = 10  # tokens after the candidates
 SHAPES = [(1, 90, 2, 1, 16), (2, 70, 4, 4, 8), (3, 200, 6, 2, 32)]  # layers, C, heads, kv, dim
 SEEDS = range(3)
 NAMES = ["lagkv", "keydiff", "quest", "compactor", "dbudgetkv", "laser"]
@@ -42,25 +44,30 @@ def seen(
     layers, count, heads, kv_heads, dim = shape
     rng = np.random.default_rng([seed, *shape])
     # keys lie in a cone, as real ones do
-    keys = rng.normal(size=(layers, count, kv_heads, dim)) + 1.5 * rng.normal(size=dim)
-    values = rng.normal(size=(layers, count, kv_heads, dim))
-    block = first + BACK, first + max(count, BACK) + 10
+    keys = rng.normal(size=(layers, count + WINDOW, kv_heads, dim)) + 1.5 * rng.normal(size=dim)
+    values = rng.normal(size=(layers, count + WINDOW, kv_heads, dim)).astype(dtype)
+    keys, tokens = keys.astype(dtype), np.arange(first, first + count + WINDOW)
+    block = first + BACK, first + max(count, BACK) + WINDOW
     return Candidates(
-        np.arange(first, first + count),
+        tokens[:count],
         block,
         queries=rng.normal(size=(layers, 5, heads, dim)).astype(np.float32),
-        keys=keys.astype(dtype),
-        values=values.astype(dtype),
+        keys=keys[:, :count],
+        values=values[:, :count],
         block_queries=rng.normal(size=(layers, block[1] - block[0], heads, dim)).astype(dtype),
+        held=Held(tokens, tokens, 0, keys, values),
     )
 
 
 def changed(candidates: Candidates, **arrays: Array) -> Candidates:
-    return Candidates(**{**vars(candidates), **arrays})
+    """With other arrays; of changed keys and values nothing is held but the candidates."""
+    held = {"held": None} if arrays.keys() & {"keys", "values"} else {}
+    return Candidates(**{**vars(candidates), **held, **arrays})
 
 
 def chosen(name: str, candidates: Candidates, budget: int, **options: Any) -> list[int]:
     policy = policies.make(name, **options)
+    candidates = changed(candidates, memory={})
     kept = checked(policy, policy.select(candidates, budget), candidates, budget)
     assert len(kept) >= 1
     return kept.tolist()
@@ -104,13 +111,14 @@ def each(array: Array | None) -> Iterator[Array]:
 # ---- references ----------------------------------------------------------------------------------
 
 
-def keydiff_reference(candidates: Candidates) -> Array:
-    total = np.zeros(candidates.count)
-    for keys in each(candidates.keys):
+def keydiff_reference(keys_of_all: Array, count: int) -> Array:
+    """Of the first `count` keys, against the mean of all."""
+    total = np.zeros(keys_of_all.shape[1])
+    for keys in each(keys_of_all):
         unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
         mean = unit.mean(axis=0)
         total -= keys @ mean / np.linalg.norm(keys, axis=1) / np.linalg.norm(mean)
-    return total
+    return total[:count]
 
 
 def leverage_reference(candidates: Candidates, sketch: int, seed: int) -> Array:
@@ -152,15 +160,15 @@ def compactor_attention_reference(candidates: Candidates, chunk: int) -> Array:
 
 def lagkv_reference(candidates: Candidates, budget: int, lag: int) -> list[int]:
     """Partitions one by one; top-k pro rata, what is left to the best among the next in rank."""
-    count = candidates.count
+    count, held = candidates.count, candidates.around
     edges = [lag * i for i in range(max(count // lag, 1))] + [count]
     ranked = []
     for p in range(len(edges) - 1):
-        other = p + 1 if p + 2 < len(edges) else max(p - 1, 0)
+        other = slice(edges[p + 1], edges[p + 1] + lag)  # into the window after the last one
         score = np.zeros(edges[p + 1] - edges[p])
-        for array in (candidates.keys, candidates.values):
+        for array in (held.keys, held.values):
             for state in each(array):
-                reference = state[edges[other] : edges[other + 1]]
+                reference = state[other]
                 low, high = reference.min(axis=0), reference.max(axis=0)
                 normal = (state[edges[p] : edges[p + 1]] - low) / (high - low)
                 score += softmax(normal.std(axis=1, ddof=1))
@@ -172,15 +180,21 @@ def lagkv_reference(candidates: Candidates, budget: int, lag: int) -> list[int]:
     return sorted(token for *_, token in sorted(ranked)[:budget])
 
 
-def quest_reference(candidates: Candidates, page: int) -> Array:
+def quest_reference(candidates: Candidates, page: int, skip: int = 2) -> Array:
     pages = np.arange(0, candidates.count, page)
-    bounds = np.zeros(len(pages))
-    for queries, keys, _ in pairs(candidates):
+    scores = np.zeros(len(pages))
+    assert candidates.queries is not None
+    layers, _, heads, dim = candidates.queries.shape
+    for number, (queries, keys, _) in enumerate(pairs(candidates)):
+        if layers > skip and number < skip * heads:
+            continue
+        upper = np.empty((len(queries), len(pages)))
         for i, start in enumerate(pages):
             rows = keys[start : start + page]
             low, high = rows.min(axis=0), rows.max(axis=0)
-            bounds[i] += np.maximum(queries * low, queries * high).sum()
-    return bounds
+            upper[:, i] = np.maximum(queries * low, queries * high).sum(axis=1) / np.sqrt(dim)
+        scores += softmax(upper).max(axis=0)
+    return scores
 
 
 def dbudgetkv_reference(candidates: Candidates, threshold: float, order: str) -> list[int]:
@@ -233,7 +247,8 @@ seeds = pytest.mark.parametrize("seed", SEEDS)
 def test_keydiff(seed: int, shape: Any) -> None:
     one = seen(seed, shape)
     for budget in (1, one.count // 4, one.count - 1):
-        assert chosen("keydiff", one, budget) == best(keydiff_reference(one), budget)
+        scores = keydiff_reference(one.around.keys, one.count)
+        assert chosen("keydiff", one, budget) == best(scores, budget)
 
 
 @every
@@ -244,6 +259,30 @@ def test_lagkv(seed: int, shape: Any, lag: int) -> None:
     one = seen(seed, shape)
     for budget in (1, one.count // 4, one.count - 1):
         assert chosen("lagkv", one, budget, lag=lag) == lagkv_reference(one, budget, lag)
+
+
+def test_lagkv_without_a_window() -> None:
+    """The last partition is held against the one before; a lone one against itself."""
+    one = changed(seen(0, (2, 80, 2, 2, 8)), held=None)
+    assert one.keys is not None
+    assert one.values is not None
+    # as if the next partition were what in fact stands before
+    more = Held(
+        np.arange(FIRST, FIRST + 96),
+        np.arange(FIRST, FIRST + 96),
+        0,
+        *(np.concatenate((a, a[:, 48:64]), axis=1) for a in (one.keys, one.values)),
+    )
+    assert chosen("lagkv", one, 20, lag=16) == chosen("lagkv", changed(one, held=more), 20, lag=16)
+    short = seen(0, (2, 10, 2, 2, 8))
+    alone = changed(short, held=None)
+    twice = Held(
+        np.arange(FIRST, FIRST + 20),
+        np.arange(FIRST, FIRST + 20),
+        0,
+        *(np.concatenate((a, a), axis=1) for a in (alone.keys, alone.values)),
+    )
+    assert chosen("lagkv", alone, 4) == chosen("lagkv", changed(alone, held=twice), 4)
 
 
 def test_lagkv_gives_every_partition_its_share() -> None:
@@ -280,19 +319,21 @@ def test_lagkv_and_a_channel_that_is_always_the_same() -> None:
 @pytest.mark.parametrize("page", [16, 7, 128])
 def test_quest(seed: int, shape: Any, page: int) -> None:
     one = seen(seed, shape)
-    ranked = np.argsort(-quest_reference(one, page)).tolist()
-    tokens = [t for p in ranked for t in range(p * page, min((p + 1) * page, one.count))]
-    for budget in (1, min(page, one.count - 1), one.count // 4, one.count - 1):
-        assert chosen("quest", one, budget, page=page) == sorted(tokens[:budget])
+    for skip in (2, 0, 1):
+        ranked = np.argsort(-quest_reference(one, page, skip), kind="stable").tolist()
+        tokens = [t for p in ranked for t in range(p * page, min((p + 1) * page, one.count))]
+        for budget in (1, min(page, one.count - 1), one.count // 4, one.count - 1):
+            assert chosen("quest", one, budget, page=page, skip=skip) == sorted(tokens[:budget])
 
 
 def test_quest_bounds_are_bounds() -> None:
     one = seen(1, SHAPES[2])
-    products = sum((q @ k.T).sum(axis=0) for q, k, _ in pairs(one))
-    quest = policies.make("quest")
+    index = policies.make("quest").index(one)
     assert one.queries is not None
-    bounds = np.repeat(quest.look_up(one.queries, quest.index(one)), 16)[: one.count]
-    assert (bounds >= products).all()
+    found = [bounds(*layer) for layer in zip(one.queries, index["low"], index["high"], strict=True)]
+    for (queries, keys, _), upper in zip(pairs(one), np.concatenate(found), strict=True):
+        products = queries @ keys.T / np.sqrt(keys.shape[1])
+        assert (np.repeat(upper, 16, axis=1)[:, : one.count] >= products - 1e-6).all()
 
 
 @every
@@ -301,11 +342,15 @@ def test_quest_bounds_are_bounds() -> None:
 def test_compactor(seed: int, shape: Any, options: dict[str, Any]) -> None:
     one, used = (
         seen(seed, shape),
-        {"blending": 0.35, "sketch": 48, "chunk": 256, "seed": 0} | options,
+        {"blending": None, "sketch": 48, "chunk": 256, "seed": 0} | options,
     )
-    scores = used["blending"] * leverage_reference(one, used["sketch"], used["seed"])
-    scores += compactor_attention_reference(one, used["chunk"])
+    leverage = leverage_reference(one, used["sketch"], used["seed"])
+    attention = compactor_attention_reference(one, used["chunk"])
     for budget in (1, one.count // 4, one.count - 1):
+        blending = used["blending"]
+        if blending is None:  # the share that goes
+            blending = (one.count - budget) / (one.count + WINDOW)
+        scores = blending * leverage + attention
         assert chosen("compactor", one, budget, **options) == best(scores, budget)
 
 
@@ -355,7 +400,7 @@ def test_laser_rules_and_residuals(seed: int, shape: Any) -> None:
     cases = [
         ({"rule": "magicpig", "hash_bits": 3, "hash_tables": 9}, magicpig_reference(one, 3, 9, 4)),
         ({"rule": "analytic", "hash_bits": 5}, analytic_reference(one, 5)),
-        ({"residual": "keydiff"}, keydiff_reference(one)),
+        ({"residual": "keydiff"}, keydiff_reference(one.keys, one.count)),
         ({"residual": "leverage"}, leverage_reference(one, 48, 4)),
         ({"residual": "leverage", "rule": "analytic"}, leverage_reference(one, 48, 4)),
     ]
@@ -363,7 +408,7 @@ def test_laser_rules_and_residuals(seed: int, shape: Any) -> None:
         kept = chosen("laser", one, 30, alpha=0.5, pool=1, seed=4, **options)
         assert kept == laser_reference(one, 30, scores)
     pooled = chosen("magicpig", one, 30, pool=7, residual="keydiff")
-    assert pooled == best(kernels.pool(keydiff_reference(one), 7), 30)
+    assert pooled == best(kernels.pool(keydiff_reference(one.keys, one.count), 7), 30)
 
 
 def test_laser_unchanged_by_default() -> None:
@@ -473,10 +518,14 @@ def test_only_what_is_needed_is_looked_at(name: str) -> None:
         ("lagkv", {"lag": 1}),
         ("lagkv", {"sinks": -1}),
         ("quest", {"page": 0}),
+        ("quest", {"skip": -1}),
         ("compactor", {"blending": -0.1}),
         ("compactor", {"blending": np.nan}),
         ("compactor", {"sketch": 0}),
         ("compactor", {"chunk": 0}),
+        ("compactor", {"sinks": -1}),
+        ("compactor", {"recent": 0}),
+        ("compactor", {"share": "some"}),
         ("dbudgetkv", {"threshold": 1.0}),
         ("dbudgetkv", {"threshold": -0.01}),
         ("dbudgetkv", {"threshold": np.nan}),

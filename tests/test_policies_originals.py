@@ -18,12 +18,16 @@ import tiny as model_of
 from numpy.typing import NDArray
 from tiny import Tiny, TinySpec, make, random_tokens
 
-from laserkv_gguf import policies
+from laserkv_gguf import LaserKV, policies
 from laserkv_gguf.budget import Budget
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.rope import Rotation
+from laserkv_gguf.policies import Candidates, Held
 from laserkv_gguf.reading.reader import Reader
+from laserkv_gguf.recall.recaller import Recaller
 
 Array = NDArray[Any]
 
@@ -324,7 +328,7 @@ def pooled(m: Moment, choose: Callable[[Moment, Array, int], Array]) -> Array:
 
 
 def lagkv(m: Moment, lag: int = 8) -> Array:
-    """Whole partitions, each by the range of the one after it; what is left over counts with them."""
+    """Partitions, each by the range of the one after it; what is left counts with the last."""
 
     def choose(m: Moment, numbers: Array, budget: int) -> Array:
         starts = list(range(0, len(numbers) - lag + 1, lag)) or [0]
@@ -431,3 +435,192 @@ def test_a_run_keeps_what_the_authors_would(
     assert reading.kept.tolist() == truth[-1]
     assert any(len(kept) < TOKENS for kept in truth)
     assert reading.next_position == (len(truth[-1]) if name in COMPACT else TOKENS)
+
+
+# ---- what stands for infllm's units ------------------------------------------------------------
+
+
+def infllm(spec: TinySpec, seen: Candidates, size: int, count: int, local: int) -> Array:
+    """Mean keys before RoPE of each head's most looked at, which a query of one angle meets."""
+    held, asking = seen.around, seen.block_queries
+    assert held.keys is not None
+    assert asking is not None
+    layers, _, kv_heads, dim = held.keys.shape
+    heads = asking.shape[2]
+    plain = turn(spec, held.keys.astype(float), -held.positions)
+    first = held.first
+    units = [range(i, min(i + size, seen.count)) for i in range(0, seen.count, size)]
+    means = np.zeros((layers, len(units), heads, dim))
+    for layer in range(layers):
+        for head in range(heads):
+            own = head // (heads // kv_heads)
+            mass = np.zeros(len(held.tokens))
+            for i, query in enumerate(asking[layer, :, head].astype(float)):
+                token = seen.block[0] + i
+                sees = held.tokens <= token
+                keys = held.keys[layer, sees, own].astype(float)
+                paid = softmax(keys @ query / np.sqrt(dim))
+                near = token - held.tokens[sees] < local
+                mass[sees] += np.where(near, paid, 0)
+            for number, unit in enumerate(units):
+                top = [unit[i] for i in best(mass[first:][list(unit)], count)]
+                means[layer, number, head] = plain[layer, first:, own][top].mean(axis=0)
+    return turn(spec, means, np.array([1 - local]))
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["neighbours", "halves"])
+def test_what_stands_for_a_unit(halves: bool) -> None:
+    """First tokens, tokens of before the block, and a last unit that is short."""
+    spec = TinySpec(arch="qwen2" if halves else "llama", heads=6, kv_heads=2, head_dim=8)
+    rng = np.random.default_rng(3)
+    tokens = np.concatenate((np.arange(6), np.arange(90, 133)))
+    keys = 2 * rng.normal(size=(2, len(tokens), 2, 8)).astype(np.float32)
+    # compacted: tokens stand elsewhere than they were read
+    held = Held(tokens, 50 + np.arange(len(tokens)), 6, keys)
+    frequencies = spec.rope_base ** -(np.arange(0, 8, 2) / 8)
+    seen = Candidates(
+        tokens[6:],
+        (100, 133),
+        keys=keys[:, 6:],
+        block_queries=rng.normal(size=(2, 33, 6, 8)).astype(np.float32),
+        held=held,
+        rotation=Rotation(frequencies, halves),
+    )
+    for local in (7, 20, 4096):
+        policy = policies.make("infllm", size=8, representatives=2, local=local)
+        truth = infllm(spec, seen, 8, 2, local)
+        found = policy.index(seen)["means"]
+        assert found.shape == truth.shape == (2, 6, 6, 8)
+        assert np.abs(found - truth).max() < 2e-3  # float16
+    # without the queries of the block a unit's first tokens stand for it, for every head alike
+    nobody = np.empty((2, 0, 6, 8), np.float32)
+    found = policy.index(replace(seen, block_queries=nobody))["means"]
+    plain = turn(spec, keys[:, 6:8].astype(float), -held.positions[6:8])
+    plain = turn(spec, plain.mean(axis=1, keepdims=True), np.array([1 - 4096]))
+    assert np.abs(found[:, 0] - np.repeat(plain[:, 0], 3, axis=1)).max() < 2e-3
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_units_are_noted_as_they_were_read(
+    positions: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The softmax counts all that the block saw, and the last block notes what it parks."""
+    spec = TinySpec(layers=2)
+    path = make(tmp_path_factory.mktemp("units"), spec=spec).path
+    given: list[Candidates] = []
+    kind = policies.find("infllm")
+    index = kind.index
+
+    def noting(self: Any, block: Candidates) -> Any:
+        if self.needs.recall and np.array_equal(block.tokens, np.arange(*block.block)):
+            copied = replace(
+                block.around, keys=np.array(block.around.keys), tokens=block.around.tokens.copy()
+            )
+            asked = np.array(block.block_queries)
+            given.append(replace(block, held=copied, block_queries=asked))
+        return index(self, block)
+
+    monkeypatch.setattr(kind, "index", noting)
+    settings: dict[str, Any] = {"policy": "infllm", "recall": "ram", "positions": positions}
+    settings |= {"block_size": 64, "ratio": 0.3, "policy_options": {"size": 8, "local": 30}}
+    with LaserKV(path, context=replace(OPTIONS, batch_size=128), **settings) as engine:
+        talk = engine.conversation(document="tin copper ore " * 20, max_tokens=4)
+        reading = talk.read()
+        recaller = talk._recaller
+        assert isinstance(recaller, Recaller)
+        truth = [infllm(spec, block, 8, 4, 30) for block in given]
+        assert len(truth) == len(reading.budget.blocks)
+        assert np.abs(recaller.index["means"] - np.concatenate(truth, axis=1)).max() < 5e-3
+        for block, then in zip(reading.budget.blocks, given, strict=True):
+            # all that was in the cache, anchors and earlier units too
+            assert len(then.around.tokens) == block.kept_before + block.tokens
+
+
+# ---- positions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(policies.available()) - {"full", "infllm"}))
+def test_positions_are_the_method_s_unless_told(name: str, tmp_path: Any) -> None:
+    path = make(tmp_path).path
+    options = ContextOptions(128, 64, threads=1)
+    settings = {"policy": name, "block_size": 64, "ratio": 0.4, "context": options}
+    document = "A story that is long enough for a few blocks, told by nobody. " * 6
+    for positions in ("auto", "original"):
+        with LaserKV(path, **settings, positions=positions) as engine:
+            stream = engine.stream("why?", document=document, max_tokens=2)
+            assert "".join(stream) == stream.reply.text
+            moved = positions == "auto" and name in COMPACT
+            assert stream.reply.account.positions == ("compact" if moved else "original")
+
+
+@pytest.mark.parametrize(
+    ("context", "more"),
+    [
+        ({"type_k": "bf16"}, {}),  # llama.cpp cannot turn these
+        ({"type_k": "q8_0"}, {}),  # nor these, of head size 32
+        ({"type_k": "q8_0"}, {"recall": "ram"}),
+    ],
+)
+def test_where_keys_cannot_be_moved_they_stay(
+    context: dict[str, Any], more: dict[str, Any], tmp_path: Any
+) -> None:
+    path = make(tmp_path).path
+    options = ContextOptions(128, 64, threads=1, **context)
+    document = "A story that is long enough for a few blocks, told by nobody. " * 6
+    settings: dict[str, Any] = {"policy": "finch", "block_size": 64, "ratio": 0.4, **more}
+    with LaserKV(path, context=options, **settings) as engine:
+        reply = engine.ask("why?", document=document, max_tokens=2)
+        assert reply.account.positions == "original"
+    with (
+        LaserKV(path, context=options, **settings, positions="compact") as engine,
+        pytest.raises(UserError, match="use -ctk f16"),
+    ):
+        engine.ask("why?", document=document, max_tokens=2)
+
+
+# ---- finch's summary ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.75])
+@pytest.mark.parametrize("protected", [0, 30])
+def test_the_summary_grows(ratio: float, protected: int) -> None:
+    """Against floor(r · read): never more than that, or than what is protected and a token."""
+    budget = replace(policies.make("finch").budget(1000, 64, ratio, 4), protected=protected)
+    held = 0
+    for block in budget.blocks:
+        held += block.tokens
+        room = max(int(round(ratio * 1000) * block.end // 1000), budget.anchors + budget.window)
+        held = min(held, room)
+        assert block.kept_after == held
+        assert block.evicts == (block.kept_before + block.tokens > room)
+        if block.evicts:
+            assert block.pool == room - budget.anchors - budget.window
+            assert block.count == block.kept_before + block.tokens - budget.anchors - budget.window
+    assert budget.kept == max(round(ratio * 1000), protected + 1)
+    assert max(b.kept_before + b.tokens for b in budget.blocks) <= budget.rows
+
+
+# ---- several ratios from one reading -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["compactor", "chunkkv", "snapkv"])
+def test_choosing_again_is_reading_again(name: str, loaded: tuple[Tiny, Model]) -> None:
+    """What a policy notes while it reads is not spoiled by the first choice."""
+    tiny, model = loaded
+    ids = random_tokens(TOKENS + QUESTION, tiny.spec, seed=2).astype(np.int32)
+    policy = precise(policies.make(name, **CASES[name].options))
+    question = Prompt(ids[TOKENS:], ENDING)
+    kept = {}
+    for ratio in (0.5, 0.3, 0.25):
+        with Context(model, 512, OPTIONS) as context:
+            reading = Reader(context, policy).read(
+                ids[:TOKENS], policy.budget(TOKENS, SIZE, ratio, 4), question
+            )
+        kept[ratio] = reading.kept.tolist()
+    with Context(model, 512, OPTIONS) as context:
+        reader = Reader(context, policy)
+        first = reader.read(ids[:TOKENS], policy.budget(TOKENS, SIZE, 0.5, 4), question, whole=True)
+        assert first.kept.tolist() == kept[0.5]
+        for ratio in (0.3, 0.5, 0.25):
+            again = reader.choose_again(policy.budget(TOKENS, SIZE, ratio, 4))
+            assert again.kept.tolist() == kept[ratio]

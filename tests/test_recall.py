@@ -767,9 +767,12 @@ def test_another_format_turns_recall_off(
 @pytest.mark.parametrize("name", ["quest", "infllm"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) -> None:
-    """What is kept is the best units by brute force, over the parked keys."""
-    size = 16
-    options = {"page": size} if name == "quest" else {"size": size, "local": 20}
+    """What is kept is the best units by brute force, over the parked keys.
+
+    What stands for `infllm`'s units is looked at in test_policies_originals.
+    """
+    size, local = 16, 20
+    options = {"page": size} if name == "quest" else {"size": size, "local": local}
     settings = {"policy": name, "policy_options": options, "positions": positions}
     with recalling(loaded, **settings) as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
@@ -781,8 +784,9 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         original = recaller.reader.ask
 
         def ask(*args: Any, **more: Any) -> Asked:
-            seen.append(original(*args, **more))
-            return seen[-1]
+            asked = original(*args, **more)
+            seen.append(replace(asked, queries=asked.queries.copy()))
+            return asked
 
         recaller.reader.ask = ask  # type: ignore[method-assign]
         recalled = talk.recall(QUESTIONS[0])
@@ -790,31 +794,40 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         assert recalled is not None
         budget = recaller.budget
         keys = recaller.form.keys(recaller.store.keys(np.arange(budget.tokens))).astype(float)
-        index = recaller.index
-        kv = SPEC.kv_heads
-        queries = seen[-1].queries.astype(float)
-        grouped = queries.reshape(SPEC.layers, queries.shape[1], kv, -1, SPEC.head_dim)
-        units, scores = [], []
-        number = 0
-        for block in budget.blocks:
-            for start in range(block.start, block.end, size):
-                end = min(start + size, block.end)
-                inside = keys[:, start:end]
-                if name == "quest":
+        kv, group = SPEC.kv_heads, SPEC.heads // SPEC.kv_heads
+        queries, at = seen[-1].queries.astype(float), seen[-1].at
+        assert at is not None
+        end = talk._position if positions == "original" else recaller.next_position
+        assert at[-1] == at[0] + queries.shape[1] - 1
+        assert at[0] >= end - 1
+        # before RoPE, and then all from one angle
+        angles = tiny._angles(SPEC, local - 1 - at, None)
+        plain = np.stack([tiny._rope(SPEC, layer, angles) for layer in queries])
+        units = [
+            (start, min(start + size, block.end))
+            for block in budget.blocks
+            for start in range(block.start, block.end, size)
+        ]
+        if name == "quest":  # of two layers both have a say
+            upper = np.empty((SPEC.layers, SPEC.heads, queries.shape[1], len(units)))
+            for number, (start, end) in enumerate(units):
+                for head in range(SPEC.heads):
+                    inside = keys[:, start:end, head // group]
                     low, high = inside.min(axis=1), inside.max(axis=1)
                     each = np.maximum(
-                        grouped * low[:, None, :, None], grouped * high[:, None, :, None]
+                        queries[:, :, head] * low[:, None], queries[:, :, head] * high[:, None]
                     )
-                    score = each.sum()
-                else:
-                    chosen = index["representatives"][:, number].astype(float)
-                    for layer_keys in np.unique(chosen.reshape(SPEC.layers, 4, -1)[0], axis=0):
-                        flat = inside[0].reshape(len(inside[0]), -1)
-                        assert np.abs(flat - layer_keys).max(axis=1).min() < 1e-6
-                    score = np.einsum("lqhgd,lrhd->", grouped, chosen)
-                units.append((start, end))
-                scores.append(score)
-                number += 1
+                    upper[:, head, :, number] = each.sum(axis=2) / np.sqrt(SPEC.head_dim)
+            weights = np.exp(upper - upper.max(axis=3, keepdims=True))
+            weights /= weights.sum(axis=3, keepdims=True)
+            scores = weights.max(axis=2).sum(axis=(0, 1))
+        else:
+            means = recaller.index["means"].astype(float)
+            assert means.shape == (SPEC.layers, len(units), kv * group, SPEC.head_dim)
+            # they are turned the other way
+            back = tiny._angles(SPEC, np.array([local - 1]), None)
+            means = np.stack([tiny._rope(SPEC, layer, back) for layer in means])
+            scores = np.einsum("lqhd,luhd->u", plain, means)
         first, last = recaller._protected
         room = budget.kept - first - (budget.tokens - last)
         best: list[int] = []
@@ -823,28 +836,6 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
             best += [t for t in range(start, end) if first <= t < last][: room - len(best)]
         expected = {*range(first), *best, *range(last, budget.tokens)}
         assert set(recalled.kept.tolist()) == expected
-
-
-def test_representatives_are_what_later_tokens_look_at() -> None:
-    """Against the sum written out."""
-    random = np.random.default_rng(5)
-    layers, count, kv, group, dim = 2, 40, 2, 3, 8
-    keys = random.standard_normal((layers, count, kv, dim)).astype(np.float32)
-    asked = random.standard_normal((layers, 30, kv * group, dim)).astype(np.float32)
-    policy = policies.make("infllm", size=8, representatives=2, local=5)
-    tokens = np.arange(90, 130)  # ten of them from before the block
-    found = policy.index(Candidates(tokens, (100, 130), keys=keys, block_queries=asked))
-    score = np.zeros(count)
-    for at, token in enumerate(tokens):
-        after = [q for q in range(30) if max(token, 99) < 100 + q <= max(token, 99) + 5]
-        for layer in range(layers):
-            for head in range(kv * group):
-                for q in after:
-                    score[at] += asked[layer, q, head] @ keys[layer, at, head // group]
-        score[at] /= max(len(after), 1)
-    for unit in range(5):
-        best = unit * 8 + np.argsort(-score[unit * 8 : unit * 8 + 8])[:2]
-        assert np.array_equal(found["representatives"][:, unit], keys[:, best])
 
 
 # ---- votes --------------------------------------------------------------------------------------

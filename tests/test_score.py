@@ -29,10 +29,10 @@ from laserkv_gguf.llama.capture import Probe
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.llama.sequence import MAIN, Sequence
+from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
 from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS, Laser
-from laserkv_gguf.reading.reader import Reader
+from laserkv_gguf.reading.reader import Drafts, ProbeSettings, Reader
 
 OPTIONS = ContextOptions(
     batch_size=64,
@@ -506,6 +506,39 @@ def test_the_whole_softmax_where_positions_move(
         cache.keep(policy.kept(budget, block.index + 1), compact=True)
 
 
+@pytest.mark.parametrize("scoring", ["host", "device"])
+def test_a_softmax_over_the_ends(scoring: str, load: Callable[[str], Loaded]) -> None:
+    """What was kept of earlier blocks does not count: the model's own attention without it."""
+
+    @dataclass(frozen=True)
+    class Ends(Everything):
+        needs: ClassVar[Needs] = replace(Everything.needs, outside_kept=False)
+
+    one, policy = load("grouped"), Watching(Ends())
+    budget = Budget(TOKENS, SIZE, 0.4)
+    with one.context() as context:
+        reader = Reader(context, policy, SHORT, scoring=scoring)
+        reader.read(one.tokens, budget, one.question)
+    evicted: dict[int, int] = {}
+    for block, seen, (candidates, scores) in zip(
+        budget.blocks, policy.seen, policy.scores, strict=True
+    ):
+        sequence = np.concatenate((one.tokens[: block.end], one.question.tokens))
+        for _ in range(seen.queries.shape[1] - 12):
+            mask = visibility(len(sequence), evicted)
+            logits = forward(one.weights, one.spec, sequence, visible=mask).logits[-1]
+            sequence = np.append(sequence, logits.argmax())
+        mask = visibility(len(sequence), evicted)
+        truth = forward(one.weights, one.spec, sequence, visible=mask)
+        attention = truth.attention.copy()
+        attention[..., budget.anchors : candidates[0]] = 0
+        attention /= attention.sum(axis=-1, keepdims=True)
+        rows = slice(len(sequence) - seen.queries.shape[1], len(sequence))
+        compare(scores, expected(attention, truth.values, rows, candidates))
+        for token in {*range(block.end)} - {*policy.kept(budget, block.index + 1)} - {*evicted}:
+            evicted[token] = block.end
+
+
 @pytest.mark.parametrize("shape", ["accumulating", "recursive", "one-shot"])
 def test_keys_of_all_that_is_visible(shape: str, load: Callable[[str], Loaded]) -> None:
     """`Needs.visible`: the keys of the forward pass, of what is in the cache and nothing else."""
@@ -551,7 +584,7 @@ def test_keys_of_all_that_is_visible(shape: str, load: Callable[[str], Loaded]) 
 
 
 @pytest.mark.parametrize("values", ["none", "norm"])
-@pytest.mark.parametrize("softmax", ["candidates", "all"])
+@pytest.mark.parametrize("softmax", ["candidates", "ends", "all"])
 @pytest.mark.parametrize("over", ["sum", "max"])
 def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: str) -> None:
     given = made((2, 6, 4, 2, 16, 60), seed=3)
@@ -565,7 +598,7 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
     )
     policy = Laser(pool=1, values=values, softmax=softmax, over=over)
     added = {"weights": given["weights"]} if values == "norm" else {}
-    if softmax == "all":
+    if softmax != "candidates":
         added["outside"] = given["outside"]
     truth = written_out(given["queries"], given["keys"], **added)
     truth = truth.max(axis=0) if over == "max" else truth.sum(axis=0)
@@ -576,6 +609,8 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
 def test_laser_asks_for_what_its_options_need() -> None:
     plain = Laser(values="none", softmax="candidates", over="sum").needs
     assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)
+    ends = Laser(softmax="ends").needs
+    assert (ends.outside, ends.holds_all) == (True, False)
     weighing = Laser(values="output", softmax="all").needs
     assert (weighing.value_norms, weighing.outside, weighing.values) == ("output", True, False)
     hashing = Laser(alpha=0, values="norm", softmax="all").needs
@@ -586,7 +621,7 @@ def test_laser_asks_for_what_its_options_need() -> None:
     ("option", "known"),
     [
         ("values", "none, norm, output"),
-        ("softmax", "candidates, all"),
+        ("softmax", "candidates, ends, all"),
         ("over", "sum, max"),
         ("shares", "equal, one"),
     ],
@@ -636,3 +671,142 @@ def test_one_pool_chosen_anew(load: Callable[[str], Loaded]) -> None:
     truth = forward(one.weights, one.spec, one.tokens).values  # of the first layer nothing hides
     lengths = np.linalg.norm(truth[0, last.tokens], axis=-1)
     np.testing.assert_allclose(norms[0], lengths, rtol=2e-3)
+
+
+# ---- drafts that reach ----------------------------------------------------------------------
+
+
+class Scripted(Context):
+    """A context whose next tokens are scripted: an answer, wherever the question ends."""
+
+    said: list[int]
+    asked: NDArray[np.int32]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.probes: list[list[int]] = []  # tokens of every batch that asks
+        self._positions = range(0)
+
+    def decode(self, tokens: Any, start: int, sequence: int, **options: Any) -> None:
+        if sequence == PROBE:
+            self.probes.append([int(token) for token in tokens])
+            if len(tokens) >= len(self.asked) and np.array_equal(
+                tokens[: len(self.asked)], self.asked
+            ):
+                self.answers_at = start + len(self.asked)
+            self._positions = range(start, start + len(tokens))
+        super().decode(tokens, start, sequence, **options)
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        place = self._positions[index] + 1 - self.answers_at
+        scores = np.zeros(self.model.vocab_size, np.float32)
+        scores[self.said[min(place, len(self.said) - 1)]] = 1
+        return scores
+
+
+def answers(one: Loaded, said: list[int], tokens: NDArray[np.int32], **settings: Any) -> Scripted:
+    """Reads with a probe that answers so, and compares what asked with `Cache`."""
+    recorder = Recorder(policies.make("laser", shares="equal"))
+    budget = Budget(len(tokens), SIZE, 0.4)
+    asking = ProbeSettings(tokens=8, **settings)
+    with Scripted(one.model, 640, OPTIONS) as context:
+        context.said, context.asked = said, one.question.tokens
+        Reader(context, recorder, asking).read(tokens, budget, one.question)
+        context.recorder = recorder  # type: ignore[attr-defined]
+    cache = Cache(one)  # type: ignore[arg-type]
+    context.drafted = []  # type: ignore[attr-defined]
+    for block, seen in zip(budget.blocks, recorder.seen, strict=True):
+        cache.decode(tokens[block.start : block.end], block.start, block.start)
+        count = seen.queries.shape[1] - 12
+        truth = cache.told(one.question, asking, said[:count])
+        assert np.abs(seen.queries - truth).max() < 1e-3
+        context.drafted.append(count)  # type: ignore[attr-defined]
+        cache.keep(recorder.kept(budget, block.index + 1), compact=False)
+    return context
+
+
+def test_a_copied_answer_is_drafted_to_its_end(load: Callable[[str], Loaded]) -> None:
+    """30 tokens of a block, behind two of its own and before others: all that is copied asks.
+
+    In the blocks before, what is said stands nowhere, and `lookahead` is the end.
+    """
+    one = load("grouped")
+    copied = one.tokens[60:90].tolist()  # in the second block
+    said = [300, 301, *copied, *range(305, 330)]
+    context = answers(one, said, one.tokens, lookahead=6, reach=50, rounds=3)
+    first, *others = context.drafted  # type: ignore[attr-defined]
+    assert first == 6
+    assert others[0] == len(said) - 25
+    assert all(count >= 6 for count in others)
+    second = [batch for batch in context.probes if set(batch) & set(copied)]
+    assert 2 < len(second) < 24  # batches, not tokens one by one
+
+
+def test_a_copied_answer_goes_on_while_it_is_kept(load: Callable[[str], Loaded]) -> None:
+    """The policy keeps what was copied, and later blocks draft it again in a batch or two."""
+    one = load("grouped")
+    said = [*one.tokens[10:28].tolist(), *range(305, 330)]
+    budget, recorder = Budget(TOKENS, SIZE, 0.5), Recorder(Copies(tuple(range(10, 28))))
+    with Scripted(one.model, 640, OPTIONS) as context:
+        context.said, context.asked = said, one.question.tokens
+        asking = ProbeSettings(tokens=8, lookahead=6, reach=50)
+        Reader(context, recorder, asking).read(one.tokens, budget, one.question)
+    asked = one.question.tokens.tolist()
+    starts = [n for n, batch in enumerate(context.probes) if batch[: len(asked)] == asked]
+    batches = np.diff([*starts, len(context.probes)])
+    assert len(batches) == len(budget.blocks)
+    assert (batches[1:] <= 5).all()
+    assert [seen.queries.shape[1] - 12 for seen in recorder.seen] == [18] * len(budget.blocks)
+
+
+@dataclass(frozen=True)
+class Copies(Policy):
+    """Keeps some tokens first."""
+
+    first: tuple[int, ...] = ()
+    name: ClassVar[str] = "copies"
+    needs: ClassVar[Needs] = Needs(queries=True, keys=True)
+
+    def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
+        wanted = np.isin(candidates.tokens, self.first)
+        return np.argsort(~wanted, kind="stable")[:budget]
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"), [({"reach": 20}, 20), ({"reach": 0}, 6), ({}, 6), ({"reach": 3}, 6)]
+)
+def test_copying_is_bounded(
+    settings: dict[str, int], most: int, load: Callable[[str], Loaded]
+) -> None:
+    one = load("grouped")
+    said = one.tokens[60:100].tolist()
+    context = answers(one, [*said, 400], one.tokens, lookahead=6, **settings)
+    assert context.drafted[1] == most  # type: ignore[attr-defined]
+    assert max(context.drafted) == most  # type: ignore[attr-defined]
+
+
+def test_what_is_said_over_and_over_is_not_copied() -> None:
+    """Four tokens in a row, at most three times; the last time counts."""
+    text = np.array([1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 6, 7, 8], np.int32)
+    drafts = Drafts(seen=text)
+    assert drafts.copied([1, 2, 3]) is None
+    assert drafts.copied([1, 2, 3, 4]) == [6, 7, 8]
+    assert drafts.copied([0, 0, 2, 3, 4, 5]) == [9, 1, 2, 3, 4, 6, 7, 8]
+    drafts.trust = 2
+    assert drafts.copied([0, 0, 2, 3, 4, 5]) == [9, 1]
+    assert drafts.copied([1, 2, 3, 7]) is None
+    assert drafts.copied([4, 6, 7, 8]) is None  # nothing follows
+    assert Drafts(seen=np.tile(text, 2)).copied([1, 2, 3, 4]) is None
+
+
+def test_cells_are_planned_for_what_is_copied() -> None:
+    """Unless the user says how many tokens are drafted."""
+    needs = policies.make("laser").needs
+    assert needs.most_drafts() == needs.reach > needs.lookahead
+    assert needs.most_drafts(5) == 5
+    assert needs.most_drafts(0) == 0
+    assert policies.make("snapkv").needs.most_drafts() == 0
+    assert ProbeSettings().most_drafts(needs) == needs.reach
+    assert ProbeSettings(lookahead=7).most_drafts(needs) == 7
+    assert ProbeSettings(lookahead=7, reach=9).most_drafts(needs) == 9
+    assert ProbeSettings(lookahead=0, reach=9).most_drafts(needs) == 0

@@ -179,10 +179,11 @@ class Compressing:
         prompt = np.concatenate((conversation.pending, asked.tokens)).astype(np.int32)
         wanted = len(prompt) + asker.lookahead
         free(conversation, wanted - self._left(conversation, start), numbers, start)
+        asker.reach = min(asker.reach, self._left(conversation, start) - len(prompt))
         asker.lookahead = min(asker.lookahead, self._left(conversation, start) - len(prompt))
         if asker.lookahead < 0:
             return None
-        conversation.move_down(wanted)
+        conversation.move_down(len(prompt) + max(asker.lookahead, asker.reach))
         found = asker.ask(Prompt(prompt, asked.ending), cells.position)
         cells.settled = True
         return found

@@ -431,7 +431,7 @@ class Conversation:
         where = recaller.position_of if recaller else reading.where(self._compact)
         ledger.put(ledger.segments, where)
         run = self.run
-        self._cells = Cells(run.reader.context, run.reader.main.number, run.limit, ledger)
+        self._cells = Cells(run.reader.context, run.reader.main.number, run.reader.limit, ledger)
         self._cells.settled = not self._compact
         if recaller and len(segments) > 1:
             recaller.follow(ledger, list(ledger.segments))
@@ -1036,10 +1036,10 @@ class Conversation:
         """The cells as llama.cpp saves them, before they are put aside."""
         return self.cells.state()
 
-    def put_back(self, saved: NDArray[np.uint8], reader: Reader, limit: int) -> None:
+    def put_back(self, saved: NDArray[np.uint8], reader: Reader) -> None:
         """Goes on in other cells, which then hold, bit for bit, what was taken out."""
-        self.cells.restore(saved, reader.context, reader.main.number, limit)
-        self._run = replace(self.run, reader=reader, limit=limit)
+        self.cells.restore(saved, reader.context, reader.main.number, reader.limit)
+        self._run = replace(self.run, reader=reader)
         for recaller in self.sources.recallers:
             recaller.use(reader)
 
@@ -1080,7 +1080,7 @@ class Conversation:
         """Becomes what was saved, in a run whose cells hold it already."""
         self._run, self._ledger, self._compact = run, state.ledger, state.compact
         reader = run.reader
-        self._cells = Cells(reader.context, reader.main.number, run.limit, state.ledger)
+        self._cells = Cells(reader.context, reader.main.number, reader.limit, state.ledger)
         self.pending, self.turns, self.thinnings = state.pending, state.turns, state.thinnings
         self._open_turn, self._without_document = state.open_turn, state.without_document
         ledger = state.ledger

@@ -35,7 +35,7 @@ class Run:
     """What a reading was planned for, and where it lies.
 
     Attributes:
-        cells: that it needs; `limit` are those the conversation may take in all.
+        cells: that it needs; `reader.limit` are those the conversation may take in all.
         reader: reads in the conversation's sequence.
         compact: whether positions are moved together.
     """
@@ -44,7 +44,6 @@ class Run:
     cells: int
     reader: Reader
     compact: bool
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -198,6 +197,7 @@ class Engine:
             settings.recalling.mode_for(self.policy),
             movable=rope.movable(self.model, self.options),
             exact_keys=self.options.type_k in ("f16", "f32"),
+            any_cells=self.ctx_size is None,
         )
 
     @property
@@ -361,11 +361,10 @@ class Engine:
         self._make_context(sum(place.cells for place in residents.inside.values()) + wanted)
         context = self._context
         assert context is not None
-        alone = residents.most == 1
-        limit = context.cells if alone else wanted
+        limit = context.cells if residents.most == 1 else wanted
         place = Place(residents.free_sequence(), limit, compact)
         residents.enter(resident, place)
-        return Run(budget, cells, self._reader(place), compact, limit)
+        return Run(budget, cells, self._reader(place), compact)
 
     def reader_for(self, resident: Resident, compact: bool) -> Reader:
         """The reader of a conversation's place, from now on with these positions."""
@@ -375,7 +374,7 @@ class Engine:
 
     def reader_at(self, reader: Reader, compact: bool) -> Reader:
         """The reader of the same sequence that compacts positions, or does not."""
-        return self._reader(Place(reader.main.number, 0, compact))
+        return self._reader(Place(reader.main.number, reader.limit, compact))
 
     def come_back(self, resident: Resident) -> None:
         """Has a conversation in the cache that was put aside.
@@ -458,9 +457,7 @@ class Engine:
     def _put(self, resident: Resident, place: Place, saved: Any) -> None:
         """Puts a state into a place, whose conversation goes on there."""
         assert self._context is not None
-        limit = self._context.cells if self.residents.most == 1 else place.cells
-        reader = self._reader(place)
-        resident.put_back(saved, reader, limit)
+        resident.put_back(saved, self._reader(place))
 
     def _open_context(self, cells: int) -> None:
         self._context = Context(self.model, cells, self.options)
@@ -483,7 +480,9 @@ class Engine:
                 scoring=self.settings.scoring,
                 sequence=place.sequence,
             )
-        return self._readers[key]
+        reader = self._readers[key]
+        reader.limit = self._context.cells if self.residents.most == 1 else place.cells
+        return reader
 
     def first_reader(self, run: Run) -> Reader:
         """The reader of a document before there is a question, where recall comes later."""

@@ -36,12 +36,8 @@ class Resident(Protocol):
     def take_out(self) -> State:
         """Its cells as llama.cpp saves them."""
 
-    def put_back(self, saved: State, reader: Reader, limit: int) -> None:
-        """Goes on in a reader's sequence, which then holds what was taken out.
-
-        Args:
-            limit: cells it may take.
-        """
+    def put_back(self, saved: State, reader: Reader) -> None:
+        """Goes on in a reader's sequence, which then holds what was taken out."""
 
     def lose_cells(self) -> None:
         """Others have its cells, and nothing is put aside."""

@@ -26,6 +26,8 @@ class Demand:
         recall_mode: "replay" or "shortlist", where there is recall.
         movable: whether llama.cpp can turn cached keys to other positions.
         exact_keys: whether cached keys are float16 or float32.
+        any_cells: whether there will be as many cells as are needed; of a cache of given size the
+            drafts that are copied take what is left.
     """
 
     policy: Policy
@@ -37,6 +39,7 @@ class Demand:
     recall_mode: str = ""
     movable: bool = True
     exact_keys: bool = True
+    any_cells: bool = True
 
     def budget(self, tokens: int, ratio: float, protected: int = 0) -> Budget:
         """What of so many tokens is kept.
@@ -49,8 +52,11 @@ class Demand:
 
     @property
     def drafts(self) -> int:
-        """Tokens that a question drafts after it."""
-        return self.policy.needs.lookahead if self.lookahead is None else self.lookahead
+        """Tokens that a question drafts after it, as far as there must be cells for them."""
+        needs = self.policy.needs
+        if self.any_cells:
+            return needs.most_drafts(self.lookahead)
+        return needs.lookahead if self.lookahead is None else self.lookahead
 
     def parks(self, budget: Budget) -> bool:
         """Whether there is anything to recall."""

@@ -183,7 +183,7 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     item = FLOAT if needs.precise else 2
     per_key = header.layers * max(header.kv_heads) * header.key_dim
     per_query = header.layers * header.heads * header.key_dim
-    rows = budget.most_visible if needs.holds_all else budget.rows
+    rows = needs.rows(budget)
     total = (needs.host_keys + needs.values) * rows * per_key * item
     if needs.value_norms != "none" and not needs.values:
         total += rows * header.layers * max(header.kv_heads) * FLOAT
@@ -208,7 +208,8 @@ def make(
     """
     exact = run.type_k in ("f16", "f32")
     turns = run.type_k != "bf16" and header.key_dim % 64 == 0  # see `rope.check`
-    run = replace(run, exact_keys=exact, movable=exact or turns)
+    any_cells = run.ctx_size is None
+    run = replace(run, exact_keys=exact, movable=exact or turns, any_cells=any_cells)
     return _Planner(header, run, memory).plan(tokens, ratio)
 
 

@@ -34,13 +34,15 @@ class Needs:
         value_norms: one number for every candidate's value, so that none is held: "norm" for its
             length, "output" for what it adds to the stream at that length (see `Candidates`),
             "none" for none.
-        outside: `Candidates.outside`, for a softmax over all that the probe sees. The keys of all
-            that is kept are then held as long as there are blocks to come.
+        outside: `Candidates.outside`, for a softmax over all that the probe sees.
+        outside_kept: whether that counts what was kept of earlier blocks, too. Their keys are then
+            held (on the host, or read where they are on a device) as long as blocks come.
         visible: `Candidates.visible_keys`, for other softmaxes over all that is seen.
         precise: keys, values and block queries in float32; else they are kept as float16.
         probe_tokens: the question's last so many tokens ask, with what the template puts after
             them; 0 for everything after the document.
         lookahead: tokens drafted after the question that ask along.
+        reach: most of them while the answer is being copied out of the text.
         observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
             2404.14469).
         recall: evicted tokens that can come back (`--recall`), without which it is not the method.
@@ -55,10 +57,12 @@ class Needs:
     values: bool = False
     value_norms: str = "none"
     outside: bool = False
+    outside_kept: bool = True
     visible: bool = False
     precise: bool = False
     probe_tokens: int = 0
     lookahead: int = 0
+    reach: int = 0
     observation: int = 32
     recall: bool = False
     every_block: bool = False
@@ -69,10 +73,26 @@ class Needs:
         """Whether the host must have the keys; attention needs them unless a device computes it."""
         return self.keys or self.visible or self.attention
 
+    def most_drafts(self, lookahead: int | None = None) -> int:
+        """Most tokens drafted: what there must be cells for.
+
+        Args:
+            lookahead: what the user says, who then gets no more; None for the policy's own.
+        """
+        if lookahead is not None:
+            return lookahead
+        return max(self.lookahead, self.reach) if self.lookahead else 0
+
+    def rows(self, budget: Budget) -> int:
+        """Tokens whose keys or values are held at most, at a time."""
+        if self.holds_all:
+            return budget.most_visible
+        return budget.rows_and_anchors if self.outside else budget.rows
+
     @property
     def holds_all(self) -> bool:
         """Whether what was kept of earlier blocks is looked at again."""
-        return self.outside or self.visible
+        return (self.outside and self.outside_kept) or self.visible
 
 
 class DeviceAttention(Protocol):
@@ -136,9 +156,10 @@ class Candidates:
         value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate; of "output" the
             root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
         outside: (layers, probe tokens, heads) float32, or None: log-sum-exp of q · k / √head_dim
-            over all that the query sees and that is no candidate: anchors, what was kept, the
-            window, what stands before the sequence, and of the question and drafts, or the tokens
-            that ask in their place, those up to itself. None where a device computes attention.
+            over all that the query sees and that is no candidate: anchors, what was kept (unless
+            `Needs.outside_kept` says no), the window, what stands before the sequence, and of the
+            question and drafts, or the tokens that ask in their place, those up to itself. None
+            where a device computes attention.
         visible: (V,) int64 or None: which tokens `visible_keys` are, ascending; the candidates are
             among them as one run.
         visible_keys: (layers, V, kv_heads, head_dim) or None: keys of all that is in the cache of
@@ -208,7 +229,7 @@ class Candidates:
         Args:
             last: of only so many last tokens of the probe.
             values: multiply each weight by the candidate's `value_norms` (`Needs.value_norms`).
-            softmax: over the "candidates" alone, or over "all" that the probe sees
+            softmax: over the "candidates" alone, or over "all" that `outside` counts as well
                 (`Needs.outside`).
             over: the "sum" over the probe's tokens, or the largest of their scores, "max".
         """

@@ -18,7 +18,7 @@ PAPER = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
 # and in those of the policy alone
 PAPER_OPTIONS = {"values": "none", "softmax": "candidates", "over": "sum", "shares": "equal"}
 VALUES = ("none", "norm", "output")
-SOFTMAX = ("candidates", "all")
+SOFTMAX = ("candidates", "ends", "all")
 OVER = ("sum", "max")
 SHARES = ("equal", "one")
 SINKS, RECENT = 4, 32  # of one pool: always kept
@@ -49,8 +49,10 @@ class Laser(Policy):
         values: what an attention weight counts. "norm": times ‖v‖, the length of the token's value
             in its layer and kv head; "output": times what the value adds to the stream, ‖W_o v‖
             (CriticalKV, arXiv 2502.03805); "none": itself, as in the LASER paper.
-        softmax: over "all" that the question sees, anchors, window, what was kept before and its
-            own tokens among it, or over the "candidates" alone, as in the LASER paper.
+        softmax: over the "candidates" alone, as in the LASER paper; "ends": over anchors, window
+            and the question's own tokens as well; "all": over all that the question sees, what was
+            kept of earlier blocks among it, whose keys are held on the host for that (of their
+            number, as many bytes as in a cache of float16 keys; none with `--scoring device`).
         over: the "sum" over the probe's tokens, as in the LASER paper, or the largest of their
             scores, "max" (KVzip, arXiv 2505.23416).
         shares: "equal": every block keeps its own pool, as in the LASER paper; "one": one pool of
@@ -63,7 +65,7 @@ class Laser(Policy):
 
     name: ClassVar[str] = "laser"
     needs: ClassVar[Needs] = Needs(
-        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16
+        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16, reach=96
     )  # of both parts; an instance needs what its own parts do
 
     alpha: float = 1.0
@@ -95,7 +97,8 @@ class Laser(Policy):
             attention=self.alpha > 0,
             keys=self.alpha < 1,  # at 1 no key is hashed: on a device none leaves it
             value_norms=self.values if self.alpha > 0 else "none",
-            outside=self.softmax == "all" and self.alpha > 0,
+            outside=self.softmax != "candidates" and self.alpha > 0,
+            outside_kept=self.softmax == "all",
         )
         object.__setattr__(self, "needs", needs)
         if not 1 <= self.hash_bits <= 16:
@@ -121,7 +124,9 @@ class Laser(Policy):
         kept = np.zeros(candidates.count, bool)
         if exact:
             scores = candidates.attention(
-                values=self.values != "none", softmax=self.softmax, over=self.over
+                values=self.values != "none",
+                softmax="candidates" if self.softmax == "candidates" else "all",
+                over=self.over,
             )
             kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
         if exact < budget:

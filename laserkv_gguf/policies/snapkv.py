@@ -19,9 +19,9 @@ class SnapKV(Policy):
     """Observation-window attention, pooled, one choice after reading (arXiv 2404.14469).
 
     Also Zefan-Cai/KVCache-Factory, `pyramidkv_utils.py`, with the settings of `run_longbench.py`.
-    Each head's attention, a softmax over all that the asking tokens see, is summed over these tokens
-    and becomes the largest among neighbours (the paper's listing 1; max pooling over 7 in the
-    published LongBench runs).
+    Each head's attention, a softmax over all that is seen, is summed over the asking tokens and
+    becomes the largest among neighbours (the paper's listing 1; max pooling over 7 in the published
+    LongBench runs).
 
     In llama.cpp a token is kept for all layers and heads or for none, so heads do not choose each
     for itself: their pooled scores are summed, and the sum chooses. Where the question is known its

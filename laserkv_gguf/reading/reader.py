@@ -31,6 +31,8 @@ from laserkv_gguf.timings import Timings, step
 
 log = logging.getLogger(__name__)
 
+# Drafts are copied where so many in a row stand in the text, so many times at most.
+COPIED, REPEATED = 4, 3
 WORTH_GATHERING = 0.9  # of the cells are taken: above that there is little to gain
 
 
@@ -44,13 +46,18 @@ class ProbeSettings:
         lookahead: tokens drafted after the question while the block is whole; they join too.
         observation: where no question is known, the block's own last tokens ask instead
             (SnapKV, arXiv 2404.14469).
+        reach: most drafts while the answer is being copied out of the text: those go on, or a key
+            of many digits would be kept as far as `lookahead` only. None for the policy's own, or
+            for `lookahead` where that is given.
         rounds: most batches that the question and drafts of one block are decoded in, once a block
-            before has drafts: what of those is not checked by then asks as it is.
+            before has drafts: what of those is not checked by then asks as it is. What is being
+            copied is always checked.
     """
 
     tokens: int | None = None
     lookahead: int | None = None
     observation: int | None = None
+    reach: int | None = None
     rounds: int = 3
 
     def completed(self, needs: Needs) -> tuple[int, int, int]:
@@ -60,6 +67,11 @@ class ProbeSettings:
             needs.lookahead if self.lookahead is None else self.lookahead,
             needs.observation if self.observation is None else self.observation,
         )
+
+    def most_drafts(self, needs: Needs) -> int:
+        """Most tokens drafted after the question: what there must be cells for."""
+        most = needs.most_drafts(self.lookahead)
+        return max(most, self.reach or 0) if most else 0
 
 
 @dataclass(frozen=True)
@@ -167,13 +179,33 @@ class Drafts:
                 return [int(token) for token in text[found : found + self.trust]]
         return []
 
+    def copied(self, drafts: list[int]) -> list[int] | None:
+        """What comes next in the text, where these drafts are being copied out of it; else None.
+
+        The last few stand there as they are; but a text that says the same over and over (noise, a
+        table's heads) is not an answer.
+        """
+        if len(drafts) < COPIED:
+            return None
+        found = _all_after(self.seen, drafts[-COPIED:])
+        if not 0 < len(found) <= REPEATED:
+            return None
+        start = int(found[-1])
+        return [int(token) for token in self.seen[start : start + self.trust]]
+
 
 def _after(text: Tokens, words: list[int]) -> int:
     """Where the text goes on after the last time that these tokens stand in it; -1 if nowhere."""
+    ends = _all_after(text, words)
+    return int(ends[-1]) if len(ends) else -1
+
+
+def _all_after(text: Tokens, words: list[int]) -> NDArray[np.int64]:
+    """Where the text goes on after all the times that these tokens stand in it, ascending."""
     ends = np.arange(len(words), len(text))
     for back, token in enumerate(reversed(words), 1):
         ends = ends[text[ends - back] == token]
-    return int(ends[-1]) if len(ends) else -1
+    return ends
 
 
 @dataclass
@@ -236,9 +268,10 @@ class Reader:
         sequence: int = MAIN,
     ) -> None:
         self.context, self.policy = context, policy
+        self.limit = context.cells  # cells that the sequence may take; fewer where others have some
         settings = probe or ProbeSettings()
         self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
-        self.rounds = settings.rounds
+        self.reach, self.rounds = settings.most_drafts(policy.needs), settings.rounds
         self.compact = compact
         self.main, self.scratch = Sequence(context, sequence), Sequence(context, PROBE)
         self.spare = Sequence(context, SPARE)
@@ -439,6 +472,12 @@ class Reader:
         return not state.budget.keeps_all and (block.evicts or not state.last(block))
 
     @property
+    def available(self) -> int:
+        """Cells the sequence may take, those included that llama.cpp has rounded up to."""
+        alone = self.limit >= self.context.cells
+        return self.context.allocated_cells if alone else self.limit
+
+    @property
     def scoring(self) -> str:
         """Where attention is computed: "device" or "host"."""
         return "device" if self._on_device else "host"
@@ -463,7 +502,7 @@ class Reader:
 
     def _rows(self, budget: Budget) -> int:
         """Most tokens that are looked at, or looked past, at a time."""
-        return budget.most_visible if self.policy.needs.holds_all else budget.rows
+        return self.policy.needs.rows(budget)
 
     def block_queries(self, block: Block) -> NDArray[Any]:
         """Where the queries of a block's tokens are captured: (layers, tokens, heads, head_dim)."""
@@ -498,7 +537,10 @@ class Reader:
         if state.asked is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
-                state.asked = self.ask(state.question, self._position(state), state.drafts)
+                room = self.limit - state.start - len(state.kept)
+                state.asked = self.ask(
+                    state.question, self._position(state), state.drafts, room=room
+                )
         return state.asked
 
     def use_factors(self) -> None:
@@ -518,6 +560,7 @@ class Reader:
         *,
         lookahead: int | None = None,
         shared: bool = False,
+        room: int | None = None,
     ) -> Asked:
         """Queries of the question's end and of drafts after it, asked at a position.
 
@@ -526,20 +569,26 @@ class Reader:
         Args:
             position: right after the last token that is seen.
             drafts: of the time the same was asked before, replaced by this time's.
-            lookahead: most tokens drafted; None for as many as the reader was made with.
+            lookahead: tokens drafted; None for as many as the reader was made with, and 0 for none,
+                which is when nothing is copied either.
             shared: the scratch sequence has what the question is to see; else it sees all.
+            room: free cells; where they are few, what is copied ends earlier. None for enough.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
         asking = len(question)
         if self.asking:
             asking = min(self.asking + question.ending, asking)
-        queries, keys = self._array("queries", asking + lookahead), None
+        reach = self.reach if room is None else min(self.reach, room - len(question))
+        most = max(lookahead, reach) if lookahead else 0
+        queries, keys = self._array("queries", asking + most), None
         if self.policy.needs.outside:
-            keys = self._array("own_keys", len(question) + lookahead)
+            keys = self._array("own_keys", len(question) + most)
         if not shared:
             self.main.share_with(self.scratch)
         try:
-            drafted = self._draft(question, position, asking, queries, keys, drafts or Drafts())
+            drafted = self._draft(
+                question, position, asking, lookahead, queries, keys, drafts or Drafts()
+            )
         finally:
             self.scratch.remove()
         found = np.ascontiguousarray(queries[:, : asking + drafted])
@@ -558,6 +607,7 @@ class Reader:
         question: Prompt,
         start: int,
         asking: int,
+        lookahead: int,
         queries: NDArray[np.float32],
         keys: NDArray[np.float32] | None,
         before: Drafts,
@@ -568,21 +618,28 @@ class Reader:
         about the answer: the tokens that the model would draft again stay, and cost one batch
         instead of one decode each. The last of `rounds` batches takes the rest of them unchecked:
         where an answer can be worded in many ways, drafting it anew for every block would cost
-        more than all else and find nothing more.
+        more than all else and find nothing more. An answer that is being copied out of the text has
+        one wording: what follows there is the guess, and drafting goes on as long as it is right.
         """
-        context, lookahead = self.context, int(queries.shape[1]) - asking
+        context, most = self.context, int(queries.shape[1]) - asking
         drafts: list[int] = []
         fed, first = question.tokens.tolist(), len(question) - asking
         rounds = self.rounds if before.tokens else lookahead + 1
         while True:
             rounds -= 1
-            left = min(lookahead - len(drafts), context.options.outputs - 1)
-            guess = before.following(drafts) if rounds else before.tokens[len(drafts) :]
+            copied = before.copied(drafts) if most > lookahead else None
+            limit = lookahead if copied is None else most
+            left = min(max(limit - len(drafts), 0), context.options.outputs - 1)
+            checks = rounds > 0 or copied is not None
+            if copied is not None:
+                guess = copied
+            else:
+                guess = before.following(drafts) if checks else before.tokens[len(drafts) :]
             guess = guess[:left]
             row = asking + len(drafts) - 1 if drafts else 0
             rows = queries[:, row : row + len(fed) - first + len(guess)]
             position = start + (len(question) + len(drafts) - 1 if drafts else 0)
-            outputs = len(guess) + 1 if left and rounds else 0
+            outputs = len(guess) + 1 if left and checks else 0
             own = None
             if keys is not None:
                 own = (keys[:, position - start : position - start + len(fed) + len(guess)], 0)
@@ -600,12 +657,15 @@ class Reader:
                     break
                 drafts.append(token)
                 agreed += 1
-            if not rounds:
+            if not checks:
                 drafts += guess
                 left = 0
             elif guess:
                 before.trust = 2 + 2 * agreed
-            if not left or len(drafts) == lookahead:
+            if left and len(drafts) >= lookahead:  # what comes next may be copied all the same
+                goes_on = len(drafts) < most and before.copied([*drafts, token]) is not None
+                left = left if goes_on else 0
+            if not left:
                 before.tokens = drafts
                 return len(drafts)
             if agreed < len(guess):
@@ -785,13 +845,16 @@ class Reader:
     def _hold(self, state: _State, block: Block) -> None:
         """Holds on to the keys and values that the next block looks back at.
 
-        In an accumulating run these are the new window's, unless the policy looks at all that the
-        question sees; else those of all that was kept.
+        In an accumulating run these are the new window's, and the anchors' where the policy looks
+        past them, unless it looks at all that the question sees; else those of all that was kept.
         """
-        start = 0
-        if state.budget.accumulates and not self.policy.needs.holds_all:
-            start = block.end - state.budget.window
-        held = state.kept[np.searchsorted(state.kept, start) :]
+        needs, budget = self.policy.needs, state.budget
+        held = state.kept
+        if budget.accumulates and not needs.holds_all:
+            stays_held = held >= block.end - budget.window
+            if needs.outside:
+                stays_held |= held < budget.anchors
+            held = held[stays_held]
         taken = np.searchsorted(state.held, held)
         # what was kept before stays where it is
         stays = int(np.count_nonzero(taken == np.arange(len(taken))))

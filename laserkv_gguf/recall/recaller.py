@@ -350,7 +350,7 @@ class Recaller:
             if self.mode == "replay":
                 kept = self._replay(question, position, cells - len(before), tuple(hidden))
             else:
-                kept = self._shortlist(question, position)
+                kept = self._shortlist(question, position, self.reader.limit - cells)
         except BaseException:
             self.go_back(before)
             raise
@@ -404,7 +404,8 @@ class Recaller:
         inside = np.zeros(budget.tokens, bool)  # what a reading for this question would hold
         memory: dict[str, Any] = {}
         drafts = Drafts()
-        probing = len(question) + reader.lookahead + others
+        # room for all drafts, whatever stands there from the question before
+        probing = len(question) + max(reader.lookahead, reader.reach) + others
         beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True
@@ -417,9 +418,13 @@ class Recaller:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
-                asked = reader.ask(question, position, drafts, shared=True)
+                taken = others + int(np.count_nonzero(self.where >= 0))
+                room = reader.available - taken
+                asked = reader.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
+                if not self.policy.needs.outside_kept:
+                    others_seen[self.budget.anchors : first] = False
                 others_seen[first:last] = False
                 others_seen[self._protected[1] :] = True
                 seen = self._candidates(
@@ -509,7 +514,7 @@ class Recaller:
         later = where >= 0
         later[: block.end] = False
         cells = int(np.count_nonzero(wanted | later)) + others
-        if self._rotation is None and cells <= self.reader.context.allocated_cells:
+        if self._rotation is None and cells <= self.reader.available:
             wanted |= later
         tokens = np.flatnonzero(wanted)
         if self._rotation is None:
@@ -534,14 +539,18 @@ class Recaller:
 
     # shortlist
 
-    def _shortlist(self, question: Prompt, position: int) -> Indices:
-        """Chooses among all tokens at once: with the question, then with its drafts too."""
+    def _shortlist(self, question: Prompt, position: int, room: int) -> Indices:
+        """Chooses among all tokens at once: with the question, then with its drafts too.
+
+        Args:
+            room: cells that are free.
+        """
         first, last = self._protected
         ends = np.arange(self.budget.tokens)
         ends = ends[(ends < first) | (ends >= last)]
         kept, beside = self.kept, self._beside(position, ())
         for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
-            asked = self.reader.ask(question, position, lookahead=lookahead)
+            asked = self.reader.ask(question, position, lookahead=lookahead, room=room)
             if self._rope is not None and asked.at is not None:
                 self._rope.turn(asked.queries, -asked.at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))

@@ -175,7 +175,7 @@ def _parked(
             for entry in entries:
                 budget, compact = Budget(**entry["budget"]), entry["compact"]
                 reader = engine.reader_at(run.reader, compact)
-                document = Run(budget, run.cells, reader, compact, run.limit)
+                document = Run(budget, run.cells, reader, compact)
                 number = 0 if entry["first"] else entry["number"]
                 recaller = engine.recaller(document, entry["offset"], number)
                 if recaller is None:  # the rows' format is not known; that was said
