@@ -418,7 +418,7 @@ class Recaller:
                 self._bring(inside, block, probing)
                 self._show(block, hidden)
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
-                taken = others + int(np.count_nonzero(self.where >= 0))
+                taken = others + int(np.count_nonzero(self.position_of >= 0))
                 room = reader.available - taken
                 asked = reader.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
