@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,8 +148,10 @@ class DiskStore(Store):
     """Rows in one file, mapped; about `_PAGED` bytes of it are in memory at a time.
 
     Args:
-        path: the file, which is locked, and removed at the end; None for one without a name in
-            the user's cache folder, which the system removes even after a crash.
+        path: the file, which only its owner can read and which is locked. It is removed at the
+            end, unless another file has its name by then; one that was there before, empty, is
+            emptied. None for one without a name in the user's cache folder, which the system
+            removes even after a crash.
 
     Raises:
         UserError: the disk has no room, another process uses the file, or it is something else.
@@ -158,6 +162,7 @@ class DiskStore(Store):
     def __init__(self, *args: Any, path: str | Path | None = None, **options: Any) -> None:
         self.path = None if path is None else Path(path)
         self._file: BinaryIO | None = None
+        self._found = False  # whether the file was there before, with nothing of ours in it
         super().__init__(*args, **options)
 
     def _allocate(self) -> None:
@@ -186,24 +191,48 @@ class DiskStore(Store):
             if self.path is None:
                 _folder().mkdir(parents=True, exist_ok=True)
                 return tempfile.TemporaryFile(dir=_folder(), buffering=0)
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-        except OSError as error:
+            file, made = _open_or_make(self.path)
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot park rows in {self.path or _folder()}: {error.strerror}; "
+                f"cannot park rows in {self.path or _folder()}: "
+                f"{getattr(error, 'strerror', None) or error}; "
                 "give another place with --recall-file"
             ) from error
-        if not _lock(file.fileno()):
+        try:
+            head = self._taken(file)
+        except BaseException:
             file.close()
+            raise
+        self._found = not (made or head)
+        file.seek(0)
+        return file
+
+    def _taken(self, file: BinaryIO) -> bytes:
+        """Locks the file for this process and its user; returns how it begins.
+
+        Raises:
+            UserError: it is in use, or not one of parked rows, and left as it is.
+        """
+        handle = file.fileno()
+        if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe would be waited for
+            raise UserError(f"{self.path} is no ordinary file; give another --recall-file")
+        if not lock(handle):
             raise UserError(f"{self.path} is in use by another process; give another --recall-file")
         head = file.read(len(MAGIC))
         if head and head != MAGIC:
-            file.close()
             raise UserError(
                 f"{self.path} is not a file of parked rows and is left as it is; "
                 "give another --recall-file"
             )
-        file.seek(0)
-        return file
+        if hasattr(os, "fchmod"):  # not on Windows
+            try:
+                os.fchmod(handle, 0o600)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be kept from other users: {error.strerror}; "
+                    "give another --recall-file"
+                ) from error
+        return head
 
     def _write(self, keys: Bytes, values: Bytes) -> None:
         """With pwrite: on a full disk a mapped page would kill the process."""
@@ -248,15 +277,38 @@ class DiskStore(Store):
         if self._file is None:
             return
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
-        self._file.close()  # the map goes with the last view of it
+            self._give_back(self.path, self._file.fileno())
+            unlock(self._file.fileno())  # the map, which goes with its last view, would keep it
+        self._file.close()
         self._file = None
+
+    def _give_back(self, path: Path, handle: int) -> None:
+        """Removes our file, or empties one that was there before.
+
+        Never a file that somebody else has put in its place meanwhile.
+        """
+        with suppress(OSError):
+            if not self._found and os.path.samestat(path.lstat(), os.fstat(handle)):
+                path.unlink()
+                return
+        with suppress(OSError):  # somebody's own, or it has another name by now: no rows stay
+            os.ftruncate(handle, 0)
 
 
 def _folder() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "recall"
+
+
+def _open_or_make(path: Path) -> tuple[BinaryIO, bool]:
+    """A file to read and write, and whether it was made now; nothing is waited for."""
+    flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        handle, made = os.open(path, flags), False
+    return os.fdopen(handle, "r+b", buffering=0), made
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -283,7 +335,7 @@ def _write_at(handle: int, rows: Bytes, at: int) -> None:
         data, at = data[written:], at + written
 
 
-def _lock(handle: int) -> bool:
+def lock(handle: int) -> bool:
     """Whether this process has the file for itself, until it closes it."""
     if sys.platform == "win32":
         import msvcrt
@@ -300,3 +352,16 @@ def _lock(handle: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def unlock(handle: int) -> None:
+    """Lets other processes have the file."""
+    with suppress(OSError):
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_UN)
