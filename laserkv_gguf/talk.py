@@ -819,6 +819,7 @@ class Talk(Conversation):
             reader = self.engine._reader_for(before, run.compact)
             raise
         finally:
+            reader.context.doubtful = context.doubtful
             stored.restore(reader.context, MAIN, blob)
             self._run = replace(run, reader=reader, cells=reader.context.cells)
             for recaller in self._parked:

@@ -166,6 +166,9 @@ class Context:
         self.abort = AbortFlag()
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self.handle: Any = None
+        # Whether rows came from a file. They may be no numbers, and those spoil every attention
+        # over their cells, masked or freed: 0 · NaN is NaN. So clearing overwrites them.
+        self.doubtful = False
         self.scorer: Any = None  # of device.py, if it was asked for; it goes with the context
         self._check_memory()
         with library.recorded() as lines:
@@ -361,7 +364,8 @@ class Context:
 
     def clear(self) -> None:
         """Forgets every sequence."""
-        L.llama_memory_clear(self.memory, False)
+        L.llama_memory_clear(self.memory, self.doubtful)
+        self.doubtful = False
 
 
 class _Batch:
