@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
 
-from laserkv_gguf import saved, saved_rows
+from laserkv_gguf import saved, saved_rows, saved_schema
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
+from laserkv_gguf.saved_schema import Saved
+from laserkv_gguf.saved_swap import swapped
 from laserkv_gguf.timings import STEPS, Timings
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def save(conversation: Conversation, path: str | Path) -> int:
         if conversation.reading is None:
             raise UserError("there is no read document to save; read one first")
         conversation._check_owner()
-        return saved.write(path, saved.DOCUMENT, _tensors(conversation), _about(conversation))
+        about = _about(conversation)
+        saved_schema.check_about(saved.DOCUMENT, about)
+        return saved.write(path, saved.DOCUMENT, _tensors(conversation), about)
 
 
 def _about(conversation: Conversation) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def _cached(conversation: Conversation, form: rows.Format) -> Iterator[saved.Ten
 
 def load(
     engine: LaserKV,
-    path: str | Path,
+    path: str | Path | Saved,
     *,
     max_tokens: int = 1024,
     sampling: Sampling | None = None,
@@ -146,63 +149,64 @@ def load(
     """
     from laserkv_gguf.conversation import Conversation
 
-    path = Path(path)
-    about = saved.checked(path, saved.DOCUMENT, engine)
-    if about["parked"]:
-        engine.turn_recall_on(about["settings"])
-    elif engine.settings.recall != "off":
-        log.warning("%s holds no parked rows: nothing can be recalled", path)
-    budget = Budget(**about["budget"])
-    conversation = Conversation(
-        engine, system=about["system"], max_tokens=max_tokens, sampling=sampling
-    )
-    with engine._alone(), safe_open(path, framework="numpy") as file:
-        if engine._owner:
-            engine._owner.forget_parked()
-            engine._owner = None
-        reading = Reading(
-            file.get_tensor("tokens"),
-            budget,
-            file.get_tensor("kept"),
-            about["next_position"],
-            Timings(**about["timings"]),
-            about["kept_per_block"],
+    with saved_schema.read(path, engine, saved.DOCUMENT) as file:
+        conversation = Conversation(
+            engine, system=file.about["system"], max_tokens=max_tokens, sampling=sampling
         )
-        room = conversation._room(budget.tokens, budget)
-        run = engine.prepare(
-            budget.tokens, 0, room, asked=False, budget=budget, compact=about["compact"]
-        )
-        context = run.reader.context
-        run.reader.forget()
-        form = engine.row_format(context)
-        recaller = engine.recaller(run) if about["parked"] else None
-        try:
-            if recaller:
-                saved_rows.park(path, recaller, file, about["settings"])
-                recaller.tokens = reading.tokens
-                recaller.restore(reading.kept)
-                reading.next_position = recaller.next_position
-            else:
-                _put(context, form, file)
-        except BaseException:
-            if recaller:
-                recaller.close()
-            run.reader.forget()
-            raise
-        conversation._adopt(run, reading, recaller)
+        if not file.about["parked"] and engine.settings.recall != "off":
+            log.warning("%s holds no parked rows: nothing can be recalled", file.path)
+        with engine._alone(), swapped(engine):
+            _load(engine, conversation, file)
     return conversation
 
 
-def _put(context: Context, form: rows.Format, file: Any) -> None:
+def _load(engine: LaserKV, conversation: Conversation, file: Saved) -> None:
+    """Puts a document into the context."""
+    about = file.about
+    if about["parked"]:
+        engine.turn_recall_on(about["settings"])
+    budget = Budget(**about["budget"])
+    reading = Reading(
+        file.array("tokens"),
+        budget,
+        file.whole("kept"),
+        about["next_position"],
+        Timings(**about["timings"]),
+        about["kept_per_block"],
+    )
+    room = conversation._room(budget.tokens, budget)
+    run = engine.prepare(
+        budget.tokens, 0, room, asked=False, budget=budget, compact=about["compact"]
+    )
+    context = run.reader.context
+    run.reader.forget()
+    context.doubtful = True
+    form = engine.row_format(context)
+    recaller = engine.recaller(run) if about["parked"] else None
+    try:
+        if recaller:
+            saved_rows.park(recaller, file)
+            recaller.tokens = reading.tokens
+            recaller.restore(reading.kept)
+            reading.next_position = recaller.next_position
+        else:
+            _put(context, form, file)
+    except BaseException:
+        if recaller:
+            recaller.close()
+        raise
+    conversation._adopt(run, reading, recaller)
+
+
+def _put(context: Context, form: rows.Format, file: Saved) -> None:
     """Puts kept rows where they stood."""
     main, spare = Sequence(context, MAIN), Sequence(context, SPARE)
-    positions = file.get_tensor("positions")
-    keys, values = file.get_slice("keys"), file.get_slice("values")
+    positions = file.array("positions")
     for first in range(0, len(positions), form.per_call):
         end = min(first + form.per_call, len(positions))
         built = rows.build(form, positions[first:end])
-        built.keys[...] = keys[:, first:end]
-        built.values[...] = values[:, first:end].reshape(built.values.shape)
+        built.keys[...] = file.rows("keys", first, end)
+        built.values[...] = file.rows("values", first, end).reshape(built.values.shape)
         try:
             rows.put(context, built, SPARE)
             spare.share_with(main)

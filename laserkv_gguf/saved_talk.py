@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import safe_open
 
-from laserkv_gguf import saved, saved_rows
+from laserkv_gguf import saved, saved_rows, saved_schema
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.conversation import Run
+from laserkv_gguf.conversation import CONVERSATION_CELLS, Run
 from laserkv_gguf.engine import Reading
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.ledger import TURN, Ledger, Segment
 from laserkv_gguf.llama import stored
 from laserkv_gguf.llama.sequence import MAIN
 from laserkv_gguf.recall import Recaller
+from laserkv_gguf.saved_schema import Saved, prefix_of
+from laserkv_gguf.saved_swap import swapped
 from laserkv_gguf.talk import Talk
 from laserkv_gguf.timings import Timings
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from laserkv_gguf.session import LaserKV
 
 log = logging.getLogger(__name__)
-
-_PARKED = "parked "  # how the names of parked rows begin
 
 
 def save(talk: Talk, path: str | Path) -> int:
@@ -87,113 +85,132 @@ def save(talk: Talk, path: str | Path) -> int:
         }
         tensors = [saved.whole(name, array) for name, array in arrays.items()]
         for number, recaller in talk.parked_by.items():
-            prefix = _prefix(number)
+            prefix = prefix_of(number)
             tensors += saved_rows.tensors(recaller, prefix)
             tensors += [
                 saved.whole(prefix + name, getattr(recaller, name))
                 for name in ("tokens", "kept", "read", "where")
             ]
+        saved_schema.check_about(saved.CONVERSATION, metadata)
         return saved.write(path, saved.CONVERSATION, tensors, metadata)
 
 
-def _prefix(number: int) -> str:
-    """Of the names of what is parked of a document."""
-    return f"{_PARKED}{number}."
-
-
-def load(engine: LaserKV, path: str | Path, **options: Any) -> Talk:
+def load(engine: LaserKV, path: str | Path | Saved, **options: Any) -> Talk:
     """The conversation of a file, in the engine's context.
 
     Args:
         options: `sampling` and `max_tokens`, where they are to differ.
 
     Raises:
-        UserError: no such file, altered or cut short, of another model, build or cache type, or
-            larger than --ctx-size: the conversation so far goes on then. Or neither memory nor
-            disk hold its parked rows: the cache is empty then.
+        UserError: no such file, altered or cut short, of another model, build or cache type, with
+            something in it that is not allowed, or larger than --ctx-size.
+        LaserKVError: neither memory nor disk hold its rows. The conversation so far goes on after
+            either.
     """
-    path = Path(path)
-    found = saved.checked(path, saved.CONVERSATION, engine)
-    with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if not name.startswith(_PARKED)]  # noqa: SIM118
-        arrays = {name: file.get_tensor(name) for name in names}
-    rows = arrays["rows"]
-    cells = engine.ctx_size or found["cells"]
-    if rows.shape[1] + 2 > cells:
-        raise UserError(
-            f"{path} holds {rows.shape[1]} cells, more than --ctx-size {cells} has; "
-            f"use --ctx-size {found['cells']}"
-        )
-    parked = found.get("parked", [])
-    if parked:
-        engine.turn_recall_on(found["settings"])
-    elif engine.settings.recall != "off":
-        log.warning("%s holds no parked rows: nothing can be recalled", path)
-    talk = Talk(engine, system=found["system"], **{"max_tokens": found["max_tokens"], **options})
-    for number, name in enumerate(found["names"]):
-        talk.texts[name] = arrays[f"text {number}"].tobytes().decode("utf-8")
-    talk._sync()
-    ledger = _ledger(found["segments"], arrays)
-    with engine._alone():
-        if engine._owner:
-            engine._owner.forget_parked()
-        engine._owner = None
-        reader = engine._reader_for(cells, found["compact"])
-        reader.forget()
-        try:
-            recallers = _parked(path, engine, cells, parked, found["settings"])
-        except BaseException:
-            reader.forget()
-            raise
-        stored.restore(reader.context, MAIN, arrays["state"])
-        budget = Budget(**found["budget"])
-        read = [s.tokens for s in ledger.segments.values() if s.kind != TURN]
-        talk._run = Run(budget, cells, reader, found["compact"])
-        for entry, recaller in recallers:
-            if entry["first"]:
-                talk._recaller = recaller
-            else:
-                talk._added[entry["number"]] = recaller
-        talk.ledger, talk._pending = ledger, arrays["pending"].tolist()
-        talk.turns, talk.thinnings = found["turns"], found["thinnings"]
-        talk._turn_open, talk._compact = found["turn_open"], found["compact"]
-        talk._unread = found["unread"]
-        talk._place()
-        talk.reading = Reading(
-            np.concatenate(read),
-            budget,
-            np.flatnonzero(~ledger.of_kind(TURN)),
-            talk._position,
-            Timings(),
-        )
-        engine._owner = talk
+    with saved_schema.read(path, engine, saved.CONVERSATION) as file:
+        found = file.about
+        options = {"max_tokens": found["max_tokens"], **options}
+        cells = _cells(engine, file, options["max_tokens"])
+        if not found.get("parked") and engine.settings.recall != "off":
+            log.warning("%s holds no parked rows: nothing can be recalled", file.path)
+        talk = Talk(engine, system=found["system"], **options)
+        for number, name in enumerate(found["names"]):
+            talk.texts[name] = file.array(f"text {number}").tobytes().decode("utf-8")
+        talk._sync()
+        with engine._alone(), swapped(engine):
+            _load(engine, talk, file, cells)
     return talk
 
 
+def _cells(engine: LaserKV, file: Saved, max_tokens: int) -> int:
+    """Cells for a conversation: --ctx-size, or what it had, as far as what it read explains that.
+
+    Raises:
+        UserError: --ctx-size is too small.
+    """
+    found, rows = file.about, file.tensors["rows"].shape[1]
+    cells: int = engine.ctx_size or found["cells"]
+    if rows + 2 > cells:
+        wanted = max(found["cells"], rows + 2)
+        raise UserError(
+            f"{file.path} holds {rows} cells, more than --ctx-size {cells} has; "
+            f"use --ctx-size {wanted}"
+        )
+    if engine.ctx_size:
+        return cells
+    most = rows + file.tensors["tokens"].shape[0]
+    most += 2 * max(CONVERSATION_CELLS, min(2 * max_tokens, 1 << 14))
+    if cells > most:
+        log.warning(
+            "%s was saved with %d cells, of which it needs no more than %d; "
+            "give --ctx-size %d for all of them",
+            file.path,
+            cells,
+            most,
+            cells,
+        )
+    return min(cells, most)
+
+
+def _load(engine: LaserKV, talk: Talk, file: Saved, cells: int) -> None:
+    """Puts a conversation into the context."""
+    found, parked = file.about, file.about.get("parked", [])
+    if parked:
+        engine.turn_recall_on(found["settings"])
+    ledger = _ledger(file)
+    reader = engine._reader_for(cells, found["compact"])
+    reader.forget()
+    reader.context.doubtful = True
+    recallers = _parked(file, engine, cells, parked)
+    try:
+        stored.restore(reader.context, MAIN, file.array("state"))
+    except BaseException:
+        for _, recaller in recallers:
+            recaller.close()
+        raise
+    budget = Budget(**found["budget"])
+    read = [s.tokens for s in ledger.segments.values() if s.kind != TURN]
+    talk._run = Run(budget, cells, reader, found["compact"])
+    for entry, recaller in recallers:
+        if entry["first"]:
+            talk._recaller = recaller
+        else:
+            talk._added[entry["number"]] = recaller
+    talk.ledger, talk._pending = ledger, file.array("pending").tolist()
+    talk.turns, talk.thinnings = found["turns"], found["thinnings"]
+    talk._turn_open, talk._compact = found["turn_open"], found["compact"]
+    talk._unread = found["unread"]
+    talk._place()
+    talk.reading = Reading(
+        np.concatenate(read),
+        budget,
+        np.flatnonzero(~ledger.of_kind(TURN)),
+        talk._position,
+        Timings(),
+    )
+    engine._owner = talk
+
+
 def _parked(
-    path: Path,
-    engine: LaserKV,
-    cells: int,
-    entries: list[dict[str, Any]],
-    settings: dict[str, Any],
+    file: Saved, engine: LaserKV, cells: int, entries: list[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], Recaller]]:
     """What parked the documents of a file; the context is empty."""
     made: list[tuple[dict[str, Any], Recaller]] = []
     try:
-        with safe_open(path, framework="numpy") as file:
-            for entry in entries:
-                budget, compact = Budget(**entry["budget"]), entry["compact"]
-                run = Run(budget, cells, engine._reader_for(cells, compact), compact)
-                number = 0 if entry["first"] else entry["number"]
-                recaller = engine.recaller(run, entry["offset"], number)
-                if recaller is None:  # the rows' format is not known; that was said
-                    break
-                made.append((entry, recaller))
-                prefix = _prefix(entry["number"])
-                saved_rows.park(path, recaller, file, settings, prefix)
-                for name in ("tokens", "kept", "read", "where"):
-                    setattr(recaller, name, file.get_tensor(prefix + name))
-                recaller.most = entry["most"]
+        for entry in entries:
+            budget, compact = Budget(**entry["budget"]), entry["compact"]
+            run = Run(budget, cells, engine._reader_for(cells, compact), compact)
+            number = 0 if entry["first"] else entry["number"]
+            recaller = engine.recaller(run, entry["offset"], number)
+            if recaller is None:  # the rows' format is not known; that was said
+                break
+            made.append((entry, recaller))
+            prefix = prefix_of(entry["number"])
+            saved_rows.park(recaller, file, prefix)
+            recaller.tokens = file.array(prefix + "tokens")
+            for name in ("kept", "read", "where"):
+                setattr(recaller, name, file.whole(prefix + name))
+            recaller.most = entry["most"]
     except BaseException:
         for _, recaller in made:
             recaller.close()
@@ -201,16 +218,13 @@ def _parked(
     return made
 
 
-def _ledger(segments: list[Any], arrays: dict[str, NDArray[Any]]) -> Ledger:
+def _ledger(file: Saved) -> Ledger:
     ledger, token, pool = Ledger(), 0, 0
-    for number, kind, name, tokens, pools, whole in segments:
+    read, kept_by = file.array("tokens"), file.array("pools")
+    for number, kind, name, tokens, pools, whole in file.about["segments"]:
         ledger.segments[number] = Segment(
-            kind,
-            arrays["tokens"][token : token + tokens],
-            name,
-            arrays["pools"][pool : pool + pools],
-            whole,
+            kind, read[token : token + tokens], name, kept_by[pool : pool + pools], whole
         )
         token, pool = token + tokens, pool + pools
-    ledger.segment, ledger.index, ledger.position = arrays["rows"].astype(np.int64)
+    ledger.segment, ledger.index, ledger.position = file.whole("rows")
     return ledger

@@ -33,6 +33,7 @@ from laserkv_gguf.recall import Recaller, warm_up
 from laserkv_gguf.settings import Settings
 
 if TYPE_CHECKING:
+    from laserkv_gguf.saved_schema import Saved
     from laserkv_gguf.talk import Talk
 
 log = logging.getLogger(__name__)
@@ -553,22 +554,29 @@ class LaserKV:
             self.settings = settings
 
     def load(
-        self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
+        self, path: str | Path | Saved, *, max_tokens: int = 1024, sampling: Sampling | None = None
     ) -> Conversation:
         """A document or a conversation that `Conversation.save`, `ask --save` or `/save` wrote.
 
         A document is as it was read, no turn of it was saved (`saved_document`); a conversation
-        goes on after its last turn (`saved_talk`).
+        goes on after its last turn (`saved_talk`). The file is data that may come from anybody:
+        see `saved_schema`.
+
+        Args:
+            path: the file, or what `saved_schema.read` made of it.
+            max_tokens, sampling: of the answers.
 
         Raises:
-            UserError: no such file, a damaged one, one of another model, build or cache type, or
-                one that does not fit the context; the message says which.
+            UserError: no such file, a damaged one, one of another model, build or cache type, with
+                something in it that is not allowed, or one that does not fit the context; the
+                message says which, and what the engine holds stays.
         """
-        from laserkv_gguf import saved, saved_document, saved_talk
+        from laserkv_gguf import saved, saved_document, saved_schema, saved_talk
 
-        if saved.kind(path) == saved.CONVERSATION:
-            return saved_talk.load(self, path, max_tokens=max_tokens, sampling=sampling)
-        return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
+        with saved_schema.read(path) as file:
+            if file.kind == saved.CONVERSATION:
+                return saved_talk.load(self, file, max_tokens=max_tokens, sampling=sampling)
+            return saved_document.load(self, file, max_tokens=max_tokens, sampling=sampling)
 
     def first_reader(self, run: Run) -> Reader:
         """The reader of a document before there is a question, where recall comes later."""
