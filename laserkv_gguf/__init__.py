@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from laserkv_gguf.version import VERSION
+
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV
     from laserkv_gguf.conversation.account import Account
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Account",

@@ -19,6 +19,8 @@ from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress
 from laserkv_gguf.saving import conversation as saved_conversation
 from laserkv_gguf.saving import document as saved_document
+from laserkv_gguf.saving import schema
+from laserkv_gguf.saving.schema import Saved
 
 
 class LaserKV(Engine):
@@ -177,18 +179,30 @@ class LaserKV(Engine):
         return saved_document.save(conversation, path)
 
     def load(
-        self, path: str | Path, *, max_tokens: int = 1024, sampling: Sampling | None = None
+        self,
+        path: str | Path | Saved,
+        *,
+        max_tokens: int = 1024,
+        sampling: Sampling | None = None,
     ) -> Conversation:
         """A document or a conversation that `Conversation.save`, `ask --save` or `/save` wrote.
 
         A document is as it was read, no turn of it was saved; a conversation goes on after its
-        last turn.
+        last turn. The file is data that may come from anybody: see `saving.schema`.
+
+        Args:
+            path: the file, or what `saving.schema.read` made of it.
+            max_tokens, sampling: of the answers.
 
         Raises:
-            UserError: no such file, a damaged one, one of another model, build or cache type, or
-                one that does not fit the context; the message says which.
+            UserError: no such file, a damaged one, one of another model, build or cache type, with
+                something in it that is not allowed, or one that does not fit the context; the
+                message says which, and what the engine holds stays.
         """
         self.access.check()
-        if archive.kind(path) == archive.CONVERSATION:
-            return saved_conversation.load(self, path, max_tokens=max_tokens, sampling=sampling)
-        return saved_document.load(self, path, max_tokens=max_tokens, sampling=sampling)
+        with schema.read(path) as file:
+            if file.kind == archive.CONVERSATION:
+                return saved_conversation.load(
+                    self, file, max_tokens=max_tokens, sampling=sampling
+                )
+            return saved_document.load(self, file, max_tokens=max_tokens, sampling=sampling)

@@ -77,9 +77,9 @@ def examine(model: str | None = None, *, debug: bool = False) -> Iterator[Findin
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", GOOD, platform.python_version())
-    from laserkv_gguf import __version__
+    from laserkv_gguf.version import VERSION
 
-    yield Finding("laserkv-gguf", GOOD, __version__)
+    yield Finding("laserkv-gguf", GOOD, VERSION)
     for name, least in REQUIRED.items():
         wanted = ".".join(map(str, least))
         try:

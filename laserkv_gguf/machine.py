@@ -52,3 +52,11 @@ def free_ram() -> int | None:
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def human(size: int) -> str:
+    """Bytes, with GiB or MiB where that is shorter."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name} ({size} bytes)"
+    return f"{size} bytes"

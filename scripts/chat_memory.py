@@ -108,7 +108,7 @@ class Truncated(Talk):
     """The oldest turns go, whole."""
 
     def _make_room(self, asked: Prompt) -> None:
-        need = len(self._pending) + len(asked) + self.max_tokens
+        need = len(self.pending) + len(asked) + self.max_tokens
         while len(self.ledger) + need > self.capacity:
             oldest = next(n for n in self.ledger.numbers("turn") if self.ledger.count(n))
             self._remove(self.ledger.segment != oldest)
@@ -119,7 +119,7 @@ class Shifted(Talk):
     """llama.cpp's context shift: after the system prompt half goes, and positions close."""
 
     def _make_room(self, asked: Prompt) -> None:
-        need = len(self._pending) + len(asked) + self.max_tokens
+        need = len(self.pending) + len(asked) + self.max_tokens
         if len(self.ledger) + need > self.capacity:
             keep = int(self.ledger.of_kind("system").sum())
             rows = np.arange(len(self.ledger))
@@ -177,7 +177,7 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
                 pass
             cells = max(cells, talk.cells_used)
         # what the last question finds when it is asked, before anything is answered
-        talk._make_room(talk._prompt(said[-1]))
+        talk.ageing.make_room(talk, talk._prompt(said[-1]))
         fact = talk.ledger.numbers("turn")[1]
         kept = talk.ledger.count(fact)
         likelihood = talk.log_likelihood(said[-1], word)

@@ -526,7 +526,7 @@ def test_units_are_noted_as_they_were_read(
     with LaserKV(path, context=replace(OPTIONS, batch_size=128), **settings) as engine:
         talk = engine.conversation(document="tin copper ore " * 20, max_tokens=4)
         reading = talk.read()
-        recaller = talk._recaller
+        recaller = talk.sources.recallers[0]
         assert isinstance(recaller, Recaller)
         truth = [infllm(spec, block, 8, 4, 30) for block in given]
         assert len(truth) == len(reading.budget.blocks)
@@ -619,7 +619,7 @@ def test_choosing_again_is_reading_again(name: str, loaded: tuple[Tiny, Model]) 
         kept[ratio] = reading.kept.tolist()
     with Context(model, 512, OPTIONS) as context:
         reader = Reader(context, policy)
-        first = reader.read(ids[:TOKENS], policy.budget(TOKENS, SIZE, 0.5, 4), question, whole=True)
+        first = reader.read(ids[:TOKENS], policy.budget(TOKENS, SIZE, 0.5, 4), question, keep_all_cells=True)
         assert first.kept.tolist() == kept[0.5]
         for ratio in (0.3, 0.5, 0.25):
             again = reader.choose_again(policy.budget(TOKENS, SIZE, ratio, 4))

@@ -797,7 +797,7 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         kv, group = SPEC.kv_heads, SPEC.heads // SPEC.kv_heads
         queries, at = seen[-1].queries.astype(float), seen[-1].at
         assert at is not None
-        end = talk._position if positions == "original" else recaller.next_position
+        end = talk.cells.position if positions == "original" else recaller.next_position
         assert at[-1] == at[0] + queries.shape[1] - 1
         assert at[0] >= end - 1
         # before RoPE, and then all from one angle

@@ -34,9 +34,9 @@ app.command()(pull.pull)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from laserkv_gguf import __version__
+        from laserkv_gguf.version import VERSION
 
-        print(__version__)
+        print(VERSION)
         raise typer.Exit
 
 

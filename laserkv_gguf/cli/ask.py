@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -16,6 +17,9 @@ from laserkv_gguf.shown import whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.generation import Reply
+
+if TYPE_CHECKING:
+    from laserkv_gguf.saving.schema import Saved
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -49,24 +53,27 @@ def ask(
     """Ask one question, about documents of any length or none."""
     if not question or not question.strip():
         raise UserError('no question; use --question "…"')
-    if load and (document or system):
+    if load is not None and (document or system):
         raise UserError("--load brings its own document and system prompt; leave the others out")
+    for flag, value in (("--save", save), ("--load", load)):
+        if value == "":
+            raise UserError(f"{flag} is empty; name a file")
     if save and not (document or load):
         raise UserError("--save keeps a read document; give one with --document")
     question, system = whole(question), whole(system) if system else system
     streams.check_output()
     text = documents.load(document or [])
-    _prepare_saved(options, save, load)
+    file = _prepare_saved(options, save, load)
     bar = terminal.ReadingBar()
-    with options.engine() as engine:
+    with file or nullcontext(), options.engine() as engine:
         answer_with: dict[str, Any] = {
             "max_tokens": sampling.predict,
             "sampling": sampling.sampling(options.seed),
         }
         try:
             with bar.shown() as on_progress:
-                if load:
-                    stream = engine.load(load, **answer_with).ask(question)
+                if file:
+                    stream = engine.load(file, **answer_with).ask(question)
                 else:
                     stream = engine.stream(
                         question,
@@ -104,13 +111,25 @@ def _print(reply: Reply, as_json: bool) -> None:
         terminal.dim(terminal.account_line(reply.account))
 
 
-def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -> None:
-    """Refuses files that cannot be written or read before anything long is done."""
-    if not (save or load):
-        return
-    from laserkv_gguf.files import archive as saved
+def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -> Saved | None:
+    """Refuses files that cannot be written or read before anything long is done.
 
+    Returns:
+        The file to load, whose settings the options have taken over.
+    """
     if save:
-        saved.check_target(save)
-    if load:
-        options.take_over(saved.settings(load))
+        from laserkv_gguf.files import archive
+
+        archive.check_target(save)
+    if not load:
+        return None
+    from laserkv_gguf.saving import schema
+
+    file = schema.read(load)
+    try:
+        schema.check_policy(file, options.policy)
+        options.take_over({**file.about["settings"], **file.about["context"]})
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -17,6 +17,32 @@ from laserkv_gguf.shown import Formatter
 
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV, Sampling
+
+
+# flags that a saved file may set, and what it calls them
+_OF_FILES = {
+    "cache_type_k": "type_k",
+    "cache_type_v": "type_v",
+    **{
+        name: name
+        for name in (
+            "flash_attn",
+            "policy",
+            "ratio",
+            "block_size",
+            "protection_divisor",
+            "alpha",
+            "lookahead",
+            "probe_tokens",
+            "pool",
+            "hash_bits",
+            "hash_tables",
+            "positions",
+            "recall",
+            "recall_mode",
+        )
+    },
+}
 
 
 @dataclass
@@ -177,18 +203,25 @@ class EngineOptions:
             "threads_batch": self.threads_batch or None,
         }
 
-    def take_over(self, saved: dict[str, Any]) -> None:
-        """Where a flag was left at its default, what a saved document was read with."""
-        names = {"type_k": "cache_type_k", "type_v": "cache_type_v"}
-        for item in fields(self):
-            value = saved.get(
-                {flag: name for name, flag in names.items()}.get(item.name, item.name)
-            )
-            if value is not None and getattr(self, item.name) == item.default:
-                setattr(self, item.name, value)
+    def take_over(self, saved: Mapping[str, Any]) -> None:
+        """Where a flag was left at its default, what a saved document was read with.
+
+        Only the flags of `_OF_FILES`: where a model lies, what is written where and what the
+        machine does is the user's to say.
+
+        Args:
+            saved: the settings and the types of the cache that a file names.
+        """
+        defaults = {item.name: item.default for item in fields(self)}
+        for flag, name in _OF_FILES.items():
+            value = saved.get(name)
+            if value is not None and getattr(self, flag) == defaults[flag]:
+                setattr(self, flag, value)
         options = saved.get("policy_options") or {}
         if self.policy == saved.get("policy") and self.policy_option is None:
-            self.policy_option = [f"{key}={value}" for key, value in options.items()]
+            self.policy_option = [
+                f"{key}={value}" for key, value in options.items() if value is not None
+            ]
 
     def refuse_recall(self, command: str, instead: str) -> None:
         """For commands that cannot recall.

@@ -203,6 +203,12 @@ class Access:
             if engine := self._engine():
                 engine.stop()
 
+    def forget_cancelled(self) -> None:
+        """Goes on in spite of `cancel`, to put back what was there."""
+        self._cancelled.clear()
+        if engine := self._engine():
+            engine.resume()
+
     def check_cancelled(self) -> None:
         """Between decodes, which end by themselves.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -422,8 +424,56 @@ class Engine:
         self._clear(self.residents.displace(resident))
 
     def _clear(self, place: Place) -> None:
-        if self._context:
+        if self._context is None:
+            return
+        if self._context.doubtful and not self.residents.inside:
+            self._context.clear()  # also overwrites what came from a file
+        else:
             Sequence(self._context, place.sequence).remove()
+
+    @contextmanager
+    def keeping_others(self) -> Iterator[None]:
+        """Lets a file take cells; whoever must leave for it comes back where that fails.
+
+        The engine must be the caller's alone. Parked rows stay where they are: only those in a
+        file that the user named go before, as there is no second one of that name.
+
+        Raises:
+            LaserKVError: the cells of the others cannot be held; nothing has changed.
+        """
+        settings, residents = self.settings, self.residents
+        before, aside = list(residents.inside), residents.aside
+        gone = settings.recall_file is not None and any(one.parked_tokens for one in before)
+        if gone:
+            for one in before:
+                one.lose_cells()
+        if aside is None:
+            residents.aside = Aside(sys.maxsize, _folder())
+        try:
+            yield
+        except BaseException:
+            self.settings = settings
+            self.access.check()  # one that is being closed holds nothing any more
+            self.access.forget_cancelled()
+            for one in before:
+                if residents.can_come_back(one):
+                    self.come_back(one)
+            if gone:
+                log.warning(
+                    "what was parked in %s is gone, so nothing is recalled until the documents "
+                    "are read again",
+                    settings.recall_file,
+                )
+            raise
+        else:
+            for one in before if aside is None else []:
+                if not residents.holds(one):
+                    self.leave(one)
+                    one.lose_cells()
+        finally:
+            if residents.aside is not None and aside is None:
+                residents.aside.clear()
+            residents.aside = aside
 
     def _make_context(self, cells: int) -> None:
         """Has a context of at least so many cells; what stands in it moves along."""
@@ -443,6 +493,7 @@ class Engine:
         before, options = old.cells, old.options
         inside = list(self.residents.inside.items())
         saved = [resident.take_out() for resident, _ in inside]
+        doubtful = old.doubtful
         self._close_context()
         try:
             self._open_context(max(cells, before))
@@ -451,6 +502,8 @@ class Engine:
             self._open_context(before)
             raise
         finally:
+            if self._context is not None:
+                self._context.doubtful = doubtful
             for (resident, place), state in zip(inside, saved, strict=True):
                 self._put(resident, place, state)
 
@@ -555,10 +608,13 @@ class Engine:
             self.settings = settings
 
 
+def _folder() -> Path:
+    return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "aside"
+
+
 def _residents(most: int, aside: int | None) -> Residents:
     if most < 1:
         raise UserError(f"residents is {most}; give at least 1 conversation")
     if aside is not None and aside < 0:
         raise UserError(f"aside is {aside}; give the bytes of memory for conversations put aside")
-    folder = Path(platformdirs.user_cache_dir("laserkv-gguf")) / "aside"
-    return Residents(most, None if aside is None else Aside(aside, folder))
+    return Residents(most, None if aside is None else Aside(aside, _folder()))

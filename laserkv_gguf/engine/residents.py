@@ -42,6 +42,10 @@ class Resident(Protocol):
     def lose_cells(self) -> None:
         """Others have its cells, and nothing is put aside."""
 
+    @property
+    def parked_tokens(self) -> int:
+        """Tokens whose rows are parked."""
+
 
 def sequence_count(residents: int) -> int:
     """Sequences that so many conversations take, with those that reading needs beside theirs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def lock(handle: int) -> bool:
@@ -28,3 +29,16 @@ def lock(handle: int) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
+
+
+def unlock(handle: int) -> None:
+    """Lets other processes have the file."""
+    with suppress(OSError):
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_UN)

@@ -177,6 +177,9 @@ class Context:
         self.kv_bytes = padded(cells) * model.cell_bytes(options.type_k, options.type_v)
         self._handle: Any = None
         self._process, self._closing = os.getpid(), threading.Lock()
+        # Whether rows came from a file. They may be no numbers, and those spoil every attention
+        # over their cells, masked or freed: 0 · NaN is NaN. So clearing overwrites them.
+        self.doubtful = False
         self.scorer: Any = None  # of scorer.py, if it was asked for; it goes with the context
         self.row_format: Any = None  # of rows.py, once it was tried
         self._check_memory()
@@ -410,7 +413,8 @@ class Context:
 
     def clear(self) -> None:
         """Forgets every sequence."""
-        L.llama_memory_clear(self.memory, False)
+        L.llama_memory_clear(self.memory, self.doubtful)
+        self.doubtful = False
 
 
 class _Batch:

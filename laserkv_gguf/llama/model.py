@@ -14,7 +14,7 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.handle import Handle, closed_at_exit
 
@@ -261,7 +261,13 @@ class Model:
         return buffer[:count].copy()
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of one token; control tokens are empty unless `special`."""
+        """The bytes of one token; control tokens are empty unless `special`.
+
+        Raises:
+            LaserKVError: the vocabulary has no such token, for which llama.cpp ends the process.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise LaserKVError(f"{token} is no token of this model, which has {self.vocab_size}")
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

@@ -22,12 +22,13 @@ from functools import cached_property
 from typing import Any
 
 import gguf
+import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama import hadamard, state
-from laserkv_gguf.llama.context import SEQUENCES, Context
+from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, row_bytes
 from laserkv_gguf.llama.sequence import SPARE, Sequence, runs
 
@@ -41,6 +42,9 @@ _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")
 _DATA = np.dtype([("transposed", "<u4"), ("layers", "<u4")])
 _LAYER = np.dtype([("type", "<i4"), ("row", "<u8")])  # packed: 12 bytes
 _TRANSPOSED = np.dtype([("type", "<i4"), ("element", "<u4"), ("width", "<u4")])
+
+_PLAIN_ROPE = (L.LLAMA_ROPE_TYPE_NORM, L.LLAMA_ROPE_TYPE_NEOX)
+_EXTRA = (0, 8, 12)  # bytes that may follow a cell where a token has several positions
 
 _BLOB_BYTES = 1 << 27  # one state call moves at most so many bytes
 _PIECES = 1 << 22  # transposed values come one by one: so many at most in one call
@@ -232,6 +236,83 @@ def _heads(rows: Rows) -> NDArray[np.uint8]:
             parts.append(rows.blob[start : start + _LAYER.itemsize])
             start += _LAYER.itemsize + count * row
     return np.concatenate(parts)
+
+
+def checked(model: Model, options: ContextOptions, blob: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The positions (cells,) of a state that is as llama.cpp writes them, down to the last byte.
+
+    Nothing but the rows themselves is left to chance: llama.cpp's loader is given no number that
+    it would have to doubt. The context need not exist yet.
+
+    Args:
+        model, options: of the context that it is for.
+        blob: what may be a state.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if len(blob) < _HEADER.itemsize:
+        raise ValueError("ends early")
+    head = blob[: _HEADER.itemsize].view(_HEADER)
+    if head["magic"][0] != _MAGIC or head["streams"][0] != 1:
+        raise ValueError("is no state of llama.cpp's cache")
+    cells = int(head["cells"][0])
+    if not cells:
+        if len(blob) != _HEADER.itemsize:
+            raise ValueError("has bytes without cells")
+        return np.empty(0, np.int32)
+    plain = model.rope_type in (L.LLAMA_ROPE_TYPE_NONE, *_PLAIN_ROPE)
+    for extra in (0,) if plain else _EXTRA:
+        found = _positions(model, options, blob, cells, extra)
+        if found is not None:
+            return found
+    raise ValueError("is not laid out as this model's cache is")
+
+
+def _positions(
+    model: Model, options: ContextOptions, blob: NDArray[np.uint8], cells: int, extra: int
+) -> NDArray[np.int32] | None:
+    """The cells' positions, where all else is as it must be; `extra` bytes follow each cell."""
+    at, size = _HEADER.itemsize, _CELL.itemsize + extra
+    end = at + cells * size
+    if end + _DATA.itemsize > len(blob):
+        return None
+    data = blob[end : end + _DATA.itemsize].view(_DATA)
+    meta = np.ascontiguousarray(blob[at:end].reshape(cells, size)[:, : _CELL.itemsize])
+    meta = meta.reshape(-1).view(_CELL)
+    transposed, layers = int(data["transposed"][0]), int(data["layers"][0])
+    if layers != model.layers or transposed not in (0, 1) or (meta["sequences"] != 1).any():
+        return None
+    at = end + _DATA.itemsize
+    widths = model.kv_heads * model.head_dim, model.kv_heads * model.value_dim
+    kinds = options.type_k, options.type_v
+    # heads may differ between layers; then llama.cpp compares what a row takes
+    uniform = all(
+        (model.metadata(f"{model.architecture}.attention.{name}") or "0").isdigit()
+        for name in ("head_count", "head_count_kv")
+    )
+    for part, (kind, width) in enumerate(zip(kinds, widths, strict=True)):
+        form = _TRANSPOSED if part and transposed else _LAYER
+        wanted = row_bytes(kind, width)
+        for _ in range(layers):
+            if at + form.itemsize > len(blob):
+                return None
+            head = blob[at : at + form.itemsize].view(form)
+            at += form.itemsize
+            if head["type"][0] != CACHE_TYPES[kind]:
+                return None
+            if form is _LAYER:
+                row = int(head["row"][0])
+            else:
+                row = int(head["element"][0]) * int(head["width"][0])
+                if uniform and int(head["width"][0]) != width:
+                    return None
+            if row < 1 or (uniform and row != wanted):
+                return None
+            at += row * cells
+            if at > len(blob):
+                return None
+    return meta["position"] if at == len(blob) else None
 
 
 def take(context: Context, form: Format, sequence: int) -> Rows:

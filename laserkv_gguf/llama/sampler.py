@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import llama_cpp as L
+import numpy as np
+
+from laserkv_gguf.errors import LaserKVError
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,18 @@ class Sampler:
             L.llama_sampler_chain_add(self.chain, sampler)
 
     def sample(self, context: int, index: int = -1) -> int:
-        """Chooses and accepts a token from the logits of output `index` (-1: the last)."""
+        """Chooses and accepts a token from the logits of output `index` (-1: the last).
+
+        Raises:
+            LaserKVError: they are no numbers (a saved file or a model may be damaged), by which
+                llama.cpp would sort tokens out of bounds.
+        """
+        vocab = L.llama_model_get_vocab(L.llama_get_model(context))
+        logits = L.llama_get_logits_ith(context, index)
+        if np.isnan(np.ctypeslib.as_array(logits, (L.llama_vocab_n_tokens(vocab),))).any():
+            raise LaserKVError(
+                "the model computed no numbers here: what it read, or its file, is damaged"
+            )
         return int(L.llama_sampler_sample(self.chain, context, index))
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "find",
     "make",
     "parse",
+    "registered",
 ]
 
 GROUP = "laserkv_gguf.policies"
@@ -41,6 +42,11 @@ def available() -> dict[str, type[Policy]]:
             if isinstance(value, type) and issubclass(value, Policy) and value.name:
                 found[value.name] = value
     return dict(sorted(found.items()))
+
+
+def registered() -> list[str]:
+    """The names of all policies that are installed: built in, and of other packages."""
+    return [*available(), *(point.name for point in entry_points(group=GROUP))]
 
 
 def find(name: str) -> type[Policy]:
@@ -62,7 +68,7 @@ def find(name: str) -> type[Policy]:
             return _policy_class(getattr(importlib.import_module(module), attribute), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"--policy {name}: {error}") from error
-    names = [*available(), *(point.name for point in entry_points(group=GROUP))]
+    names = registered()
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
     raise UserError(f"--policy {name} is unknown; did you mean {' or '.join(near)}?")
 

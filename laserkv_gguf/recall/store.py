@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
+import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf import machine as memory
+from laserkv_gguf import machine
 from laserkv_gguf.errors import LaserKVError, UserError
+from laserkv_gguf.files.lock import lock, unlock
 
 Bytes = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
@@ -29,14 +31,6 @@ MAGIC = b"laserkv-gguf parked rows 1\n"
 _HEAD = 4096  # the file's first page says what it is
 _GAP = 1 << 14  # bytes between two rows of the file that are sooner read than left out
 _PART = 1 << 24  # bytes read at a time where all of it is
-
-
-def human(size: int) -> str:
-    """Bytes, with GiB or MiB where that is shorter."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name} ({size} bytes)"
-    return f"{size} bytes"
 
 
 class Store:
@@ -79,9 +73,9 @@ class Store:
         return self.tokens * self.layers * (self.key_bytes + self.value_bytes)
 
     def _allocate(self) -> None:
-        free = memory.free_ram()
+        free = machine.free_ram()
         if free is not None and self.bytes > free:
-            raise self._too_large(f"there are {human(free)}")
+            raise self._too_large(f"there are {machine.human(free)}")
         try:
             self._keys: Bytes = np.empty((self.layers, self.tokens, self.key_bytes), np.uint8)
             self._values: Bytes = np.empty((self.layers, self.tokens, self.value_bytes), np.uint8)
@@ -91,7 +85,7 @@ class Store:
     def _too_large(self, found: str) -> UserError:
         smaller = "" if self.quantised else ", or -ctk q8_0 -ctv q8_0 for half of it"
         return UserError(
-            f"parking {self.tokens} tokens takes {human(self.bytes)} of memory, {found}; "
+            f"parking {self.tokens} tokens takes {machine.human(self.bytes)} of memory, {found}; "
             f"use --recall disk{smaller}"
         )
 
@@ -158,8 +152,10 @@ class DiskStore(Store):
     They are read, not mapped: a page of a mapped file that somebody cut short kills the process.
 
     Args:
-        path: the file, which is locked, and removed at the end; None for one without a name in
-            the user's cache folder, which the system removes even after a crash.
+        path: the file, which only its owner can read and which is locked. It is removed at the
+            end, unless another file has its name by then; one that was there before, empty, is
+            emptied. None for one without a name in the user's cache folder, which the system
+            removes even after a crash.
 
     Raises:
         UserError: the disk has no room, another process uses the file, or it is something else.
@@ -170,6 +166,7 @@ class DiskStore(Store):
     def __init__(self, *args: Any, path: str | Path | None = None, **options: Any) -> None:
         self.path = None if path is None else Path(path)
         self._file: BinaryIO | None = None
+        self._found = False  # whether the file was there before, with nothing of ours in it
         super().__init__(*args, **options)
 
     def _allocate(self) -> None:
@@ -183,7 +180,7 @@ class DiskStore(Store):
             self.close()
             where = self.path or _folder()
             raise UserError(
-                f"parking {self.tokens} tokens takes {human(self.bytes)} on disk, which {where} "
+                f"parking {self.tokens} tokens takes {machine.human(self.bytes)} on disk, which {where} "
                 f"cannot hold ({error.strerror}); give another place with --recall-file"
                 + ("" if self.quantised else ", or use -ctk q8_0 -ctv q8_0 for half of it")
             ) from error
@@ -193,24 +190,48 @@ class DiskStore(Store):
             if self.path is None:
                 _folder().mkdir(parents=True, exist_ok=True)
                 return tempfile.TemporaryFile(dir=_folder(), buffering=0)
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-        except OSError as error:
+            file, made = _open_or_make(self.path)
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot park rows in {self.path or _folder()}: {error.strerror}; "
+                f"cannot park rows in {self.path or _folder()}: "
+                f"{getattr(error, 'strerror', None) or error}; "
                 "give another place with --recall-file"
             ) from error
-        if not _lock(file.fileno()):
+        try:
+            head = self._taken(file)
+        except BaseException:
             file.close()
+            raise
+        self._found = not (made or head)
+        file.seek(0)
+        return file
+
+    def _taken(self, file: BinaryIO) -> bytes:
+        """Locks the file for this process and its user; returns how it begins.
+
+        Raises:
+            UserError: it is in use, or not one of parked rows, and left as it is.
+        """
+        handle = file.fileno()
+        if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe would be waited for
+            raise UserError(f"{self.path} is no ordinary file; give another --recall-file")
+        if not lock(handle):
             raise UserError(f"{self.path} is in use by another process; give another --recall-file")
         head = file.read(len(MAGIC))
         if head and head != MAGIC:
-            file.close()
             raise UserError(
                 f"{self.path} is not a file of parked rows and is left as it is; "
                 "give another --recall-file"
             )
-        file.seek(0)
-        return file
+        if hasattr(os, "fchmod"):  # not on Windows
+            try:
+                os.fchmod(handle, 0o600)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be kept from other users: {error.strerror}; "
+                    "give another --recall-file"
+                ) from error
+        return head
 
     def _write(self, keys: Bytes, values: Bytes) -> None:
         handle = self._whole()
@@ -226,7 +247,7 @@ class DiskStore(Store):
                 ) from error
             raise LaserKVError(
                 f"the disk of {self.path or _folder()} is full after {self.parked} of "
-                f"{self.tokens} tokens were parked ({human(self.bytes)} are needed); free some "
+                f"{self.tokens} tokens were parked ({machine.human(self.bytes)} are needed); free some "
                 "room, or give another place with --recall-file"
             ) from error
 
@@ -318,15 +339,38 @@ class DiskStore(Store):
         if self._file is None:
             return
         if self.path is not None and os.getpid() == self._process:  # a fork leaves it to its owner
-            self.path.unlink(missing_ok=True)
+            self._give_back(self.path, self._file.fileno())
+            unlock(self._file.fileno())
         self._file.close()
         self._file = None
+
+    def _give_back(self, path: Path, handle: int) -> None:
+        """Removes our file, or empties one that was there before.
+
+        Never a file that somebody else has put in its place meanwhile.
+        """
+        with suppress(OSError):
+            if not self._found and os.path.samestat(path.lstat(), os.fstat(handle)):
+                path.unlink()
+                return
+        with suppress(OSError):  # somebody's own, or it has another name by now: no rows stay
+            os.ftruncate(handle, 0)
 
 
 def _folder() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "recall"
+
+
+def _open_or_make(path: Path) -> tuple[BinaryIO, bool]:
+    """A file to read and write, and whether it was made now; nothing is waited for."""
+    flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle, made = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        handle, made = os.open(path, flags), False
+    return os.fdopen(handle, "r+b", buffering=0), made
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -367,23 +411,4 @@ def _read_at(handle: int, rows: Bytes, at: int) -> bool:
         if not count:
             return False
         data, at = data[count:], at + count
-    return True
-
-
-def _lock(handle: int) -> bool:
-    """Whether this process has the file for itself, until it closes it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
     return True

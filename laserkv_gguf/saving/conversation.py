@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import safe_open
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.ageing import Compressing
-from laserkv_gguf.conversation.conversation import Conversation, State
+from laserkv_gguf.conversation.conversation import CONVERSATION_CELLS, Conversation, State
 from laserkv_gguf.conversation.documents import Parked
-from laserkv_gguf.conversation.ledger import Ledger, Segment
+from laserkv_gguf.conversation.ledger import SYSTEM, Ledger, Segment
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive
 from laserkv_gguf.llama import state as llama_state
 from laserkv_gguf.saving import parked as parked_rows
+from laserkv_gguf.saving import schema
+from laserkv_gguf.saving.identity import made_with
+from laserkv_gguf.saving.schema import Saved
 
 log = logging.getLogger(__name__)
-
-_PARKED = "parked "  # how the names of parked rows begin
-
 
 def save(conversation: Conversation, path: str | Path) -> int:
     """Writes a conversation: what was read and said, what its cells hold, and parked rows.
@@ -51,7 +49,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
             assert isinstance(text, str)
             arrays[f"text {number}"] = np.frombuffer(text.encode("utf-8"), np.uint8)
         metadata = {
-            **archive.made_with(conversation.engine),
+            **made_with(conversation.engine),
             "segments": [
                 (n, s.kind, s.name, len(s.tokens), len(s.pools), not s.aged) for n, s in segments
             ],
@@ -79,7 +77,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
         }
         tensors = [archive.whole(name, array) for name, array in arrays.items()]
         for one in conversation.sources.parked:
-            prefix, recaller = _prefix(one.numbers[-1]), one.recaller
+            prefix, recaller = schema.prefix_of(one.numbers[-1]), one.recaller
             tensors += parked_rows.tensors(recaller, prefix)
             tensors += [
                 archive.whole(prefix + "tokens", recaller.tokens),
@@ -87,108 +85,121 @@ def save(conversation: Conversation, path: str | Path) -> int:
                 archive.whole(prefix + "read", recaller.kept_by_reading),
                 archive.whole(prefix + "where", recaller.position_of),
             ]
+        schema.check_about(archive.CONVERSATION, metadata)
         return archive.write(path, archive.CONVERSATION, tensors, metadata)
 
 
-def _prefix(number: int) -> str:
-    """Of the names of what is parked of a document."""
-    return f"{_PARKED}{number}."
-
-
-def load(engine: Engine, path: str | Path, **options: Any) -> Conversation:
-    """The conversation of a file, in the engine's context.
+def load(engine: Engine, path: str | Path | Saved, **options: Any) -> Conversation:
+    """The conversation of a file, in the engine's cache.
 
     Args:
         options: `sampling` and `max_tokens`, where they are to differ.
 
     Raises:
-        UserError: no such file, altered or cut short, of another model, build or cache type, or
-            larger than --ctx-size: the conversation so far goes on then. Or neither memory nor
-            disk hold its parked rows: the cache is empty then.
+        UserError: no such file, altered or cut short, of another model, build or cache type, with
+            something in it that is not allowed, or larger than --ctx-size.
+        LaserKVError: neither memory nor disk hold its rows. Whoever had the cells goes on after
+            either.
     """
-    path = Path(path)
-    found = archive.checked(path, archive.CONVERSATION, engine)
-    with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if not name.startswith(_PARKED)]  # noqa: SIM118
-        arrays = {name: file.get_tensor(name) for name in names}
-    rows = arrays["rows"]
-    cells = engine.share or found["cells"]
-    if rows.shape[1] + 2 > cells:
-        raise UserError(
-            f"{path} holds {rows.shape[1]} cells, more than --ctx-size {cells} has; "
-            f"use --ctx-size {found['cells']}"
+    with schema.read(path, engine, archive.CONVERSATION) as file:
+        found = file.about
+        options = {"max_tokens": found["max_tokens"], **options}
+        cells = _cells(engine, file, options["max_tokens"])
+        if not found.get("parked") and engine.settings.recall != "off":
+            log.warning("%s holds no parked rows: nothing can be recalled", file.path)
+        texts = {
+            name: file.array(f"text {number}").tobytes().decode("utf-8")
+            for number, name in enumerate(found["names"])
+        }
+        conversation = Conversation(
+            engine, documents=texts, system=found["system"], ageing=Compressing(), **options
         )
-    entries = found.get("parked", [])
-    if entries:
+        with engine.access.alone(), engine.keeping_others():
+            _load(engine, conversation, file, cells)
+    return conversation
+
+
+def _cells(engine: Engine, file: Saved, max_tokens: int) -> int:
+    """Cells for a conversation: --ctx-size, or what it had, as far as what it read explains that.
+
+    Raises:
+        UserError: --ctx-size is too small.
+    """
+    found, held = file.about, file.tensors["rows"].shape[1]
+    cells: int = engine.share or found["cells"]
+    if held + 2 > cells:
+        wanted = max(found["cells"], held + 2) * engine.residents.most
+        raise UserError(
+            f"{file.path} holds {held} cells, more than --ctx-size {cells} has; "
+            f"use --ctx-size {wanted}"
+        )
+    if engine.share:
+        return cells
+    most = held + file.tensors["tokens"].shape[0]
+    most += 2 * max(CONVERSATION_CELLS, min(2 * max_tokens, 1 << 14))
+    if cells > most:
+        log.warning(
+            "%s was saved with %d cells, of which it needs no more than %d; "
+            "give --ctx-size %d for all of them",
+            file.path,
+            cells,
+            most,
+            cells,
+        )
+    return min(cells, most)
+
+
+def _load(engine: Engine, conversation: Conversation, file: Saved, cells: int) -> None:
+    """Puts a conversation into the cache."""
+    found = file.about
+    if found.get("parked"):
         engine.turn_recall_on(found["settings"])
-    elif engine.settings.recall != "off":
-        log.warning("%s holds no parked rows: nothing can be recalled", path)
-    texts = {
-        name: arrays[f"text {number}"].tobytes().decode("utf-8")
-        for number, name in enumerate(found["names"])
-    }
-    conversation = Conversation(
-        engine,
-        documents=texts,
-        system=found["system"],
-        ageing=Compressing(),
-        **{"max_tokens": found["max_tokens"], **options},
-    )
     state = State(
-        _ledger(found["segments"], arrays),
-        arrays["state"],
+        _ledger(file),
+        file.array("state"),
         Budget(**found["budget"]),
-        arrays["pending"].tolist(),
+        file.array("pending").tolist(),
         found["turns"],
         found["thinnings"],
         found["turn_open"],
         found["compact"],
         found["unread"],
     )
-    with engine.access.alone():
-        run = engine.place(conversation, state.budget, cells, state.compact)
+    run = engine.place(conversation, state.budget, cells, state.compact)
+    try:
         run.reader.forget()
-        try:
-            engine.try_row_format(run.reader)
-            parked = _parked(path, engine, run, entries, found["settings"], state.ledger)
-            llama_state.restore(run.reader.context.handle, run.reader.main.number, state.saved)
-        except BaseException:
-            engine.leave(conversation)
-            raise
-        conversation.sources.parked = parked
-        conversation.take_over(state, run)
-    return conversation
+        engine.try_row_format(run.reader)
+        run.reader.context.doubtful = True
+        conversation.sources.parked = _parked(engine, run, file, state.ledger)
+        llama_state.restore(run.reader.context.handle, run.reader.main.number, state.saved)
+    except BaseException:
+        conversation.sources.forget_parked()
+        engine.leave(conversation)
+        raise
+    conversation.take_over(state, run)
 
 
-def _parked(
-    path: Path,
-    engine: Engine,
-    run: Run,
-    entries: list[dict[str, Any]],
-    settings: dict[str, Any],
-    ledger: Ledger,
-) -> list[Parked]:
+def _parked(engine: Engine, run: Run, file: Saved, ledger: Ledger) -> list[Parked]:
     """What parked the documents of a file; the cells are empty."""
     made: list[Parked] = []
     try:
-        with safe_open(path, framework="numpy") as file:
-            for entry in entries:
-                budget, compact = Budget(**entry["budget"]), entry["compact"]
-                reader = engine.reader_at(run.reader, compact)
-                document = Run(budget, run.cells, reader, compact)
-                number = 0 if entry["first"] else entry["number"]
-                recaller = engine.recaller(document, entry["offset"], number)
-                if recaller is None:  # the rows' format is not known; that was said
-                    break
-                opening = ledger.numbers("system") if entry["first"] else []
-                numbers = (*opening, entry["number"])
-                made.append(Parked(numbers, recaller))
-                prefix = _prefix(entry["number"])
-                parked_rows.park(path, recaller, file, settings, prefix)
-                recaller.tokens = file.get_tensor(prefix + "tokens")
-                recaller.kept_by_reading = file.get_tensor(prefix + "read")
-                recaller.limit = entry["most"]
-                recaller.follow(ledger, list(numbers))
+        for entry in file.about.get("parked", []):
+            budget, compact = Budget(**entry["budget"]), entry["compact"]
+            reader = engine.reader_at(run.reader, compact)
+            number = 0 if entry["first"] else entry["number"]
+            document = Run(budget, run.cells, reader, compact)
+            recaller = engine.recaller(document, entry["offset"], number)
+            if recaller is None:  # the rows' format is not known; that was said
+                break
+            # what opens the conversation was read along with the document after it
+            opening = ledger.numbers(SYSTEM) if entry["first"] else []
+            made.append(Parked((*opening, entry["number"]), recaller))
+            prefix = schema.prefix_of(entry["number"])
+            parked_rows.park(recaller, file, prefix)
+            recaller.tokens = file.array(prefix + "tokens")
+            recaller.kept_by_reading = file.whole(prefix + "read")
+            recaller.limit = entry["most"]
+            recaller.follow(ledger, list(made[-1].numbers))
     except BaseException:
         for one in made:
             one.recaller.close()
@@ -196,16 +207,13 @@ def _parked(
     return made
 
 
-def _ledger(segments: list[Any], arrays: dict[str, NDArray[Any]]) -> Ledger:
+def _ledger(file: Saved) -> Ledger:
     found: dict[int, Segment] = {}
     token = pool = 0
-    for number, kind, name, tokens, pools, whole in segments:
+    read, kept_by = file.array("tokens"), file.array("pools")
+    for number, kind, name, tokens, pools, whole in file.about["segments"]:
         found[number] = Segment(
-            kind,
-            arrays["tokens"][token : token + tokens],
-            name,
-            arrays["pools"][pool : pool + pools],
-            not whole,
+            kind, read[token : token + tokens], name, kept_by[pool : pool + pools], not whole
         )
         token, pool = token + tokens, pool + pools
-    return Ledger.of_rows(found, arrays["rows"].astype(np.int64))
+    return Ledger.of_rows(found, file.whole("rows"))

@@ -11,10 +11,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
@@ -28,6 +26,9 @@ from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.reading.reader import Reading
 from laserkv_gguf.saving import parked as parked_rows
+from laserkv_gguf.saving import schema
+from laserkv_gguf.saving.identity import made_with
+from laserkv_gguf.saving.schema import Saved
 from laserkv_gguf.timings import STEPS, Timings
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
         engine.come_back(conversation)
         run, parked = conversation.run, conversation.sources.recallers
         about = {
-            **archive.made_with(engine),
+            **made_with(engine),
             "budget": asdict(reading.budget),
             "compact": run.compact,
             "system": conversation.system,
@@ -72,6 +73,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
             tensors += parked_rows.tensors(parked[0])
         else:
             tensors += _cached(conversation, reading)
+        schema.check_about(archive.DOCUMENT, about)
         return archive.write(path, archive.DOCUMENT, tensors, about)
 
 
@@ -107,7 +109,7 @@ def _cached(conversation: Conversation, reading: Reading) -> Iterator[archive.Te
 
 def load(
     engine: Engine,
-    path: str | Path,
+    path: str | Path | Saved,
     *,
     max_tokens: int = 1024,
     sampling: Sampling | None = None,
@@ -121,66 +123,69 @@ def load(
         UserError: no such file, a damaged one, one of another model, build or cache type, or one
             that does not fit the context; the message says which.
     """
-    path = Path(path)
-    about = archive.checked(path, archive.DOCUMENT, engine)
-    if about["parked"]:
-        engine.turn_recall_on(about["settings"])
-    elif engine.settings.recall != "off":
-        log.warning("%s holds no parked rows: nothing can be recalled", path)
-    budget = Budget(**about["budget"])
-    conversation = Conversation(
-        engine, system=about["system"], max_tokens=max_tokens, sampling=sampling
-    )
-    with engine.access.alone(), safe_open(path, framework="numpy") as file:
-        reading = Reading(
-            file.get_tensor("tokens"),
-            budget,
-            file.get_tensor("kept"),
-            about["next_position"],
-            Timings(**about["timings"]),
-            about["kept_per_block"],
+    with schema.read(path, engine, archive.DOCUMENT) as file:
+        conversation = Conversation(
+            engine, system=file.about["system"], max_tokens=max_tokens, sampling=sampling
         )
-        room = conversation.room_after(budget)
-        run = engine.prepare(
-            conversation,
-            budget.tokens,
-            0,
-            room,
-            question_known=False,
-            budget=budget,
-            compact=about["compact"],
-        )
-        context = run.reader.context
-        run.reader.forget()
-        form = rows.known(context)
-        recaller = None
-        try:
-            recaller = engine.recaller(run) if about["parked"] else None
-            if recaller:
-                parked_rows.park(path, recaller, file, about["settings"])
-                recaller.tokens = reading.tokens
-                recaller.restore(reading.kept)
-            else:
-                _put(context, run.reader.main, form, file)
-        except BaseException:
-            if recaller:
-                recaller.close()
-            engine.leave(conversation)
-            raise
-        conversation.adopt(run, reading, recaller)
+        if not file.about["parked"] and engine.settings.recall != "off":
+            log.warning("%s holds no parked rows: nothing can be recalled", file.path)
+        with engine.access.alone(), engine.keeping_others():
+            _load(engine, conversation, file)
     return conversation
 
 
-def _put(context: Context, main: Sequence, form: rows.Format, file: Any) -> None:
+def _load(engine: Engine, conversation: Conversation, file: Saved) -> None:
+    """Puts a document into the cache."""
+    about = file.about
+    if about["parked"]:
+        engine.turn_recall_on(about["settings"])
+    budget = Budget(**about["budget"])
+    reading = Reading(
+        file.array("tokens"),
+        budget,
+        file.whole("kept"),
+        about["next_position"],
+        Timings(**about["timings"]),
+        about["kept_per_block"],
+    )
+    run = engine.prepare(
+        conversation,
+        budget.tokens,
+        0,
+        conversation.room_after(budget),
+        question_known=False,
+        budget=budget,
+        compact=about["compact"],
+    )
+    context, recaller = run.reader.context, None
+    try:
+        run.reader.forget()
+        form = rows.known(context)
+        context.doubtful = True
+        recaller = engine.recaller(run) if about["parked"] else None
+        if recaller:
+            parked_rows.park(recaller, file)
+            recaller.tokens = reading.tokens
+            recaller.restore(reading.kept)
+        else:
+            _put(context, run.reader.main, form, file)
+    except BaseException:
+        if recaller:
+            recaller.close()
+        engine.leave(conversation)
+        raise
+    conversation.adopt(run, reading, recaller)
+
+
+def _put(context: Context, main: Sequence, form: rows.Format, file: Saved) -> None:
     """Puts kept rows where they stood."""
     spare = Sequence(context, SPARE)
-    positions = file.get_tensor("positions")
-    keys, values = file.get_slice("keys"), file.get_slice("values")
+    positions = file.array("positions")
     for first in range(0, len(positions), form.per_call):
         end = min(first + form.per_call, len(positions))
         built = rows.build(form, positions[first:end])
-        built.keys[...] = keys[:, first:end]
-        built.values[...] = values[:, first:end].reshape(built.values.shape)
+        built.keys[...] = file.rows("keys", first, end)
+        built.values[...] = file.rows("values", first, end).reshape(built.values.shape)
         try:
             rows.put(context, built, SPARE)
             spare.share_with(main)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator
 
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive
+from laserkv_gguf.planning.settings import BITS
 from laserkv_gguf.recall.recaller import Recaller
-
-_CHUNK = 1 << 24
-_INDEX = "index."
+from laserkv_gguf.saving.schema import INDEX, Saved
 
 
 def tensors(recaller: Recaller, prefix: str = "") -> Iterator[archive.Tensor]:
@@ -34,47 +29,50 @@ def tensors(recaller: Recaller, prefix: str = "") -> Iterator[archive.Tensor]:
     if recaller.index:
         yield archive.whole(f"{prefix}units", recaller.units)
         for name, array in recaller.index.items():
-            yield archive.whole(prefix + _INDEX + name, array)
+            yield archive.whole(prefix + INDEX + name, array)
 
 
-def park(
-    path: Path, recaller: Recaller, file: Any, settings: Mapping[str, Any], prefix: str = ""
-) -> None:
+def park(recaller: Recaller, file: Saved, prefix: str = "") -> None:
     """Fills a store from a file, and what finds rows in it.
 
     Args:
-        file: the opened safetensors file at `path`.
-        settings: it was made with.
+        file: that was read for this engine.
+        prefix: of the names, where it holds several documents.
 
     Raises:
         UserError: what the policy notes while it reads is not in the file.
         LaserKVError: the disk is full.
     """
-    store, names = recaller.store, set(file.keys())
-    keys, values, positions = (
-        file.get_slice(prefix + name) for name in ("keys", "values", "positions")
-    )
-    step = max(1, _CHUNK // recaller.form.cell_bytes)
+    store, settings = recaller.store, file.about["settings"]
+    keys, values = prefix + "keys", prefix + "values"
+    positions = file.array(prefix + "positions")
+    step = max(1, archive.CHUNK // recaller.form.cell_bytes)
     for first in range(0, store.tokens, step):
         end = min(first + step, store.tokens)
-        store.write(keys[:, first:end], values[:, first:end], positions[first:end])
+        store.write(
+            file.rows(keys, first, end), file.rows(values, first, end), positions[first:end]
+        )
     if recaller.mode == "replay":
         return
     same = settings["policy"] == recaller.policy.name
-    index = prefix + _INDEX
-    if recaller.policy.unit and f"{prefix}units" in names and same:
-        recaller.units = file.get_tensor(f"{prefix}units")
+    index, signatures = prefix + INDEX, recaller.signatures
+    if recaller.policy.unit and f"{prefix}units" in file.tensors and same:
+        recaller.units = file.whole(f"{prefix}units")
         recaller.index = {
-            name.removeprefix(index): np.asarray(file.get_tensor(name))
-            for name in names
+            name.removeprefix(index): file.array(name)
+            for name in file.tensors
             if name.startswith(index)
         }
-    elif recaller.signatures is not None and f"{prefix}signatures" in names:
-        recaller.signatures.codes = file.get_tensor(f"{prefix}signatures")
-        recaller.signatures.centre = file.get_tensor(f"{prefix}centre")
+    elif (
+        signatures is not None
+        and f"{prefix}signatures" in file.tensors
+        and settings.get("recall_bits", BITS) == BITS
+    ):
+        signatures.codes = file.array(f"{prefix}signatures")
+        signatures.centre = file.array(f"{prefix}centre")
     elif recaller.policy.needs.recall:
         raise UserError(
-            f"{path} was not read with --policy {recaller.policy.name}, which notes while it "
+            f"{file.path} was not read with --policy {recaller.policy.name}, which notes while it "
             "reads what it looks up; read the document again, or use another policy"
         )
     else:

@@ -1,0 +1,49 @@
+"""What a saved file must agree with to be loaded, and the settings it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from laserkv_gguf.engine.engine import Engine
+from laserkv_gguf.llama import library
+from laserkv_gguf.models.identity import size_and_samples
+from laserkv_gguf.version import VERSION
+
+# What a file says of how it was made. `schema` has their ranges; what is not listed here,
+# such as a path or where something is computed, never comes out of a file.
+SETTINGS = (
+    "policy",
+    "policy_options",
+    "ratio",
+    "block_size",
+    "protection_divisor",
+    "alpha",
+    "pool",
+    "hash_bits",
+    "hash_tables",
+    "lookahead",
+    "probe_tokens",
+    "positions",
+    "recall",
+    "recall_mode",
+    "recall_share",
+)
+
+
+def made_with(engine: Engine) -> dict[str, Any]:
+    """What a file must agree with to be loaded, and the settings it was made with."""
+    options = engine.options
+    size, samples = size_and_samples(engine.model.path)
+    return {
+        "version": VERSION,
+        "model": {"name": engine.model.name, "bytes": size, "samples": samples},
+        "build": library.version(),
+        "cache": options.said(engine.model.gpu_layers != 0),
+        "settings": {name: _plain(getattr(engine.settings, name)) for name in SETTINGS},
+        "context": {name: getattr(options, name) for name in ("type_k", "type_v", "flash_attn")},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
