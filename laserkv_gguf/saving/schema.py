@@ -875,7 +875,10 @@ def _notes(engine: Engine) -> dict[str, NDArray[Any]]:
     dtype = np.float32 if engine.options.type_k == "f32" else np.float16
     tokens = np.arange(min(engine.policy.unit, 4096))
     keys = np.zeros((model.layers, len(tokens), model.kv_heads, model.head_dim), dtype)
-    return engine.policy.index(policies.Candidates(tokens, (0, len(tokens)), keys=keys))
+    asked = np.zeros((model.layers, 0, model.heads, model.head_dim), dtype)
+    queries = asked if engine.policy.needs.block_queries else None
+    seen = policies.Candidates(tokens, (0, len(tokens)), keys=keys, block_queries=queries)
+    return engine.policy.index(seen)
 
 
 INDEX = "index."  # how the names of a policy's own notes begin
