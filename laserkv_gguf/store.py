@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -260,7 +261,7 @@ class DiskStore(Store):
         bounds = [0, *cuts.tolist(), count]
         spans = [
             (first, last, int(tokens[first]), int(tokens[last - 1]) + 1)
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in pairwise(bounds)
         ]
         found = np.empty((count, row), np.uint8)
         between = np.empty((max(end - start for _, _, start, end in spans), row), np.uint8)

@@ -15,8 +15,8 @@ hand before it is trusted; the host path is always there instead.
 from __future__ import annotations
 
 import ctypes
-import os
 import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
