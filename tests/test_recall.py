@@ -717,7 +717,7 @@ def test_a_file_that_was_cut_short(
         lambda: one.write(rows_of, rows_of, np.arange(32)),
         lambda: list(one.all("values")),
     ):
-        with pytest.raises(LaserKVError, match="cut short.*read the document again") as caught:
+        with pytest.raises(LaserKVError, match=r"cut short.*read the document again") as caught:
             use()
         assert "\n" not in str(caught.value)
 

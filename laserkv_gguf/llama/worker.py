@@ -80,11 +80,12 @@ class Worker:
         """However often Ctrl-C comes: what is worked on must not be freed before."""
         while True:
             try:
-                return self.finish()
+                self.finish()
             except KeyboardInterrupt:
                 continue
             except LaserKVError:  # the thread has died, and the work with it
-                return None
+                pass
+            return
 
     def close(self) -> None:
         """Ends the thread after what was handed over; a process forked off has none to end."""

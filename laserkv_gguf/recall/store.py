@@ -14,6 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -291,7 +292,7 @@ class DiskStore(Store):
         bounds = [0, *cuts.tolist(), count]
         spans = [
             (first, last, int(tokens[first]), int(tokens[last - 1]) + 1)
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in pairwise(bounds)
         ]
         found = np.empty((count, row), np.uint8)
         between = np.empty((max(end - start for _, _, start, end in spans), row), np.uint8)
