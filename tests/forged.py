@@ -238,6 +238,48 @@ def change_state(file: Forged, random: Random) -> bytes:
     return file.bytes()
 
 
+def change_a_little(file: Forged, random: Random) -> bytes:
+    """Values that could well be: one more, twice as much, what another field says, not true."""
+    words = [
+        *("laser", "quest", "infllm", "random", "dbudgetkv", "accumulating", "recursive"),
+        *("one-shot", "ram", "disk", "off", "replay", "shortlist", "all", "block"),
+        *("auto", "original", "compact", "system", "document", "turn", "f16", "f32"),
+    ]
+    for _ in range(random.choice([1, 1, 2, 4])):
+        if random.randrange(3) == 0:
+            small = sorted(n for n, a in file.arrays.items() if a.size and a.dtype.kind == "i")
+            flat = file.arrays[random.choice(small)].reshape(-1)
+            at = random.randrange(len(flat))
+            to = random.choice([flat[at] + 1, flat[at] - 1, flat[random.randrange(len(flat))]])
+            flat[at] = np.array(to).astype(flat.dtype)
+            continue
+        path = random.choice(list(places(file.about)))
+        value = file.about
+        for key in path:
+            value = value[key]
+        if isinstance(value, bool):
+            put(file.about, path, not value)
+        elif isinstance(value, int):
+            others = [value + 1, value - 1, 2 * value, value // 2, random.randrange(1, 500)]
+            put(file.about, path, random.choice(others))
+        elif isinstance(value, float):
+            put(file.about, path, random.choice([value / 2, min(1.0, value * 2), 1.0, 0.05]))
+        elif isinstance(value, str):
+            put(file.about, path, random.choice(words))
+        elif value is None:
+            put(file.about, path, random.choice([1, 15, 0.5, "replay", "shortlist"]))
+        elif isinstance(value, list) and value:
+            how = random.randrange(3)
+            one = random.randrange(len(value))
+            if how == 0:
+                del value[one]
+            elif how == 1:
+                value.append(copy.deepcopy(value[one]))
+            else:
+                value[0], value[one] = value[one], value[0]
+    return file.bytes()
+
+
 def change_bytes(file: Forged, random: Random) -> bytes:
     """Damage, with the digest that was right before: a bit, many bytes, cut, grown."""
     data = bytearray(file.bytes())
@@ -265,5 +307,6 @@ CHANGES: dict[str, Callable[[Forged, Random], bytes]] = {
     "resize": change_size,
     "data": change_data,
     "state": change_state,
+    "little": change_a_little,
     "flip": change_bytes,
 }

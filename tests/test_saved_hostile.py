@@ -80,6 +80,11 @@ class Scene:
         self.likely = self.likelihood()
         self.settings = self.engine.settings
         self.counts: Counter[str] = Counter()
+        # what finds rows is used by an engine of the same ways alone
+        self.alike = {
+            name: LaserKV(self.one.model, context=OPTIONS, **READ, **WAYS[name])
+            for name in ("signed", "units")
+        }
 
     def _save(self, name: str) -> Path:
         way, path = dict(WAYS[name]), self.folder / name
@@ -98,7 +103,8 @@ class Scene:
         return path
 
     def close(self) -> None:
-        self.engine.close()
+        for engine in (self.engine, *self.alike.values()):
+            engine.close()
         self.one.model.close()
 
     def again(self) -> Talk:
@@ -117,9 +123,18 @@ class Scene:
         if thoroughly:
             assert self.likelihood() == self.likely
 
-    def meets(self, path: Path) -> str:
-        """What becomes of a file: "refused", or "loaded" and asked something."""
+    def meets(self, path: Path, name: str = "") -> str:
+        """What becomes of a file: "refused", or "loaded" and asked something.
+
+        Args:
+            name: of the one that it was forged from.
+        """
         before = set(sys.modules)
+        if name in self.alike:
+            try:
+                self._asked(self.alike[name].load(path, max_tokens=2))
+            except LaserKVError as error:
+                check_line(error)
         try:
             talk = self.engine.load(path, max_tokens=2)
         except LaserKVError as error:
@@ -131,8 +146,7 @@ class Scene:
             assert not {name for name in set(sys.modules) - before if "evil" in name}
         self.counts["loaded"] += 1
         try:
-            said = turn(talk, self.asked)
-            assert all(0 <= token < SPEC.vocab for token in said.tokens)
+            self._asked(talk)
             talk.save(self.folder / "more")
         except LaserKVError as error:
             check_line(error)
@@ -140,6 +154,10 @@ class Scene:
         self.again()
         self.stays(thoroughly=self.counts["loaded"] % 16 == 0)
         return "loaded"
+
+    def _asked(self, talk: Conversation) -> None:
+        said = turn(talk, self.asked)
+        assert all(0 <= token < SPEC.vocab for token in said.tokens)
 
 
 def check_line(error: BaseException) -> None:
@@ -156,7 +174,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     one.close()
 
 
-# ---- the attack: 720 files ----------------------------------------------------------------------
+# ---- the attack: 840 files ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", CHANGES)
@@ -170,19 +188,19 @@ def test_forged_files_do_nothing(mode: str, scene: Scene, tmp_path: Path) -> Non
         name = names[number % len(names)]
         data = CHANGES[mode](scene.files[name].copy(), random)
         path.write_bytes(data)
-        found[scene.meets(path)] += 1
+        found[scene.meets(path, name)] += 1
         if mode == "flip":
             assert found["refused"] == number + 1
     assert (memory.peak_rss() or 0) - before < 256 << 20
-    assert found["refused"] > 60 or mode in ("about", "state")
+    assert found["refused"] > 60 or mode in ("about", "state", "little")
     scene.stays()
 
 
 def test_whole_files_still_load(scene: Scene, tmp_path: Path) -> None:
     """What is forged above loads when nothing is changed in it: as it was, and written anew."""
     for name, file in scene.files.items():
-        assert scene.meets(scene.folder / name) == "loaded", name
-        assert scene.meets(file.write(tmp_path / name)) == "loaded", name
+        assert scene.meets(scene.folder / name, name) == "loaded", name
+        assert scene.meets(file.write(tmp_path / name), name) == "loaded", name
     scene.stays()
 
 
