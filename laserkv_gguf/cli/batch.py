@@ -37,7 +37,12 @@ def batch(
     sampling: SamplingOptions,
     source: Annotated[
         Optional[str],  # noqa: UP045
-        Option("-i", "--input", help="Questions, one JSON object a line; - is standard input."),
+        Option(
+            "-i",
+            "--input",
+            help="Questions, one JSON object a line; - is standard input. A document_path "
+            "may name any file that you can read.",
+        ),
     ] = None,
     target: Annotated[
         Optional[str],  # noqa: UP045
