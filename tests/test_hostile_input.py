@@ -362,14 +362,20 @@ def test_a_pdf_s_text_and_pages_have_limits(monkeypatch: pytest.MonkeyPatch) -> 
 def compressed(drawn: bytes) -> bytes:
     """A PDF of one page with this content, compressed."""
     stream = zlib.compress(drawn)
-    head = pdf("x").partition(b"4 0 obj")[0]
-    return (
-        head
-        + b"4 0 obj\n<< /Length %d /Filter /FlateDecode >>\nstream\n" % len(stream)
-        + stream
-        + b"\nendstream\nendobj\n5 0 obj\n<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-        b"\nendobj\ntrailer\n<< /Size 6 /Root 1 0 R >>\n%%EOF\n"
-    )
+    bodies = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d /Filter /FlateDecode >>\nstream\n%b\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    data, table = b"%PDF-1.4\n", b"0000000000 65535 f \n"
+    for number, body in enumerate(bodies, 1):
+        table += b"%010d 00000 n \n" % len(data)
+        data += b"%d 0 obj\n%b\nendobj\n" % (number, body)
+    end = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(data)
+    return data + b"xref\n0 6\n" + table + end
 
 
 @posix
@@ -526,13 +532,15 @@ def test_a_full_standard_output_loses_no_file(
 def process(redirected: str, *arguments: str | Path, typed: str = "") -> Ended:
     """In a shell that closes or redirects streams first."""
     command = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-m", "laserkv_gguf"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(
         [*command, *map(str, arguments)],
         input=typed,
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        env=environment,
         timeout=300,
         check=False,
     )
@@ -543,14 +551,11 @@ CLOSED = "error: standard output is closed; there is nowhere to write the answer
 FULL = "error: cannot write to standard output: No space left on device\n"
 # redirection, command, what is typed, exit code, standard error
 STREAMS = {
-    "ask, no stdin": ("<&-", "{ask}", "", 0, ""),
     "ask, a document on no stdin": ("<&-", "{ask} -d -", "", 2, "error: standard input is empty.*"),
     "chat, no stdin": ("<&-", "{chat}", "", 0, ".*/help.*"),
     "ask, no stdout": (">&-", "{ask}", "", 2, CLOSED),
-    "chat, no stdout": (">&-", "{chat}", "hello\n", 2, CLOSED),
     "ask, no stderr": ("2>&-", "{ask}", "", 0, ""),
     "an error, no stderr": ("2>&-", "ask -m none.gguf -q h", "", 2, ""),
-    "chat, no stderr": ("2>&-", "{chat}", "hello\n/docs\n", 0, ""),
     "nothing at all": ("<&- >&- 2>&-", "{chat}", "", 2, ""),
     "chat, a full disk": (">/dev/full", "{chat}", "hello\nhello\n", 1, f".*/help.*\n{FULL}"),
     "version, a full disk": (">/dev/full", "--version", "", 1, FULL),
@@ -806,4 +811,4 @@ def test_a_template_may_be_rendered_many_times() -> None:
     """The budget is each rendering's own."""
     formatter = ChatFormatter(LONG_MACROS, bos_token="<s>", eos_token="</s>")
     wanted = formatter([user("why?")])
-    assert all(formatter([user("why?")]) == wanted for _ in range(300))
+    assert all(formatter([user("why?")]) == wanted for _ in range(100))

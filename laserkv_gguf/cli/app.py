@@ -36,7 +36,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from laserkv_gguf import __version__
 
-        print(__version__)
+        streams.say(__version__, end="\n")
         raise typer.Exit
 
 
