@@ -29,8 +29,8 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.handle import Handle
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.worker import Worker
-from laserkv_gguf.engine.engine import LaserKV
-from laserkv_gguf.conversation.talk import Talk
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation as Talk
 
 PATIENCE = 300.0  # seconds, after which a test gives up on what hangs
 TOKENS = 6
@@ -43,7 +43,7 @@ faulthandler.dump_traceback_later({patience}, exit=True)
 from test_session import DOCUMENT, OPTIONS, QUESTION, SETTINGS
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama.model import Model
-from laserkv_gguf.engine.engine import LaserKV
+from laserkv_gguf.api import LaserKV
 path = {path!r}
 
 def made(**settings):

@@ -36,7 +36,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from laserkv_gguf.version import VERSION
 
-        print(VERSION)
+        streams.say(VERSION, end="\n")
         raise typer.Exit
 
 

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Optional
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer import Option
 
-from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
 from laserkv_gguf.errors import Cancelled, UserError
 
@@ -37,7 +37,12 @@ def batch(
     sampling: SamplingOptions,
     source: Annotated[
         Optional[str],  # noqa: UP045
-        Option("-i", "--input", help="Questions, one JSON object a line; - is standard input."),
+        Option(
+            "-i",
+            "--input",
+            help="Questions, one JSON object a line; - is standard input. A document_path "
+            "may name any file that you can read.",
+        ),
     ] = None,
     target: Annotated[
         Optional[str],  # noqa: UP045
@@ -289,7 +294,8 @@ def _report(counts: Summary, job: Batch | None, target: str, quiet: bool, as_jso
     if counts.failed:
         terminal.note(f'{counts.failed} of {counts.questions} failed: see "error" in {target}')
     if as_json:
-        print(json.dumps({**asdict(counts), **(_figures(job.spent) if job else {})}))
+        said = {**asdict(counts), **(_figures(job.spent) if job else {})}
+        streams.say(json.dumps(said), end="\n")
     if quiet:
         return
     if job and job.spent.tokens:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional, TypeVar
 from rich.table import Table
 from typer import Option
 
-from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, with_options
 from laserkv_gguf.errors import UserError
 
@@ -105,7 +105,7 @@ def bench(
     result = Benchmark(plan, Processes(store), terminal.progress).run()
     report.write(result, markdown, out)
     if as_json:
-        print(json.dumps(result))
+        streams.say(json.dumps(result), end="\n")
         return
     _print(result)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 from typer import Option
 
-from laserkv_gguf.cli import terminal
+from laserkv_gguf.cli import streams, terminal
 from laserkv_gguf.cli.options import log_to_stderr
 
 MARKS = {"good": "green", "degraded": "yellow", "bad": "red"}
@@ -41,5 +41,6 @@ def doctor(
             line.append(f"\n          {finding.advice}", style="dim")
         console.print(line, soft_wrap=True)
     if as_json:
-        print(json.dumps({"findings": [finding.as_dict() for finding in findings]}))
+        said = {"findings": [finding.as_dict() for finding in findings]}
+        streams.say(json.dumps(said), end="\n")
     return int(any(finding.state == BAD for finding in findings))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from laserkv_gguf.cli import pdf
+from laserkv_gguf.cli import pdf, streams
 from laserkv_gguf.cli.terminal import size as human
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.machine import free_ram
@@ -55,7 +55,7 @@ def limit() -> int:
 def _bytes(name: str) -> bytes:
     if name == STANDARD_INPUT:
         if sys.stdin.isatty():
-            print("reading the document from standard input; end with Ctrl-D", file=sys.stderr)
+            streams.complain("reading the document from standard input; end with Ctrl-D")
         return _limited("standard input", sys.stdin.buffer, 0)
     try:
         _check_kind(name, Path(name).stat().st_mode)

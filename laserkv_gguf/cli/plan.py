@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 from rich.table import Table
 from typer import Option
 
-from laserkv_gguf.cli import documents, terminal
+from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, with_options
 from laserkv_gguf.errors import UserError
 
@@ -62,7 +62,8 @@ def plan(
         tokens = max(header.context - run.reply, 1)
     made = planning.make(header, run, memory, tokens=tokens, ratio=options.ratio)
     if as_json:
-        print(json.dumps(made.as_dict(), ensure_ascii=False))
+        said = json.dumps(made.as_dict(), ensure_ascii=False)
+        streams.say(terminal.printable(said), end="\n")
     else:
         _print(made, memory.card, options.ratio is None, run.recall)
 

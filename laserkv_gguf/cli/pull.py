@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 from rich.table import Table
 from typer import Argument, Option
 
-from laserkv_gguf.cli import terminal
+from laserkv_gguf.cli import streams, terminal
 from laserkv_gguf.cli.options import log_to_stderr
 
 
@@ -37,7 +37,7 @@ def pull(
         raise
     verified = "" if entry.sha256 else " (models.txt lists no hash of it)"
     terminal.dim(f"{'downloaded' if fetched else 'already here'}, verified{verified}:")
-    print(terminal.printable(str(place)))
+    streams.say(terminal.printable(str(place)), end="\n")
 
 
 def _list() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -48,8 +49,11 @@ def check_output() -> None:
         os.write(sys.stdout.fileno(), b"")
     except (io.UnsupportedOperation, ValueError):  # not a file: a program calls us
         return
-    except OSError:
-        raise UserError("standard output is closed; there is nowhere to write the answer") from None
+    except OSError as error:
+        if error.errno == errno.EBADF:  # a full disk may have room by then
+            raise UserError(
+                "standard output is closed; there is nowhere to write the answer"
+            ) from None
 
 
 def say(text: str, end: str = "") -> None:
@@ -64,7 +68,7 @@ def say(text: str, end: str = "") -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise _lost(error) from error
+        raise lost(error) from error
 
 
 def complain(text: str) -> None:
@@ -82,7 +86,7 @@ def settle(code: int) -> int:
         _drop(1)
     except OSError as error:
         if code == 0:
-            complain(f"error: {_lost(error)}")
+            complain(f"error: {lost(error)}")
         code = code or 1
         _drop(1)
     except ValueError:  # closed by whoever called us
@@ -104,5 +108,6 @@ def _drop(number: int) -> None:
         stream.flush()
 
 
-def _lost(error: OSError) -> OutputLost:
+def lost(error: OSError) -> OutputLost:
+    """What a failed write to standard output is."""
     return OutputLost(f"cannot write to standard output: {error.strerror or error}")

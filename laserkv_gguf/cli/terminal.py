@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +40,14 @@ class Console(rich.console.Console):
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else harmless(segment.text, running=self.running)
             yield segment if text == segment.text else Segment(text, segment.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if self.stderr or isinstance(error, BrokenPipeError):
+                raise
+            raise streams.lost(error) from error
 
 
 console = Console(stderr=True, highlight=False)

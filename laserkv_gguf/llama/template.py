@@ -16,6 +16,7 @@ import re
 import string
 import threading
 import types
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
@@ -87,7 +88,8 @@ class ChatFormatter:
             raise TemplateLimit(f"it has {len(source):,} characters, more than {SOURCE:,}")
         self._environment = _Bounded()
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        with _deep():
+        with _deep(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of code that nobody sees
             self._environment.begin()
             self._template = self._environment.from_string(source)
 
