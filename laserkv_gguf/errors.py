@@ -15,6 +15,10 @@ class UserError(LaserKVError):
     exit_code = 2
 
 
+class OutOfMemory(UserError):
+    """What is asked for does not fit into memory; it may elsewhere, or another time."""
+
+
 class Cancelled(LaserKVError):
     """Reading or answering was stopped on request; exit code 130."""
 
