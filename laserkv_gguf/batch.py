@@ -331,11 +331,12 @@ class Output:
         path, digest = entry.get("document"), entry.get("sha256")
         if isinstance(path, str) and isinstance(digest, str):
             self.documents[path] = digest
-        elif type(index) is int and written <= index < len(self.ids) and isinstance(line, dict):
-            if line.get("id", self) == self.ids[index]:
-                self._waiting.pop(index, None)  # of two the later one holds
-                if line.get("retry") is not True:
-                    self._waiting[index] = _encoded(line)
+        if type(index) is not int or not written <= index < len(self.ids):
+            return
+        if isinstance(line, dict) and line.get("id", self) == self.ids[index]:
+            self._waiting.pop(index, None)  # of two the later one holds
+            if line.get("retry") is not True:
+                self._waiting[index] = _encoded(line)
 
     @property
     def _else(self) -> str:
@@ -500,9 +501,11 @@ class Stream(Output):
         return self
 
     def _append(self, path: Path, data: bytes) -> None:
-        """Raises:
-        OutputError: the disk is full, or gone.
-        BrokenPipeError: nobody reads any more.
+        """Writes at once, so that who reads a pipe sees each answer as it comes.
+
+        Raises:
+            OutputError: the disk is full, or gone.
+            BrokenPipeError: nobody reads any more.
         """
         if path == self.record:  # what waits is in memory
             return
@@ -517,7 +520,8 @@ class Stream(Output):
                 f"cannot write standard output: {said}; name a file with --output to go on later"
             ) from error
         for line in map(_line, data.splitlines()):
-            self._counted.append({key: line[key] for key in ("error", "retry", "score") if key in line})
+            names = ("error", "retry", "score")
+            self._counted.append({name: line[name] for name in names if name in line})
 
     def _close_record(self) -> None:
         """There is none."""
@@ -748,9 +752,7 @@ class Batch:
             self.on_line(False)
 
 
-def check_documents(
-    questions: Input, output: Output, read_document: Callable[[str], str]
-) -> None:
+def check_documents(questions: Input, output: Output, read_document: Callable[[str], str]) -> None:
     """Refuses to go on with questions about a file that was changed since others were answered.
 
     Files whose questions have all been answered, or none of them, are not read; one that cannot be
