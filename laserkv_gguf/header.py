@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,7 @@ class Header:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata, self.tensors = _read(self.path)
-        for part in self._further_parts():
+        for part in parts(self.path, self.metadata):
             self.tensors += _read(part)[1]
         self._check()
 
@@ -109,19 +110,6 @@ class Header:
                 "key and value a token; use one with plain attention such as Llama 3 or SmolLM2"
             )
 
-    def _further_parts(self) -> list[Path]:
-        count = self.metadata.get("split.count", 1)
-        found = _SPLIT.search(self.path.name)
-        if not found or count in (0, 1):
-            return []
-        if count != int(found[2]):
-            raise UserError(
-                f"{self.path.name} says it has {_short(count)} parts; download its parts again"
-            )
-        stem = self.path.name[: found.start()]
-        names = [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
-        return [self.path.with_name(name) for name in names if name != self.path.name]
-
     def _numbers(self, key: str) -> list[int]:
         """A count or an array of them, `{architecture}.` in front of the key."""
         value = self.metadata.get(f"{self.architecture}.{key}")
@@ -131,7 +119,7 @@ class Header:
             if one is not None and not (isinstance(one, int) and 0 <= one <= most):
                 raise UserError(
                     f"{self.path.name} is damaged: it says {self.architecture}.{key} is "
-                    f"{_short(one)}; download it again"
+                    f"{short(one)}; download it again"
                 )
         return [int(one) for one in values if one is not None]
 
@@ -146,7 +134,7 @@ class Header:
 
     @cached_property
     def architecture(self) -> str:
-        return _short(self.metadata.get("general.architecture", "unknown"))
+        return short(self.metadata.get("general.architecture", "unknown"))
 
     @cached_property
     def name(self) -> str:
@@ -243,11 +231,28 @@ def row_bytes(type_name: str, values: int) -> int:
     return -(-values // block) * size
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """What a header says, in a line."""
     said = value if isinstance(value, str) else repr(value)
     said = "".join(char if char.isprintable() else "?" for char in said[:41])
     return said if len(said) <= 40 else f"{said[:39]}…"
+
+
+def parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """The further files of a split model, whose first one is given; they need not be there.
+
+    Raises:
+        UserError: the file's name and what it says of its parts do not agree.
+    """
+    count = metadata.get("split.count", 1)
+    found = _SPLIT.search(path.name)
+    if not found or count in (0, 1):
+        return []
+    if count != int(found[2]):
+        raise UserError(f"{path.name} says it has {short(count)} parts; download its parts again")
+    stem = path.name[: found.start()]
+    names = [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+    return [path.with_name(name) for name in names if name != path.name]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
@@ -256,6 +261,18 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
         return found.metadata, [
             Tensor(info.name, info.dims, info.kind.name, info.size) for info in found.tensors
         ]
+
+
+def check_plain(path: Path) -> None:
+    """Refuses pipes and devices, which may have neither data nor an end.
+
+    Raises:
+        UserError: in one line.
+        OSError: nothing is there.
+    """
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise UserError(f"{path} is no plain file; give the path of a GGUF file")
 
 
 @contextmanager
@@ -267,6 +284,7 @@ def opened(path: Path) -> Iterator[Cursor]:
             incomplete header.
     """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path.name} is not a GGUF file; download a GGUF")
@@ -280,7 +298,7 @@ def opened(path: Path) -> Iterator[Cursor]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Impossible as error:
         raise UserError(f"{path.name} is damaged: {error}; download it again") from None
-    except (struct.error, IndexError, KeyError) as error:
+    except (struct.error, IndexError, KeyError, OverflowError) as error:
         raise UserError(
             f"the header of {path.name} is incomplete or damaged; download more of it, or it again"
         ) from error
@@ -342,7 +360,7 @@ class Cursor:
         for _ in range(keys):
             key = self.string(_NAME)
             if key in metadata:
-                raise Impossible(f"it has the key {_short(key)} twice")
+                raise Impossible(f"it has the key {short(key)} twice")
             kind = self.take("<I")
             if kind == _ARRAY:
                 element, count = self.take("<I"), self.take("<Q")
@@ -386,10 +404,10 @@ class Cursor:
     def _array(self, key: str, kind: int, count: int) -> Any:
         if kind == _STRING:
             if count > _STRINGS:
-                raise Impossible(f"it says {_short(key)} has {count} texts")
+                raise Impossible(f"it says {short(key)} has {count} texts")
             self._move_over_strings(count)
         elif kind == _ARRAY:
-            raise Impossible(f"{_short(key)} is an array of arrays")
+            raise Impossible(f"{short(key)} is an array of arrays")
         elif count <= _LONGEST:
             return [self.take(_SCALARS[kind]) for _ in range(count)]
         else:
@@ -407,18 +425,18 @@ class Cursor:
         name = self.string(_NAME)
         count = self.take("<I")
         if count > _DIMS:
-            raise Impossible(f"tensor {_short(name)} has {count} dimensions")
+            raise Impossible(f"tensor {short(name)} has {count} dimensions")
         dims = tuple(self.take("<Q") for _ in range(count))
         number, offset = self.take("<I"), self.take("<Q")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
             raise UserError(
-                f"tensor {_short(name)} has a type ({number}) that this gguf does not know; "
+                f"tensor {short(name)} has a type ({number}) that this gguf does not know; "
                 "upgrade gguf"
             ) from None
         if math.prod(dims) > _ELEMENTS:
-            raise Impossible(f"tensor {_short(name)} has {math.prod(dims)} elements")
+            raise Impossible(f"tensor {short(name)} has {math.prod(dims)} elements")
         rows = math.prod(dims[1:])
         size = rows * row_bytes(kind.name, dims[0] if dims else 1)
         return Info(name, dims, kind, size, offset)

@@ -21,8 +21,8 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIifBQqd", strict=True))
+STRING, ARRAY, RAW = 8, 9, -1
 U32, F32, BOOL = 4, 6, 7
 PATIENCE = 120.0
 """Seconds after which a file is said to hang; on a quiet machine each takes some milliseconds."""
@@ -33,7 +33,10 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Value:
-    """A value as the file has it: its type's number, and for arrays that of the elements."""
+    """A value as the file has it: its type's number, and for arrays that of the elements.
+
+    Of the kind RAW it is bytes, the type's number included.
+    """
 
     kind: int
     value: Any
@@ -116,7 +119,8 @@ def parse(raw: bytes) -> Gguf:
             items = [read() if read else take(SCALARS[element]) for _ in range(count)]
             made.keys.append((name, Value(kind, items, element)))
         else:
-            made.keys.append((name, Value(kind, string() if kind == STRING else take(SCALARS[kind]))))
+            value = string() if kind == STRING else take(SCALARS[kind])
+            made.keys.append((name, Value(kind, value)))
     for _ in range(tensors):
         name = string()
         dims = tuple(take("Q") for _ in range(take("I")))
@@ -159,6 +163,9 @@ def build(file: Gguf, alignment: int = 32) -> bytes:
     put("Q", len(file.keys) if file.keys_said is None else file.keys_said)
     for name, value in file.keys:
         string(name)
+        if value.kind == RAW:
+            out.extend(value.value)
+            continue
         put("I", value.kind)
         if value.kind == ARRAY:
             array(value)
@@ -338,10 +345,8 @@ def _extra(made: Gguf, dice: Random) -> tuple[Gguf, str]:
 def _nested(made: Gguf, dice: Random) -> tuple[Gguf, str]:
     """Arrays in arrays."""
     depth = dice.choice((1, 2, 10, 2000, 100_000))
-    inner = b"".join(struct.pack("<IQ", ARRAY, 1) for _ in range(depth)) + struct.pack("<IQ", 4, 0)
-    made.keys.append((b"deep", Value(STRING, b"")))
-    raw_key = (b"deeper", Value(ARRAY, list(inner), 0, count=None))
-    made.keys[-1] = raw_key
+    inner = struct.pack("<IQ", ARRAY, 1) * depth + struct.pack("<IQ", U32, 0)
+    made.keys.append((b"deep", Value(RAW, struct.pack("<I", ARRAY) + inner)))
     return made, f"depth {depth}"
 
 
@@ -373,7 +378,14 @@ def _tensor(made: Gguf, dice: Random) -> tuple[Gguf, str]:
     elif how == "offset":
         new = replace(old, offset=dice.choice((*NUMBERS, old.offset + 32, old.offset + 1)))
     elif how == "name":
-        names = [b"", b"x" * 64, b"x" * 100_000, b"blk.999.attn_q.weight", b"\xff", b"output.weight"]
+        names = [
+            b"",
+            b"x" * 64,
+            b"x" * 100_000,
+            b"blk.999.attn_q.weight",
+            b"\xff",
+            b"output.weight",
+        ]
         new = replace(old, name=dice.choice(names))
     elif how == "lost":
         del made.tensors[at]
@@ -476,7 +488,9 @@ def _use(path: str) -> dict[str, str]:
 def _child(path: str) -> dict[str, str]:
     """A child's verdict, or how it ended without one."""
     heard, tell = os.pipe()
-    complaints = os.memfd_create("stderr") if hasattr(os, "memfd_create") else os.open(os.devnull, 1)
+    complaints = (
+        os.memfd_create("stderr") if hasattr(os, "memfd_create") else os.open(os.devnull, 1)
+    )
     number = os.fork()
     if not number:
         try:
@@ -516,7 +530,7 @@ def serve() -> None:
     import laserkv_gguf.conversation
     import laserkv_gguf.kernels
     import laserkv_gguf.policies
-    import laserkv_gguf.session  # noqa: F401
+    import laserkv_gguf.session
     from laserkv_gguf.llama import probe, trial
 
     laserkv_gguf.policies.available()

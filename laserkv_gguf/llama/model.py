@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.header import check_plain
+from laserkv_gguf.llama import library, loadable
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Model:
         extra_buffers: llama.cpp's `use_extra_bufts` (repacked weights, AMX); see `trial`.
 
     Raises:
-        UserError: not a usable GGUF, or an architecture whose cache is not one key and value a
-            token, or GPU layers asked of a build without.
+        UserError: not a usable GGUF (see `loadable`), or an architecture whose cache is not one key
+            and value a token, or GPU layers asked of a build without.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Model:
     ) -> None:
         self.path = Path(path)
         check_file(self.path)
+        loadable.check(self.path)
         library.start()
         offload = library.can_offload()
         if gpu_layers and gpu_layers > 0 and not offload:
@@ -293,6 +295,7 @@ def check_file(path: Path) -> None:
         UserError: missing, a folder, unreadable, or without GGUF's magic number.
     """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
