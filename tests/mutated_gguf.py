@@ -267,6 +267,8 @@ def _key(made: Gguf, dice: Random) -> tuple[Gguf, str]:
     """Another value of the same type."""
     at = dice.randrange(len(made.keys))
     name, old = made.keys[at]
+    if old.kind == RAW:
+        return made, "nothing"
     if old.kind == STRING:
         new = replace(old, value=dice.choice(TEXTS))
     elif old.kind == ARRAY:
