@@ -231,11 +231,11 @@ def row_bytes(type_name: str, values: int) -> int:
     return -(-values // block) * size
 
 
-def short(value: Any) -> str:
-    """What a header says, in a line."""
+def short(value: Any, most: int = 40) -> str:
+    """What a header says, in a line of at most so many characters."""
     said = value if isinstance(value, str) else repr(value)
-    said = "".join(char if char.isprintable() else "?" for char in said[:41])
-    return said if len(said) <= 40 else f"{said[:39]}…"
+    said = "".join(char if char.isprintable() else "?" for char in said[: most + 1])
+    return said if len(said) <= most else f"{said[: most - 1]}…"
 
 
 def parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:

@@ -420,6 +420,21 @@ _DAMAGES = {
 }
 
 
+def reads(path: Path) -> bool:
+    """Whether the header is read; where it is not, that must be said in one line."""
+    from laserkv_gguf.errors import UserError
+    from laserkv_gguf.header import Header
+
+    said = ""
+    try:
+        Header(path)
+    except UserError as error:
+        said = str(error)
+        if len(said.splitlines()) != 1 or len(said) > 400:
+            raise AssertionError(said) from error
+    return not said
+
+
 # ---- tried in a child ---------------------------------------------------------------------------
 
 
@@ -481,7 +496,8 @@ def _use(path: str) -> dict[str, str]:
             engine.ask("why?", document="tin and ore. " * 50, max_tokens=3)
     except LaserKVError as error:
         said = str(error)
-        return {"how": "refused" if len(said.splitlines()) == 1 else "raw", "said": said}
+        short = len(said.splitlines()) == 1 and len(said) <= 400
+        return {"how": "refused" if short else "raw", "said": said[:1000]}
     except BaseException as error:
         return {"how": "raw", "said": f"{type(error).__name__}: {error}"}
     return {"how": "answered", "said": ""}

@@ -9,7 +9,6 @@ asserts of its own keys is not known here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from laserkv_gguf.header import (
     Contents,
     Cursor,
     Impossible,
-    Info,
     Length,
     opened,
     parts,
@@ -31,6 +29,7 @@ _MOST_WIDTH = 1 << 24
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 _FLOAT, _STRING, _INT32 = 6, 8, 5
 _BYTES = 256
+_ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT, and GGUF's default
 _NOT_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")  # nothing multiplies by these
 _VECTORS = ("norm.weight", ".bias", "rope_freqs.weight")  # ggml wants them in F32
 
@@ -49,10 +48,10 @@ def check(path: Path) -> None:
         shape = _Shape(contents)
         shape.check()
         _check_vocabulary(contents, data)
-        _check_tensors(contents.tensors)
+        _check_tensors(contents)
     for part in parts(path, contents.metadata):
         with opened(part) as data:
-            _check_tensors(data.header().tensors)
+            _check_tensors(data.header())
 
 
 class _Shape:
@@ -187,13 +186,17 @@ def _length(value: Any) -> int:
     return value.count if isinstance(value, Length) else len(value)
 
 
-def _check_tensors(tensors: Iterable[Info]) -> None:
-    """As ggml's operations assert of the weights they are given.
+def _check_tensors(contents: Contents) -> None:
+    """As ggml's operations and buffers assert of the weights they are given.
 
     Raises:
         Impossible: it would abort.
     """
-    for tensor in tensors:
+    padded = contents.metadata.get("general.alignment", _ALIGNMENT)
+    start = -(-contents.end // padded) * padded if isinstance(padded, int) and padded > 0 else 0
+    for tensor in contents.tensors:
+        if (start + tensor.offset) % _ALIGNMENT:
+            raise Impossible(f"tensor {short(tensor.name)} begins at no multiple of {_ALIGNMENT}")
         if not all(tensor.dims):
             raise Impossible(f"tensor {short(tensor.name)} is empty")
         kind = tensor.kind.name

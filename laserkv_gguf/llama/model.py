@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.header import check_plain
+from laserkv_gguf.header import check_plain, short
 from laserkv_gguf.llama import library, loadable
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Model:
 
         def refuse(what: str, why: str) -> None:
             raise UserError(
-                f"{self.path.name} is a {name} model, {what}: {why}; "
+                f"{self.path.name} is a {short(name)} model, {what}: {why}; "
                 "use a model with plain attention such as Llama 3, Qwen 2.5 or SmolLM2"
             )
 
@@ -321,9 +321,9 @@ def _why_not_loaded(path: Path, lines: list[str]) -> str:
     if "unknown model architecture" in said:
         name = said.split("unknown model architecture:")[-1].split("'")[1:2]
         return (
-            f"{path.name} is a {name[0] if name else 'new'} model, which this llama.cpp does not "
+            f"{path.name} is a {short(name[0]) if name else 'new'} model, which this llama.cpp does not "
             "know; upgrade llama-cpp-python"
         )
     detail = next((line for line in lines if "error loading model" in line), "")
     detail = detail.split("error loading model:")[-1].strip() or "see --debug"
-    return f"llama.cpp cannot load {path.name}: {detail}"
+    return f"llama.cpp cannot load {path.name}: {short(detail, 200)}"
