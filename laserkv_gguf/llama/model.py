@@ -320,9 +320,10 @@ def _why_not_loaded(path: Path, lines: list[str]) -> str:
         return f"{path.name} is truncated or damaged; download it again"
     if "unknown model architecture" in said:
         name = said.split("unknown model architecture:")[-1].split("'")[1:2]
+        kind = short(name[0]) if name else "new"
         return (
-            f"{path.name} is a {short(name[0]) if name else 'new'} model, which this llama.cpp does not "
-            "know; upgrade llama-cpp-python"
+            f"{path.name} is a {kind} model, which this llama.cpp does not know; "
+            "upgrade llama-cpp-python"
         )
     detail = next((line for line in lines if "error loading model" in line), "")
     detail = detail.split("error loading model:")[-1].strip() or "see --debug"
