@@ -208,8 +208,15 @@ def test_any_error_while_planning_is_one_question_s(
         assert [answers[0].tokens, answers[2].tokens] == [expected[0], expected[2]]
 
 
-def test_numbers_beyond_32_bits_make_no_context(loaded: Loaded) -> None:  # noqa: F811
-    for cells in (2**31, 2**32 + 256, 10**12):
+@pytest.mark.parametrize("gpu_layers", [0, -1])
+def test_numbers_beyond_32_bits_make_no_context(
+    gpu_layers: int,
+    loaded: Loaded,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where a card's memory is asked for, which is not known beforehand."""
+    monkeypatch.setattr(loaded.model, "gpu_layers", gpu_layers)
+    for cells in (2**32 + 256, 2**31, 10**12):
         with pytest.raises(OutOfMemory, match="no memory for a KV cache"):
             Context(loaded.model, cells)
 
@@ -450,8 +457,11 @@ def test_documents_that_may_change(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
 @pytest.mark.usefixtures("quick")
-def test_who_may_read_what_is_written(tmp_path: Path) -> None:
+def test_who_may_read_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers as the umask has it, the record only who runs the batch; also one that was there."""
+
+    def refused(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
 
     def mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
@@ -464,6 +474,11 @@ def test_who_may_read_what_is_written(tmp_path: Path) -> None:
             fill(path)
             record = path.with_name(f"{mask}.jsonl.run")
             assert (mode(path), mode(record)) == (said, 0o600)
+        monkeypatch.setattr(os, "fchmod", refused)  # as where the file is somebody else's
+        fill(tmp_path / "new.jsonl")
+        assert mode(tmp_path / "new.jsonl.run") == 0o600
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "fsync", lambda _: None)
         record.chmod(0o644)
         path.chmod(0o640)
         fill(path)
