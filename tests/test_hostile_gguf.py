@@ -239,6 +239,7 @@ ABORTS: dict[str, tuple[Change, str]] = {
         "layer_norm_rms_epsilon",
     ),
     "no vocabulary": (key("tokenizer.ggml.model", STRING, b"none"), "no vocabulary"),
+    "bytes among words": (key("tokenizer.ggml.model", STRING, b"bert"), "has bytes"),
     "a token twice": (
         lambda made: made.set(
             "tokenizer.ggml.tokens",

@@ -12,6 +12,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from laserkv_gguf.header import (
     ARRAY_OF,
     PLAIN,
@@ -27,8 +30,8 @@ from laserkv_gguf.header import (
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 _MOST_WIDTH = 1 << 24
 _SCALINGS = ("none", "linear", "yarn", "longrope")
-_FLOAT, _STRING, _INT32 = 6, 8, 5
-_BYTES = 256
+_STRING, _INT32 = 8, 5
+_BYTE, _BYTES = 6, 256  # llama.cpp's type of a token that stands for a byte
 _ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT, and GGUF's default
 _NOT_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")  # nothing multiplies by these
 _VECTORS = ("norm.weight", ".bias", "rope_freqs.weight")  # ggml wants them in F32
@@ -175,11 +178,22 @@ def _check_vocabulary(contents: Contents, data: Cursor) -> None:
         if text in texts:
             raise Impossible(f"its vocabulary has {short(text.decode('utf-8', 'replace'))} twice")
         texts.add(text)
+    if kind == "bert" and _BYTE in _types(contents, data):
+        raise Impossible("its vocabulary has bytes, which one of this kind cannot write")
     if kind == "llama":
         # what is no token is written as bytes, and a byte that is none ends the process
         for byte in range(_BYTES):
             if b"<0x%02X>" % byte not in texts and bytes([byte]) not in texts:
                 raise Impossible(f"its vocabulary cannot write byte 0x{byte:02X}")
+
+
+def _types(contents: Contents, data: Cursor) -> NDArray[np.int32]:
+    """Of the vocabulary's tokens, int32; none where the file does not say."""
+    key = "tokenizer.ggml.token_type"
+    if contents.kinds.get(key) != ARRAY_OF + _INT32:
+        return np.empty(0, np.int32)
+    start, size = contents.starts[key], 4 * _length(contents.metadata[key])
+    return np.frombuffer(data.data[start : start + size], "<i4")
 
 
 def _length(value: Any) -> int:
