@@ -22,6 +22,10 @@ class Closed(UserError):
     """
 
 
+class OutOfMemory(UserError):
+    """What is asked for does not fit into memory; it may elsewhere, or another time."""
+
+
 class Cancelled(LaserKVError):
     """Reading or answering was stopped on request; exit code 130."""
 

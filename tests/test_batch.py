@@ -425,12 +425,13 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(
         5: "question has .* block of 256",
         6: "line 1 has the same id",
     }.items():
-        assert list(lines[number]) == ["id", "line", "error"]
+        again = ["retry"] if number in (3, 4) else []  # the file may come; the rest is final
+        assert list(lines[number]) == ["id", "line", "error", *again]
         assert lines[number]["line"] == number + 1
         assert re.search(said, lines[number]["error"])
     assert lines[1]["id"] is None
     before = (folder / "out.jsonl").read_bytes()
-    # once more: there is nothing to do, and it says so in the same way
+    # once more: there is nothing new, and it says so in the same way
     assert run(arguments(model, folder)) == 1
     assert capsys.readouterr().err == err.splitlines(keepends=True)[0]
     assert (folder / "out.jsonl").read_bytes() == before

@@ -21,16 +21,16 @@ import pytest
 from test_session import DOCUMENT, OPTIONS, QUESTION, SETTINGS, SPEC, Loaded, in_cache
 
 import laserkv_gguf
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation import parallel
-from laserkv_gguf.engine.access import BUSY, DROPPED
 from laserkv_gguf.conversation.conversation import Answer, Conversation
+from laserkv_gguf.conversation.conversation import Conversation as Talk
+from laserkv_gguf.engine.access import BUSY, DROPPED
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.handle import Handle
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.worker import Worker
-from laserkv_gguf.api import LaserKV
-from laserkv_gguf.conversation.conversation import Conversation as Talk
 
 PATIENCE = 300.0  # seconds, after which a test gives up on what hangs
 TOKENS = 6

@@ -5,6 +5,11 @@ are answered document by document, so an answer may come before its turn: until 
 the record, a second file beside the output (`OUTPUT.run`), whose first line says what run this is.
 Every line is on disk before the next answer is begun. A kill can tear the last line of either file;
 what is torn is cut off at the next start.
+
+A line with an error is final where the question's own line explains it. Where something else does
+(no memory, a document that is missing, llama.cpp), it has `"retry": true`, and the next start asks
+that question again. The record also says which text of a `document_path` was read, so that no run
+mixes two versions of it.
 """
 
 from __future__ import annotations
@@ -23,13 +28,14 @@ from typing import IO, Any
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
-from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress
 
 FIELDS = ["id", "question", "document", "document_path", "system", "max_tokens", "stop", "expected"]
 RECORD = ".run"
 _MAGIC = b'{"laserkv_gguf batch": '
+_PRIVATE = 0o600  # the record: nobody needs it but the run itself
 _ELSEWHERE = "give --output a file in a folder that can be written to"
 
 
@@ -162,6 +168,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise _Unusable(f"not JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise _Unusable(f"not JSON: {error}") from None
+    except MemoryError:
+        raise _Unusable("too large to be read as JSON") from None
     if not isinstance(values, dict):
         raise _Unusable("not a JSON object; write {…} with id and question")
     return values
@@ -230,7 +238,7 @@ def _short(value: Any) -> str:
 
 def digest_of(text: str) -> str:
     """Tells one text from another."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # ---- answers out --------------------------------------------------------------------------------
@@ -255,8 +263,11 @@ class Output:
         self.path, self.ids = path, ids
         self.record = path.with_name(path.name + RECORD)
         self.run: dict[str, Any] = json.loads(json.dumps(run, default=str))
+        self.documents: dict[str, str] = {}  # digests of the texts that paths had
         self._written = 0  # lines of the output
         self._waiting: dict[int, bytes] = {}  # lines whose turn has not come
+        self._retry: set[int] = set()  # written or waiting, and to be asked again by the next start
+        self._behind: list[bytes] = []  # lines of the output from the first of these on
         self._sizes: dict[Path, int] = {}  # of what is whole, in bytes
         self._files: dict[Path, int] = {}
 
@@ -264,11 +275,11 @@ class Output:
 
     @property
     def done(self) -> set[int]:
-        """Numbers of the questions that have been answered."""
+        """Numbers of the questions that have their line and keep it."""
         return {*range(self._written), *self._waiting}
 
     def __len__(self) -> int:
-        """How many questions have been answered."""
+        """How many questions have their line and keep it."""
         return self._written + len(self._waiting)
 
     @property
@@ -283,28 +294,49 @@ class Output:
             UserError: the files are another run's, or no run's, or cannot be written.
         """
         self._written, self._waiting, self._sizes = 0, {}, {}
+        self.documents, self._retry, self._behind = {}, set(), []
         output, record = _contents(self.path), _contents(self.record)
         if record and not record.startswith(_MAGIC[: len(record)]):
             raise UserError(f"{self.record} is in the way: no batch left it; use another --output")
         header, ended, journal = (record or b"").partition(b"\n")
         run = _line(header).get("run") if ended else None
-        if not output and (output is None or run is None or (run != self.run and not journal)):
+        run = run if isinstance(run, dict) else None
+        answers = b'{"index": ' in journal
+        if not output and (output is None or run is None or (run != self.run and not answers)):
             return
         if run is None:
             raise UserError(f"{self.path} is there already, and no batch left it; {self._else}")
         if run != self.run:
             raise UserError(f"{self.path} is of another run: {self._difference(run)}; {self._else}")
         lines, waiting = _whole_lines(output or b""), _whole_lines(journal)
-        for line in lines:
-            self._check(line)
-            self._written += 1
-        for entry in map(_line, waiting):
-            if entry.get("index", -1) >= self._written:
-                self._waiting[entry["index"]] = _encoded(entry["line"])
+        again = [number for number, line in enumerate(lines) if self._check(number, line)]
+        keep = again[0] if again else len(lines)
+        self._written, self._behind = keep, lines[keep:]
+        for entry in waiting:
+            self._note(_line(entry), len(lines))
+        for number in range(keep, len(lines)):
+            if number not in again:
+                self._waiting[number] = lines[number]
         self._sizes = {
             self.path: sum(map(len, lines)),
             self.record: len(self._header) + sum(map(len, waiting)),
         }
+
+    def _note(self, entry: Mapping[str, Any], written: int) -> None:
+        """Takes in an entry of the record: a line that waits, or the digest of a document.
+
+        What is neither, as a damaged line, only costs asking again.
+        """
+        index, line = entry.get("index"), entry.get("line")
+        path, digest = entry.get("document"), entry.get("sha256")
+        if isinstance(path, str) and isinstance(digest, str):
+            self.documents[path] = digest
+        if type(index) is not int or not written <= index < len(self.ids):
+            return
+        if isinstance(line, dict) and line.get("id", self) == self.ids[index]:
+            self._waiting.pop(index, None)  # of two the later one holds
+            if line.get("retry") is not True:
+                self._waiting[index] = _encoded(line)
 
     @property
     def _else(self) -> str:
@@ -318,13 +350,14 @@ class Output:
             return f"the {name} was different"
         return f"{name} was {_short(run.get(name))} and is {_short(self.run.get(name))}"
 
-    def _check(self, line: bytes) -> None:
-        """Refuses what somebody else wrote there."""
-        at = self._written
-        if at >= len(self.ids) or _line(line).get("id", self) != self.ids[at]:
+    def _check(self, at: int, line: bytes) -> bool:
+        """Refuses what somebody else wrote there; says whether it is to be asked again."""
+        said = _line(line)
+        if at >= len(self.ids) or said.get("id", self) != self.ids[at]:
             raise UserError(
                 f"line {at + 1} of {self.path} is not the answer that belongs there; {self._else}"
             )
+        return said.get("retry") is True
 
     # writing
 
@@ -334,6 +367,8 @@ class Output:
             if not _lock(self._files[self.record]):
                 raise UserError(f"another batch is writing {self.path}; wait until it has ended")
             self.load()  # again: it may have gone on since
+            with contextlib.suppress(OSError, AttributeError):  # not ours, or Windows
+                os.fchmod(self._files[self.record], _PRIVATE)
             self._hold(self.path)
             self._heal()
             _settle(self.path.parent)
@@ -347,18 +382,31 @@ class Output:
             os.close(self._files.popitem()[1])
 
     def _hold(self, path: Path) -> None:
+        """Opens a file. Answers are as readable as the umask has it; the record is ours alone."""
+        mode = _PRIVATE if path == self.record else 0o666
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
-            self._files[path] = os.open(path, flags, 0o666)
+            self._files[path] = os.open(path, flags, mode)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; {_ELSEWHERE}") from None
 
     def _heal(self) -> None:
-        """Cuts off what is torn, or begins anew."""
+        """Cuts off what is torn and what is asked again, or begins anew."""
         for path, file in self._files.items():
             os.ftruncate(file, self._sizes.get(path, 0))
         if not self._sizes:
             self._append(self.record, self._header)
+        if self._behind:
+            # what stays of it waits in the record before it leaves the output
+            moved = [
+                _encoded({"index": index, "line": _line(line)})
+                for index, line in enumerate(self._behind, self._written)
+                if index in self._waiting
+            ]
+            self._append(self.record, b"".join(moved))
+            size = self._sizes[self.path] - sum(map(len, self._behind))
+            os.ftruncate(self._files[self.path], size)
+            self._behind = []
         self._release([])
 
     @property
@@ -373,6 +421,8 @@ class Output:
         """
         if index < self._written or index in self._waiting:
             raise ValueError(f"question {index} has its line already")
+        if line.get("retry") is True:
+            self._retry.add(index)
         if index == self._written:
             self._release([_encoded(line)])
             return
@@ -390,8 +440,22 @@ class Output:
         for index in range(self._written, end):
             self._waiting.pop(index, None)
         self._written = end
-        if self.complete:  # from now on the record only says whose output this is
-            os.ftruncate(self._files[self.record], len(self._header))
+        if self.complete and not self._retry:
+            self._close_record()
+
+    def _close_record(self) -> None:
+        """From now on it only says whose output this is."""
+        os.ftruncate(self._files[self.record], len(self._header))
+
+    def note_document(self, path: str, digest: str) -> None:
+        """Remembers the text that a path has, before the first answer about it.
+
+        Raises:
+            OutputError: the disk is full, or gone.
+        """
+        if self.documents.get(path) != digest:
+            self._append(self.record, _encoded({"document": path, "sha256": digest}))
+            self.documents[path] = digest
 
     def _append(self, path: Path, data: bytes) -> None:
         file = self._files[path]
@@ -417,6 +481,56 @@ class Output:
             yield from map(_line, file)
 
 
+class Stream(Output):
+    """Answers written to a file that cannot be read again, in order; nothing to go on from.
+
+    Args:
+        file: where the answers go, as standard output.
+        ids: of all questions, in order.
+    """
+
+    def __init__(self, file: IO[bytes], ids: Sequence[Any]) -> None:
+        super().__init__(Path("-"), {}, ids)
+        self._file = file
+        self._counted: list[dict[str, Any]] = []
+
+    def load(self) -> None:
+        """There is nothing to look at."""
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def _append(self, path: Path, data: bytes) -> None:
+        """Writes at once, so that who reads a pipe sees each answer as it comes.
+
+        Raises:
+            OutputError: the disk is full, or gone.
+            BrokenPipeError: nobody reads any more.
+        """
+        if path == self.record:  # what waits is in memory
+            return
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            raise OutputError(
+                f"cannot write standard output: {said}; name a file with --output to go on later"
+            ) from error
+        for line in map(_line, data.splitlines()):
+            names = ("error", "retry", "score")
+            self._counted.append({name: line[name] for name in names if name in line})
+
+    def _close_record(self) -> None:
+        """There is none."""
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Of each line that was written what `summary` counts."""
+        yield from self._counted
+
+
 def _contents(path: Path) -> bytes | None:
     """All of a file; None where there is none yet.
 
@@ -430,7 +544,10 @@ def _contents(path: Path) -> bytes | None:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"cannot write {path}: no permission; {_ELSEWHERE}")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no plain file, and could not be gone on from; {_ELSEWHERE}")
+        raise UserError(
+            f"{path} is no plain file, and could not be gone on from; {_ELSEWHERE}, or -o - for "
+            "standard output"
+        )
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -448,7 +565,7 @@ def _line(data: bytes) -> dict[str, Any]:
     """An object, empty where there is none."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -552,7 +669,7 @@ class Batch:
             if not item.error:
                 groups.setdefault((item.document, item.inline), []).append(index)
             elif index not in done:
-                self._failed(index, UserError(item.error))
+                self._failed(index, UserError(item.error), retry=False)
         for indices in groups.values():
             if not done.issuperset(indices):
                 self._answer(indices)
@@ -563,6 +680,7 @@ class Batch:
         self.documents += 1
         done = self.output.done
         try:
+            document = self._document(items[0], begun=not done.isdisjoint(indices))
             answer(
                 self.engine,
                 [
@@ -575,7 +693,7 @@ class Batch:
                     for item in items
                 ],
                 lambda number, reply: self._replied(indices[number], reply),
-                document=self._document(items[0]),
+                document=document,
                 sampling=self.sampling,
                 parallel=self.parallel,
                 read_once=self.read_once,
@@ -583,21 +701,30 @@ class Batch:
                 on_progress=self.on_progress,
                 spent=self.spent,
             )
-        except (Cancelled, Closed, OutputError, Stopped):
+        except (Cancelled, Closed, OutputError, Stopped, BrokenPipeError):
             raise
-        except Exception as error:
+        except Exception as error:  # none of the questions is to blame
             for index in indices:
                 if index not in self.output.done:
-                    self._failed(index, error)
+                    self._failed(index, error, retry=True)
 
-    def _document(self, item: Item) -> str | None:
+    def _document(self, item: Item, *, begun: bool) -> str | None:
+        """The text, as long as it is the one that other questions about it were answered with."""
         if item.inline:
             return self.questions.text(item)
-        return self.document if item.document is None else self.read_document(item.document)
+        if item.document is None:
+            return self.document
+        text = self.read_document(item.document)
+        digest = digest_of(text)
+        if begun and self.output.documents.get(item.document, digest) != digest:
+            raise _changed(item.document)
+        self.output.note_document(item.document, digest)
+        return text
 
     def _replied(self, index: int, reply: Reply | Exception) -> None:
         if isinstance(reply, Exception):
-            self._failed(index, reply)
+            own = isinstance(reply, UserError) and not isinstance(reply, OutOfMemory)
+            self._failed(index, reply, retry=not own)
             return
         item = self.questions.items[index]
         line: dict[str, Any] = {
@@ -612,15 +739,48 @@ class Batch:
         if self.on_line:
             self.on_line(True)
 
-    def _failed(self, index: int, error: Exception) -> None:
+    def _failed(self, index: int, error: Exception, *, retry: bool) -> None:
+        """Writes an error's line; `retry`: the line of the input alone does not explain it."""
         item = self.questions.items[index]
         known = isinstance(error, LaserKVError)
         said = str(error) if known else f"{type(error).__name__}: {error}"
         if self.fail_fast:
             raise Stopped(f"line {item.line}: {said}") from error
-        self.output.add(index, {"id": item.id, "line": item.line, "error": said})
+        line = {"id": item.id, "line": item.line, "error": said}
+        self.output.add(index, {**line, "retry": True} if retry else line)
         if self.on_line:
             self.on_line(False)
+
+
+def check_documents(questions: Input, output: Output, read_document: Callable[[str], str]) -> None:
+    """Refuses to go on with questions about a file that was changed since others were answered.
+
+    Files whose questions have all been answered, or none of them, are not read; one that cannot be
+    read is left to its questions.
+
+    Raises:
+        UserError: with the remedy in one line.
+    """
+    done = output.done
+    groups: dict[str, list[bool]] = {}
+    for index, item in enumerate(questions.items):
+        if item.document in output.documents and not item.inline and not item.error:
+            groups.setdefault(item.document, []).append(index in done)
+    for path, answered in groups.items():
+        if any(answered) and not all(answered):
+            try:
+                digest = digest_of(read_document(path))
+            except UserError:
+                continue
+            if digest != output.documents[path]:
+                raise _changed(path)
+
+
+def _changed(path: str) -> UserError:
+    return UserError(
+        f"{path} was changed after some of its questions had been answered; put it back as it was, "
+        "or use another --output to ask all of them again"
+    )
 
 
 def contains(answer: str, expected: Sequence[str]) -> bool:
@@ -639,11 +799,13 @@ class Summary:
 
     Attributes:
         questions, failed: lines, and those of them with an error.
+        retry: of those, the ones that the same command asks again.
         expected, found: answers to questions that came with `expected`, and those that contain it.
     """
 
     questions: int = 0
     failed: int = 0
+    retry: int = 0
     expected: int = 0
     found: int = 0
 
@@ -657,6 +819,7 @@ def summary(items: Sequence[Item], output: Output) -> Summary:
     for item, line in zip(items, output.lines(), strict=False):
         counts.questions += 1
         counts.failed += "error" in line
+        counts.retry += line.get("retry") is True
         counts.expected += bool(item.expected)
-        counts.found += line.get("score", 0)
+        counts.found += line.get("score") == 1
     return counts

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -23,10 +25,11 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.batch.run import Batch, Summary
+    from laserkv_gguf.batch.run import Batch, Output, Summary
     from laserkv_gguf.conversation.parallel import Spent
     from laserkv_gguf.reading.reader import Progress as Read
 
+STANDARD_OUTPUT = "-"
 TERMINATED = 143
 PATIENCE = 1.0  # seconds
 
@@ -46,7 +49,11 @@ def batch(
     ] = None,
     target: Annotated[
         Optional[str],  # noqa: UP045
-        Option("-o", "--output", help="Answers, one JSON object a line; goes on where it stopped."),
+        Option(
+            "-o",
+            "--output",
+            help="Answers, one JSON object a line; goes on where it stopped. - is standard output.",
+        ),
     ] = None,
     document: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -83,16 +90,26 @@ def batch(
     named = document or []
     if [source, *named].count(documents.STANDARD_INPUT) > 1:
         raise UserError("--input and --document are both standard input, which can be read once")
+    if as_json and target == STANDARD_OUTPUT:
+        raise UserError("--json prints where --output - writes the answers; name a file for them")
     with _Signals() as signals, _opened(source) as file:
-        from laserkv_gguf.batch.run import Batch, Output, check_apart, read, summary
+        from laserkv_gguf.batch.run import (
+            Batch,
+            check_apart,
+            check_documents,
+            read,
+            summary,
+        )
 
         files = [Path(name) for name in (source, *named) if name != documents.STANDARD_INPUT]
-        check_apart(Path(target), files)
+        if target != STANDARD_OUTPUT:
+            check_apart(Path(target), files)
         questions = read(file, source, Path(source).parent, strict=fail_fast)
         text = documents.load(named)
         run = _identity(options, sampling, questions.digest, text, system, read_once)
-        output = Output(Path(target), run, [item.id for item in questions.items])
+        output = _output(target, run, [item.id for item in questions.items])
         output.load()
+        check_documents(questions, output, documents.read)
         job: Batch | None = None
         bar = _Bar(signals, quiet)
         if not output.complete:
@@ -121,12 +138,25 @@ def batch(
     return 1 if counts.failed else 0
 
 
+def _output(target: str, run: dict[str, Any], ids: list[Any]) -> Output:
+    from laserkv_gguf.batch.run import Output, Stream
+
+    if target != STANDARD_OUTPUT:
+        return Output(Path(target), run, ids)
+    if sys.stdout is None:
+        raise UserError("standard output is closed; name a file with --output")
+    sys.stdout.flush()
+    return Stream(sys.stdout.buffer, ids)
+
+
 def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
     """Says where a run stands that was stopped from outside."""
     signals = bar.signals
     job.on_progress, job.on_line = bar.reading, lambda _: bar.advance(job)
     bar.advance(job)
     signals.cancel = job.engine.cancel
+    from laserkv_gguf.batch.run import Stream
+
     try:
         try:
             job.run()
@@ -138,7 +168,8 @@ def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
         if not quiet:
             job.output.load()  # a line may have been written a moment ago
             done, total = len(job.output), len(job.output.ids)
-            terminal.note(f"stopped: {done} of {total} are answered; the same command goes on")
+            on = "" if isinstance(job.output, Stream) else "; the same command goes on"
+            terminal.note(f"stopped: {done} of {total} are answered{on}")
         raise
 
 
@@ -189,6 +220,9 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
                 raise UserError(f"{source} is a folder; name the file with questions") from None
             except OSError as error:
                 raise UserError(f"cannot read {source}: {error.strerror}") from error
+            kind = os.fstat(file.fileno()).st_mode
+            if stat.S_ISBLK(kind) or (stat.S_ISCHR(kind) and not file.isatty()):
+                raise UserError(f"{source} is a device, which may have no end; name a file")
         if not file.seekable() or source == documents.STANDARD_INPUT:
             copy = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, copy)
@@ -292,7 +326,13 @@ def _warn_once() -> None:
 def _report(counts: Summary, job: Batch | None, target: str, quiet: bool, as_json: bool) -> None:
     """What came of it, on stderr; as JSON on stdout."""
     if counts.failed:
-        terminal.note(f'{counts.failed} of {counts.questions} failed: see "error" in {target}')
+        streamed = target == STANDARD_OUTPUT
+        where = "their lines" if streamed else target
+        again = f"; the same command asks {counts.retry} of them again"
+        terminal.note(
+            f'{counts.failed} of {counts.questions} failed: see "error" in {where}'
+            f"{again if counts.retry and not streamed else ''}"
+        )
     if as_json:
         said = {**asdict(counts), **(_figures(job.spent) if job else {})}
         streams.say(json.dumps(said), end="\n")

@@ -17,6 +17,8 @@ from laserkv_gguf.errors import UserError
 if TYPE_CHECKING:
     from laserkv_gguf.planning.fits import Memory, Plan, Run
 
+_MOST_GIB = 4096  # no card has as much: whoever writes more means another unit
+_DIGITS = 16
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -32,7 +34,7 @@ def plan(
     ] = None,
     vram: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--vram", help="Memory of the card: 8GiB, 8G, 6000MB; without it what there is."),
+        Option("--vram", help="Memory of the card: 8 (GiB), 8G, 6000MB; without it what there is."),
     ] = None,
     predict: Annotated[
         int, Option("-n", "--predict", "--n-predict", help="Most tokens of an answer.")
@@ -41,8 +43,8 @@ def plan(
         int, Option("--question-tokens", help="Tokens of the question, the template's included.")
     ] = 64,
     as_json: Annotated[bool, Option("--json", help="Print one object.")] = False,
-) -> None:
-    """Say what fits: cells and bytes for a model, a document and a card, from the header alone."""
+) -> int:
+    """Say what fits, from a model's header alone; the exit code is 1 where it does not."""
     log_to_stderr(options.debug)
     from laserkv_gguf import models
     from laserkv_gguf.models.header import Header
@@ -59,13 +61,14 @@ def plan(
     if document:
         tokens = _count(path, document)
     elif not tokens:
-        tokens = max(header.context - run.reply, 1)
+        tokens = min(max(header.context - run.reply, 1), planning.most_tokens(run.block_size))
     made = planning.make(header, run, memory, tokens=tokens, ratio=options.ratio)
     if as_json:
         said = json.dumps(made.as_dict(), ensure_ascii=False)
         streams.say(terminal.printable(said), end="\n")
     else:
         _print(made, memory.card, options.ratio is None, run.recall)
+    return 0 if made.fits else 1
 
 
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
@@ -124,25 +127,31 @@ def _count(path: Path, names: list[str]) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes: 8GiB and 8G are 2^30, 8GB is 10^9, a plain number is bytes.
+    """Bytes: 8GiB, 8G and 8 are 8 * 2^30, 8GB is 8 * 10^9.
 
     Raises:
-        UserError: not a size above 0.
+        UserError: not a size above 0, or a number that cannot be of GiB.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)\s*", text.upper())
     size = 0
-    if found:
-        base = 1000 if found[2] and found[3] == "B" else 1024
-        size = int(float(found[1]) * base ** _UNITS[found[2]])
+    if found and len(found[1]) < _DIGITS:
+        number, unit = float(found[1]), found[2]
+        if not unit and not found[3]:
+            if number >= _MOST_GIB:
+                raise UserError(f"--vram {text}: a number alone is GiB; write 8, or 8000MB")
+            unit = "G"
+        base = 1000 if unit and found[3] == "B" else 1024
+        size = int(number * base ** _UNITS[unit])
     if size < 1:
-        raise UserError(f"--vram {text}: give a size such as 8GiB, 8G or 6000MB")
+        raise UserError(f"--vram {text:.40}: give a size such as 8GiB, 8G or 6000MB")
     return size
 
 
 def _card(vram: str) -> Memory:
     from laserkv_gguf.planning.fits import Memory
 
-    return Memory(parse_size(vram), True, f"a card of {vram.strip()}")
+    size, said = parse_size(vram), vram.strip()
+    return Memory(size, True, f"a card of {said}{'' if said[-1].isalpha() else ' GiB'}")
 
 
 def _this_machine(gpu_layers: int) -> Memory:
@@ -195,6 +204,7 @@ def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
     longest = made.longest_document_tokens
     said = f"{longest:,} tokens" if longest else "none"
     console.print(f"longest document that fits at --ratio {made.ratio:g}: {said}")
-    console.print(f"{'fits' if made.fits else 'does not fit'} ({made.memory})", style="bold")
+    verdict = f"fits ({made.memory})" if made.fits else f"does not fit: {made.reason}"
+    console.print(verdict, style="bold", soft_wrap=True)
     for note in made.notes:
         terminal.note(note)

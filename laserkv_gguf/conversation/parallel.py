@@ -19,7 +19,7 @@ from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Generation, Reply
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.engine.residents import sequence_count
-from laserkv_gguf.errors import Cancelled, Closed, UserError
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
 from laserkv_gguf.llama import sequence
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import MAX_SEQUENCES, Context
@@ -30,6 +30,10 @@ from laserkv_gguf.reading.reader import Progress
 FIRST = sequence.SPARE + 1
 """The first of the sequences that answers are generated in."""
 MOST = MAX_SEQUENCES - FIRST
+
+
+class NotRead(LaserKVError):
+    """The document could not be read: what every question about it gets, and none is to blame."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ def answer(
     Args:
         questions: all of them, also those already answered: cells are planned for all.
         on_reply: called with a question's number and its reply, as soon as that is complete; with
-            the error of a question that cannot be answered. The engine is busy until it returns.
+            the error of a question that cannot be answered: a `UserError` is that question's own
+            (`OutOfMemory` may not be one elsewhere), `NotRead` is the document's. The engine is
+            busy until it returns.
         document: text of any length; None for none.
         sampling: every answer has a sampler of its own with this seed.
         parallel: most answers under way at a time; fewer where --ctx-size holds no more.
@@ -145,6 +151,11 @@ def check(parallel: int, engine: Engine) -> None:
     most = min(MOST, engine.options.batch)
     if not 1 <= parallel <= most:
         raise UserError(f"--parallel {parallel}: give 1 to {most} answers at a time")
+
+
+def _figure(number: int) -> str:
+    """A number of any size, in a line."""
+    return str(number) if number < 10**20 else "over 10^20"
 
 
 @dataclass(frozen=True)
@@ -220,9 +231,9 @@ class _BatchedAnswers:
         for index, question in enumerate(questions):
             try:
                 planned = self._plan(index, question, read_once)
-            except Closed:
+            except (Cancelled, Closed):
                 raise
-            except UserError as error:
+            except Exception as error:
                 if index not in answered:
                     self.on_reply(index, error)
                 continue
@@ -244,6 +255,12 @@ class _BatchedAnswers:
         engine = self.engine
         if question.max_tokens < 1:
             raise UserError(f"-n {question.max_tokens}: give at least 1 token for the answer")
+        most = engine.model.trained_context
+        if question.max_tokens > most > 0:
+            raise UserError(
+                f"an answer of {_figure(question.max_tokens)} tokens is longer than the {most} "
+                f"this model was trained for; give at most {most}"
+            )
         opening = engine.template.opening(
             question.text, system=question.system, document=bool(self.document)
         )
@@ -273,18 +290,17 @@ class _BatchedAnswers:
         self, conversation: Conversation, alike: list[_Planned], waiting: list[_Planned]
     ) -> None:
         """Reads, then answers all that are waiting; cells are planned for all that are alike."""
-        cells, began = self._places(alike), time.perf_counter()
-        if self._is_ready(conversation, waiting, cells):
-            self._generate(conversation, waiting, len(cells), began if waiting[0].asked else None)
+        began = time.perf_counter()
+        ready, places = self._read(conversation, alike, waiting, self.parallel)
+        if ready:
+            self._generate(conversation, ready, places, began if ready[0].asked else None)
 
     def _answer_recalling(
         self, conversation: Conversation, alike: list[_Planned], waiting: list[_Planned]
     ) -> None:
         """Reads once; then each question recalls its own tokens and is answered alone."""
-        cells = [max(planned.cells for planned in alike)]
-        if not waiting or not self._is_ready(conversation, waiting, cells):
-            return
-        for planned in waiting:
+        ready, _ = self._read(conversation, alike, waiting, 1)
+        for planned in ready:
             began = time.perf_counter()
             try:
                 conversation.recall_for(planned.prompt)
@@ -295,26 +311,56 @@ class _BatchedAnswers:
                 continue
             self._generate(conversation, [planned], 1, began)
 
-    def _is_ready(
-        self, conversation: Conversation, waiting: list[_Planned], cells: list[int]
-    ) -> bool:
-        """Whether the document could be read; where not, the error is everyone's answer."""
-        try:
-            self._make_ready(conversation, waiting[0], cells)
-        except (Cancelled, Closed):
-            raise
-        except Exception as error:
-            for planned in waiting:
-                self.on_reply(planned.index, error)
-            return False
-        return True
+    def _read(
+        self,
+        conversation: Conversation,
+        alike: list[_Planned],
+        waiting: list[_Planned],
+        together: int,
+    ) -> tuple[list[_Planned], int]:
+        """Reads the document with cells for as many answers at a time as there is memory for.
 
-    def _places(self, alike: list[_Planned]) -> list[int]:
+        Where memory does not hold even one, the question that wants most is refused alone, and the
+        others are tried without it. No cell is filled before the memory is there, so trying costs
+        no reading. Any other error is the answer to all that wait.
+
+        Returns:
+            The questions that can be answered now, and how many at a time.
+        """
+        most = together
+        while waiting:
+            cells = self._places(alike, most)
+            try:
+                self._make_ready(conversation, waiting[0], cells)
+            except (Cancelled, Closed):
+                raise
+            except OutOfMemory as error:
+                if len(cells) > 1:
+                    most = len(cells) // 2
+                    continue
+                for planned in waiting:
+                    if planned.cells == cells[0]:
+                        self.on_reply(planned.index, error)
+                alike = [planned for planned in alike if planned.cells < cells[0]]
+                waiting = [planned for planned in waiting if planned.cells < cells[0]]
+                most = together
+            except Exception as error:
+                said: Exception = error
+                if isinstance(error, UserError) and len(alike) > 1:
+                    said = NotRead(str(error))
+                for planned in waiting:
+                    self.on_reply(planned.index, said)
+                break
+            else:
+                return waiting, len(cells)
+        return [], 0
+
+    def _places(self, alike: list[_Planned], most: int) -> list[int]:
         """For each answer under way the cells it may need: the largest there are, in that order.
 
         Whichever questions meet, they need no more than this.
         """
-        cells = sorted((planned.cells for planned in alike), reverse=True)[: self.parallel]
+        cells = sorted((planned.cells for planned in alike), reverse=True)[:most]
         limit = self.engine.share
         while limit is not None and len(cells) > 1 and alike[0].kept + sum(cells) > limit:
             cells.pop()
@@ -362,7 +408,13 @@ class _BatchedAnswers:
         try:
             while queue or live:
                 while queue and free:
-                    one = self._begin(conversation, context, queue.popleft(), free.pop(0))
+                    try:
+                        one = self._begin(conversation, context, queue[0], free[0])
+                    except Exception as error:
+                        self.on_reply(queue.popleft().index, error)
+                        continue
+                    queue.popleft()
+                    free.pop(0)
                     one.started = began or one.started
                     live.append(one)
                     with self.spent.timed():

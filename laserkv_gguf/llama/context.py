@@ -17,8 +17,8 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
-from laserkv_gguf.budget import padded
-from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
+from laserkv_gguf.budget import PADDING, padded
+from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
 from laserkv_gguf.llama import library
 from laserkv_gguf.llama.capture import AbortFlag, Probe
 from laserkv_gguf.llama.handle import closed_at_exit
@@ -33,6 +33,7 @@ T = TypeVar("T")
 SEQUENCES = 8  # main, probe, and spares
 BATCH = 2048  # tokens decoded in one call, as llama.cpp has it
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+MAX_CELLS = 2**31 - PADDING  # cells and positions are 32-bit numbers
 MAX_THREADS = 512  # ggml's own limit
 MICRO_BATCH, CPU_MICRO_BATCH = 512, 128  # the first is llama.cpp's default
 _SHORT = 8  # batches up to this size get the threads of a single token
@@ -153,7 +154,8 @@ class Context:
         options: see ContextOptions.
 
     Raises:
-        UserError: the cache does not fit into memory.
+        OutOfMemory: the cache does not fit into memory.
+        UserError: llama.cpp makes no context, or one without a cache.
     """
 
     def __init__(self, model: Model, cells: int, options: ContextOptions | None = None) -> None:
@@ -188,7 +190,7 @@ class Context:
             with library.recorded() as lines:
                 self._handle = L.llama_init_from_model(address, self._params())
             if not self._handle:
-                raise UserError(self._why_not_made(lines))
+                raise self._why_not_made(lines)
             self._worker = Worker("llama-decode")
         except BaseException:
             model.memory.__exit__()
@@ -229,11 +231,13 @@ class Context:
 
     def _check_memory(self) -> None:
         """Asks before allocating: Linux grants more than there is and kills the process later."""
+        if padded(self.cells) > MAX_CELLS:  # the number would not arrive whole
+            raise OutOfMemory(self._out_of_memory())
         if self.model.gpu_layers != 0:
             return
         total = sum(device.total for device in library.devices() if device.kind == "cpu")
         if total and self.kv_bytes > total:
-            raise UserError(self._out_of_memory())
+            raise OutOfMemory(self._out_of_memory())
 
     def _out_of_memory(self) -> str:
         size = self.kv_bytes
@@ -243,12 +247,12 @@ class Context:
             "lower --ctx-size, --ratio or --block-size, or use -ctk q8_0 -ctv q8_0"
         )
 
-    def _why_not_made(self, lines: list[str]) -> str:
+    def _why_not_made(self, lines: list[str]) -> UserError:
         said = " ".join(lines)
         if "alloc" in said or "out of memory" in said:
-            return self._out_of_memory()
+            return OutOfMemory(self._out_of_memory())
         detail = lines[-1].split(": ", 1)[-1] if lines else "see --debug"
-        return f"llama.cpp cannot make a context of {self.cells} cells: {detail}"
+        return UserError(f"llama.cpp cannot make a context of {self.cells} cells: {detail}")
 
     @property
     def handle(self) -> Any:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import library, loadable
 from laserkv_gguf.llama.handle import Handle, closed_at_exit
+from laserkv_gguf.models.header import check_plain, short
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class Model:
         extra_buffers: llama.cpp's `use_extra_bufts` (repacked weights, AMX); see `trial`.
 
     Raises:
-        UserError: not a usable GGUF, or an architecture whose cache is not one key and value a
-            token, or GPU layers asked of a build without.
+        UserError: not a usable GGUF (see `loadable`), or an architecture whose cache is not one key
+            and value a token, or GPU layers asked of a build without.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Model:
     ) -> None:
         self.path = Path(path)
         check_file(self.path)
+        loadable.check(self.path)
         library.start()
         offload = library.can_offload()
         if gpu_layers and gpu_layers > 0 and not offload:
@@ -212,7 +214,7 @@ class Model:
 
         def refuse(what: str, why: str) -> None:
             raise UserError(
-                f"{self.path.name} is a {name} model, {what}: {why}; "
+                f"{self.path.name} is a {short(name)} model, {what}: {why}; "
                 "use a model with plain attention such as Llama 3, Qwen 2.5 or SmolLM2"
             )
 
@@ -326,6 +328,7 @@ def check_file(path: Path) -> None:
         UserError: missing, a folder, unreadable, or without GGUF's magic number.
     """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
@@ -350,10 +353,11 @@ def _why_not_loaded(path: Path, lines: list[str]) -> str:
         return f"{path.name} is truncated or damaged; download it again"
     if "unknown model architecture" in said:
         name = said.split("unknown model architecture:")[-1].split("'")[1:2]
+        kind = short(name[0]) if name else "new"
         return (
-            f"{path.name} is a {name[0] if name else 'new'} model, which this llama.cpp does not "
-            "know; upgrade llama-cpp-python"
+            f"{path.name} is a {kind} model, which this llama.cpp does not know; "
+            "upgrade llama-cpp-python"
         )
     detail = next((line for line in lines if "error loading model" in line), "")
     detail = detail.split("error loading model:")[-1].strip() or "see --debug"
-    return f"llama.cpp cannot load {path.name}: {detail}"
+    return f"llama.cpp cannot load {path.name}: {short(detail, 200)}"

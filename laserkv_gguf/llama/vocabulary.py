@@ -9,7 +9,7 @@ import llama_cpp as L
 import numpy as np
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import library, loadable
 from laserkv_gguf.llama.model import check_file
 
 
@@ -20,6 +20,7 @@ def count_tokens(path: Path, text: str) -> int:
         UserError: llama.cpp cannot read the vocabulary, as of an incomplete file.
     """
     check_file(path)
+    loadable.check(path)
     library.start()
     params = L.llama_model_default_params()
     params.vocab_only = True

@@ -3,6 +3,9 @@
 `gguf.GGUFReader` maps the tensors' data too, so it refuses a file that is not complete, and it
 makes an array of every token's text (12 s for Llama 3's vocabulary). Here the header of a download
 that has only begun will do.
+
+A header is data from elsewhere: what it says is held against the file's own size and against what
+any model has, before anything is counted up to it, and else is refused in one line.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +40,24 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+# No model comes near these. They keep a header from asking for more work than its size explains.
+_KEYS = _TENSORS = 1 << 17
+_STRINGS = 1 << 24  # in one array: vocabularies and their merges have less than a million
+_NAME, _TEXT, _TEXTS = 1 << 16, 1 << 26, 1 << 28  # bytes of a key, of a text, of all that is kept
+_HEADER = 1 << 30  # bytes in front of the tensors' data
+_DIMS, _ELEMENTS = 4, 1 << 62
+_MOST = {
+    "block_count": 512,  # llama.cpp's LLAMA_MAX_LAYERS
+    "context_length": 1 << 32,
+    "embedding_length": 1 << 20,
+    "feed_forward_length": 1 << 24,
+    "expert_feed_forward_length": 1 << 24,
+    "expert_used_count": 1 << 10,  # LLAMA_MAX_EXPERTS
+    "vocab_size": 1 << 24,
+}
+_MOST_ELSE = 1 << 16  # heads and their dimensions
 _LONGEST = 4096  # arrays of more numbers (a vocabulary's scores) are counted, not kept
-_PLAIN = ("llama", "qwen2", "qwen3")
+PLAIN = ("llama", "qwen2", "qwen3")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -64,6 +85,9 @@ class Header:
         metadata: by key; long arrays and arrays of strings as `Length`.
         tensors: in the file's order; of a split file those of all its parts.
 
+    Counts are whole numbers within what any model has; another one is refused when it is asked for,
+    and those of the cache's shape when the header is read.
+
     Raises:
         UserError: not a GGUF, or one whose header is incomplete, damaged or has no use here.
     """
@@ -71,13 +95,13 @@ class Header:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata, self.tensors = _read(self.path)
-        for part in self._further_parts():
+        for part in parts(self.path, self.metadata):
             self.tensors += _read(part)[1]
         self._check()
 
     def _check(self) -> None:
         """Refuses what the engine would refuse; llama.cpp ignores a Llama's or Qwen's window."""
-        windowed = self._number("attention.sliding_window") and self.architecture not in _PLAIN
+        windowed = self._number("attention.sliding_window") and self.architecture not in PLAIN
         generates = self.metadata.get(f"{self.architecture}.attention.causal", True)
         latent = self._number("attention.kv_lora_rank")
         if not self.layers or not any(self.kv_heads) or windowed or latent or not generates:
@@ -86,38 +110,36 @@ class Header:
                 "key and value a token; use one with plain attention such as Llama 3 or SmolLM2"
             )
 
-    def _further_parts(self) -> list[Path]:
-        count = int(self.metadata.get("split.count", 1) or 1)
-        found = _SPLIT.search(self.path.name)
-        if count < 2 or not found:
-            return []
-        stem = self.path.name[: found.start()]
-        names = [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
-        return [self.path.with_name(name) for name in names if name != self.path.name]
-
-    def _numbers(self, key: str) -> list[float]:
-        """A number or an array of them, `{architecture}.` in front of the key."""
+    def _numbers(self, key: str) -> list[int]:
+        """A count or an array of them, `{architecture}.` in front of the key."""
         value = self.metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, list):
-            return value
-        return [value] if isinstance(value, (int, float)) else []
+        values = value if isinstance(value, list) else [value]
+        most = _MOST.get(key, _MOST_ELSE)
+        for one in values:
+            if one is not None and not (isinstance(one, int) and 0 <= one <= most):
+                raise UserError(
+                    f"{self.path.name} is damaged: it says {self.architecture}.{key} is "
+                    f"{short(one)}; download it again"
+                )
+        return [int(one) for one in values if one is not None]
 
     def _number(self, key: str, default: int = 0) -> int:
-        return int(max(self._numbers(key), default=default))
+        return max(self._numbers(key), default=default)
 
     def _by_layer(self, key: str, default: Sequence[int]) -> tuple[int, ...]:
-        values = [int(value) for value in self._numbers(key)]
+        values = self._numbers(key)
         if len(values) == 1:
             values *= self.layers
         return tuple(values if len(values) == self.layers else default)
 
     @cached_property
     def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture", "unknown"))
+        return short(self.metadata.get("general.architecture", "unknown"))
 
     @cached_property
     def name(self) -> str:
-        return str(self.metadata.get("general.name", self.path.stem))
+        name = self.metadata.get("general.name")
+        return name if isinstance(name, str) else self.path.stem
 
     @cached_property
     def layers(self) -> int:
@@ -162,7 +184,7 @@ class Header:
     @cached_property
     def vocab(self) -> int:
         for tensor in self.tensors:
-            if tensor.name == "token_embd.weight":
+            if tensor.name == "token_embd.weight" and tensor.dims:
                 return tensor.dims[-1]
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         return tokens.count if isinstance(tokens, Length) else self._number("vocab_size")
@@ -179,7 +201,7 @@ class Header:
         """Bytes of every layer's tensors."""
         sizes = [0] * self.layers
         for tensor in self.tensors:
-            found = re.match(r"blk\.(\d+)\.", tensor.name)
+            found = re.match(r"blk\.(\d{1,9})\.", tensor.name)
             if found and int(found[1]) < self.layers:
                 sizes[int(found[1])] += tensor.size
         return tuple(sizes)
@@ -209,71 +231,183 @@ def row_bytes(type_name: str, values: int) -> int:
     return -(-values // block) * size
 
 
+def short(value: Any, most: int = 40) -> str:
+    """What a header says, in a line of at most so many characters."""
+    said = value if isinstance(value, str) else repr(value)
+    said = "".join(char if char.isprintable() else "?" for char in said[: most + 1])
+    return said if len(said) <= most else f"{said[: most - 1]}…"
+
+
+def parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """The further files of a split model, whose first one is given; they need not be there.
+
+    Raises:
+        UserError: the file's name and what it says of its parts do not agree.
+    """
+    count = metadata.get("split.count", 1)
+    found = _SPLIT.search(path.name)
+    if not found or count in (0, 1):
+        return []
+    if count != int(found[2]):
+        raise UserError(f"{path.name} says it has {short(count)} parts; download its parts again")
+    stem = path.name[: found.start()]
+    names = [f"{stem}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+    return [path.with_name(name) for name in names if name != path.name]
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    with opened(path) as data:
+        found = data.header()
+        return found.metadata, [
+            Tensor(info.name, info.dims, info.kind.name, info.size) for info in found.tensors
+        ]
+
+
+def check_plain(path: Path) -> None:
+    """Refuses pipes and devices, which may have neither data nor an end.
+
+    Raises:
+        UserError: in one line.
+        OSError: nothing is there.
+    """
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise UserError(f"{path} is no plain file; give the path of a GGUF file")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Cursor]:
+    """A GGUF's bytes, behind its magic number.
+
+    Raises:
+        UserError: missing, unreadable, not a GGUF; or what the block met in it cannot be, as an
+            incomplete header.
+    """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path.name} is not a GGUF file; download a GGUF")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Cursor(data, 4).header()
+                yield Cursor(data, 4)
     except FileNotFoundError:
         raise UserError(f"no model at {path}; give the path of a GGUF file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give the GGUF file in it") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+    except Impossible as error:
+        raise UserError(f"{path.name} is damaged: {error}; download it again") from None
+    except (struct.error, IndexError, KeyError, OverflowError) as error:
         raise UserError(
             f"the header of {path.name} is incomplete or damaged; download more of it, or it again"
         ) from error
 
 
-class _Cursor:
-    """Reads values one after the other."""
+class Impossible(Exception):
+    """What no model has."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """A tensor as the file describes it; `offset` from where the tensors' data begin, in bytes."""
+
+    name: str
+    dims: tuple[int, ...]
+    kind: GGMLQuantizationType
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a header.
+
+    Attributes:
+        metadata: by key; long arrays and arrays of strings as `Length`.
+        kinds: GGUF's numbers of the values' types, of arrays those of their elements plus 256.
+        starts: where arrays' elements begin in the file, in bytes.
+        tensors: in the file's order.
+        end: where the header ends, in bytes.
+    """
+
+    metadata: dict[str, Any]
+    kinds: dict[str, int]
+    starts: dict[str, int]
+    tensors: list[Info]
+    end: int
+
+
+ARRAY_OF = 256
+
+
+class Cursor:
+    """Reads values one after the other, and nothing that the file is too short for."""
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data, self.at = data, at
+        self._kept = 0
 
-    def header(self) -> tuple[dict[str, Any], list[Tensor]]:
+    def header(self) -> Contents:
         version, tensors, keys = self.take("<I"), self.take("<Q"), self.take("<Q")
         if version not in (2, 3):  # a big-endian file's version is a huge number
             raise KeyError(version)
-        metadata = {}
+        if keys > _KEYS or tensors > _TENSORS:
+            raise Impossible(f"it says it has {keys} keys and {tensors} tensors")
+        metadata: dict[str, Any] = {}
+        kinds: dict[str, int] = {}
+        starts: dict[str, int] = {}
         for _ in range(keys):
-            key = self.string()
-            metadata[key] = self.value(self.take("<I"))
-        return metadata, [self.tensor() for _ in range(tensors)]
+            key = self.string(_NAME)
+            if key in metadata:
+                raise Impossible(f"it has the key {short(key)} twice")
+            kind = self.take("<I")
+            if kind == _ARRAY:
+                element, count = self.take("<I"), self.take("<Q")
+                kinds[key], starts[key] = ARRAY_OF + element, self.at
+                metadata[key] = self._array(key, element, count)
+            else:
+                kinds[key] = kind
+                metadata[key] = self.string() if kind == _STRING else self.take(_SCALARS[kind])
+        infos = [self._tensor() for _ in range(tensors)]
+        return Contents(metadata, kinds, starts, infos, self.at)
 
     def take(self, form: str) -> Any:
         value = struct.unpack_from(form, self.data, self.at)[0]
         self.at += struct.calcsize(form)
         return value
 
-    def string(self) -> str:
-        return self.skip(self.take("<Q")).decode("utf-8")
-
-    def skip(self, size: int) -> bytes:
-        """The next bytes."""
-        start = self.at
+    def string(self, most: int = _TEXT) -> str:
+        """A text; what is not UTF-8 in it is replaced, as llama.cpp takes any bytes."""
+        size, start = self.take("<Q"), self.at
         self._move(size)
-        return self.data[start : self.at]
+        self._kept += size
+        if size > most or self._kept > _TEXTS:
+            raise Impossible(f"it has a text of {size} bytes")
+        return self.data[start : self.at].decode("utf-8", "replace")
+
+    def strings(self, start: int, count: int) -> Iterator[bytes]:
+        """The texts of an array that the header was found to hold whole."""
+        length, data, at = struct.Struct("<Q").unpack_from, self.data, start
+        for _ in range(count):
+            size = length(data, at)[0]
+            at += 8 + size
+            yield data[at - size : at]
 
     def _move(self, size: int) -> None:
         self.at += size
         if self.at > len(self.data):
             raise IndexError(self.at)
+        if self.at > _HEADER:
+            raise Impossible("its header is over 1 GiB long")
 
-    def value(self, kind: int) -> Any:
+    def _array(self, key: str, kind: int, count: int) -> Any:
         if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.take(_SCALARS[kind])
-        kind, count = self.take("<I"), self.take("<Q")
-        if kind == _STRING:
+            if count > _STRINGS:
+                raise Impossible(f"it says {short(key)} has {count} texts")
             self._move_over_strings(count)
         elif kind == _ARRAY:
-            for _ in range(count):
-                self.value(_ARRAY)
+            raise Impossible(f"{short(key)} is an array of arrays")
         elif count <= _LONGEST:
             return [self.take(_SCALARS[kind]) for _ in range(count)]
         else:
@@ -287,16 +421,22 @@ class _Cursor:
         self.at = at
         self._move(0)
 
-    def tensor(self) -> Tensor:
-        name = self.string()
-        dims = tuple(self.take("<Q") for _ in range(self.take("<I")))
-        number = self.take("<I")
-        self.take("<Q")  # where its data begin
+    def _tensor(self) -> Info:
+        name = self.string(_NAME)
+        count = self.take("<I")
+        if count > _DIMS:
+            raise Impossible(f"tensor {short(name)} has {count} dimensions")
+        dims = tuple(self.take("<Q") for _ in range(count))
+        number, offset = self.take("<I"), self.take("<Q")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
             raise UserError(
-                f"tensor {name} has a type ({number}) that this gguf does not know; upgrade gguf"
+                f"tensor {short(name)} has a type ({number}) that this gguf does not know; "
+                "upgrade gguf"
             ) from None
+        if math.prod(dims) > _ELEMENTS:
+            raise Impossible(f"tensor {short(name)} has {math.prod(dims)} elements")
         rows = math.prod(dims[1:])
-        return Tensor(name, dims, kind.name, rows * row_bytes(kind.name, dims[0] if dims else 1))
+        size = rows * row_bytes(kind.name, dims[0] if dims else 1)
+        return Info(name, dims, kind, size, offset)

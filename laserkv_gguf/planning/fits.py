@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, padded
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.models.header import Header
 from laserkv_gguf.planning.demand import Demand
 
@@ -18,6 +19,7 @@ OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
 QUESTION = 64  # tokens of a question with the template around it, where nobody says
 ENDING = 5  # tokens of the template after a question: Llama 3's
 ENDLESS = 1 << 26  # tokens nobody has
+MOST_BLOCKS = 1 << 12  # a budget is computed block by block, and a plan tries some fifty budgets
 FLOAT = 4
 
 
@@ -104,6 +106,8 @@ class Plan:
         largest_ratio: the largest ratio that fits; 0 for none.
         longest_document_tokens: the longest document that fits at `ratio`; 0 for none.
         fits: whether all of it fits, with all layers (or --gpu-layers of them) on the card.
+        reason: the first thing that does not, in words; empty where it fits.
+        notes: what to do about it, and what else there is to know.
     """
 
     model: str
@@ -136,10 +140,16 @@ class Plan:
     largest_ratio: float
     longest_document_tokens: int
     fits: bool
+    reason: str = ""
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def most_tokens(block_size: int) -> int:
+    """Tokens of the longest document that is planned for."""
+    return min(ENDLESS, block_size * MOST_BLOCKS)
 
 
 def compute_bytes(
@@ -205,7 +215,16 @@ def make(
         memory: what there is.
         tokens: of the document, with all that stands before the question.
         ratio: of the tokens to keep; None for the largest that fits (0.25 where none does).
+
+    Raises:
+        UserError: more tokens than `most_tokens`.
     """
+    most = most_tokens(run.block_size)
+    if tokens > most:
+        raise UserError(
+            f"--tokens {tokens}: give at most {most} in blocks of {run.block_size}, "
+            "or a larger --block-size"
+        )
     exact = run.type_k in ("f16", "f32")
     turns = run.type_k != "bf16" and header.key_dim % 64 == 0  # see `rope.check`
     any_cells = run.ctx_size is None
@@ -257,6 +276,7 @@ class _Planner:
             largest_ratio=largest,
             longest_document_tokens=self.longest(chosen),
             fits=self.fits(budget),
+            reason=self._reason(budget),
             notes=self._notes(budget, largest, ratio is not None),
         )
 
@@ -349,39 +369,58 @@ class _Planner:
             return self.fits(self.run.budget(tokens, ratio))
 
         size = self.run.block_size
+        most = most_tokens(size)
         if fits(size + 1):
-            return _last(fits, size + 1)
-        return min(_last(fits, 1), size) if fits(1) else 0
+            return _last(fits, size + 1, most)
+        return min(_last(fits, 1, most), size) if fits(1) else 0
+
+    def _reason(self, budget: Budget) -> str:
+        """The first thing that does not fit."""
+        run, cells = self.run, self.run.run_cells(budget)
+        if self.fits(budget):
+            return ""
+        if run.ctx_size is not None and cells > run.ctx_size:
+            return f"it needs {cells:,} cells, more than --ctx-size {run.ctx_size}"
+        if self._cannot_park(budget):
+            return "rows of quantised keys cannot be parked with compacted positions"
+        if not self._cells_fit(budget):
+            positions = budget.tokens + run.reply if budget.keeps_all else cells
+            return (
+                f"it needs {positions:,} positions, more than the {self.header.context:,} "
+                "the model was trained for"
+            )
+        needed, there = self.device_bytes(budget, self._all_layers), self.memory.usable
+        layers = f" with {self._all_layers} layers" if self.memory.card else ""
+        return (
+            f"it needs {_gib(needed)}{layers}, and {self.memory.said or 'the memory'} "
+            f"has {_gib(there)} for it"
+        )
 
     def _notes(self, budget: Budget, largest: float, given: bool) -> list[str]:
-        run, notes = self.run, []
-        cells, fits = run.run_cells(budget), self.fits(budget)
-        if run.ctx_size is not None and cells > run.ctx_size:
-            notes.append(f"needs {cells} cells, more than --ctx-size {run.ctx_size}")
-        elif self._cannot_park(budget):
-            notes.append(
-                "rows of quantised keys cannot be parked with compacted positions; use -ctk f16, "
-                "--positions original or --recall off"
-            )
-        elif not self._cells_fit(budget):
-            notes.append(
-                f"needs more positions than the {self.header.context} the model was trained for"
-            )
-        if not fits and largest and given:
+        notes, fits = [], self.fits(budget)
+        if not fits and self._cannot_park(budget):
+            notes.append("use -ctk f16, --positions original or --recall off")
+        elif not fits and largest and given:
             notes.append(f"the largest ratio that fits is {largest:g}")
-        elif not fits and not largest:
+        elif not fits and not self._cells_fit(budget):
+            notes.append("no ratio fits; use a smaller --block-size")
+        elif not fits:
             notes.append("no ratio fits; use -ctk q8_0 -ctv q8_0, or a smaller --block-size")
         if not given and 0 < largest < LOW_RATIO:
             notes.append(f"a ratio of {largest:g} is below {LOW_RATIO:g}: expect poor answers")
         return notes
 
 
-def _last(fits: Callable[[int], bool], low: int) -> int:
-    """The largest number, from `low` which fits, before one that does not."""
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _last(fits: Callable[[int], bool], low: int, most: int) -> int:
+    """The largest number, from `low` which fits, before one that does not; at most `most`."""
     step = low
-    while low + step < ENDLESS and fits(low + step):
+    while low + step < most and fits(low + step):
         low, step = low + step, 2 * step
-    high = low + step
+    high = min(low + step, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
