@@ -290,7 +290,7 @@ def test_with_flash_attention(load: Callable[[str], Loaded]) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["exact", "laser", "hashing", "snapkv", "sage", "tova", "chunkkv", "finch"]
+    "policy", ["exact", "laser", "hashing", "sage", "tova", "chunkkv", "finch"]
 )
 def test_same_tokens_are_kept(policy: str, load: Callable[[str], Loaded]) -> None:
     """And where attention is all that a policy wants, no key comes to the host."""

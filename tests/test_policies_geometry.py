@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def seen(
 
 def changed(candidates: Candidates, **arrays: Array) -> Candidates:
     """With other arrays; of changed keys and values nothing is held but the candidates."""
-    held = {"held": None} if arrays.keys() & {"keys", "values"} else {}
+    held: dict[str, Any] = {"held": None} if arrays.keys() & {"keys", "values"} else {}
     return Candidates(**{**vars(candidates), **held, **arrays})
 
 
@@ -481,7 +482,7 @@ def test_few_candidates(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_float16(name: str) -> None:
     """Half-precision keys, values and queries choose as the same numbers in float32."""
-    half = seen(3, SHAPES[2], dtype=np.float16)
+    half = changed(seen(3, SHAPES[2], dtype=np.float16), held=None)
     wide = changed(
         half,
         **{k: getattr(half, k).astype(np.float32) for k in ("keys", "values", "block_queries")},
@@ -508,6 +509,8 @@ def test_only_what_is_needed_is_looked_at(name: str) -> None:
     one, needs = seen(0, SHAPES[1]), policies.find(name).needs
     kinds = ("keys", "values", "queries", "block_queries")
     asked = {kind: getattr(one, kind) if getattr(needs, kind) else None for kind in kinds}
+    given = {kind: getattr(one.held, kind) if getattr(needs, kind) else None for kind in kinds[:2]}
+    asked["held"] = replace(one.held, **given)
     assert chosen(name, changed(one, **asked), 20) == chosen(name, one, 20)
     policies.make(name).warm_up()
 

@@ -512,7 +512,7 @@ def test_units_are_noted_as_they_were_read(
     index = kind.index
 
     def noting(self: Any, block: Candidates) -> Any:
-        if self.needs.recall and np.array_equal(block.tokens, np.arange(*block.block)):
+        if block.held is not None and np.array_equal(block.tokens, np.arange(*block.block)):
             copied = replace(
                 block.around, keys=np.array(block.around.keys), tokens=block.around.tokens.copy()
             )

@@ -185,7 +185,7 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     """What the engine holds on the host to choose by: keys, values and queries.
 
     Keys of a block and of what it looks back at, float16 unless the policy needs them precise;
-    queries of the probe in float32.
+    queries of the probe in float32, and its keys where the policy counts them.
     """
     needs = run.policy.needs
     if not any(block.evicts for block in budget.blocks):
@@ -199,6 +199,8 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
         total += rows * header.layers * max(header.kv_heads) * FLOAT
     if needs.queries:
         total += (run.asking() + run.drafts) * per_query * FLOAT
+    if needs.queries and needs.outside:
+        total += (run.question + run.drafts) * per_key * FLOAT
     if needs.block_queries:
         total += min(run.block_size, budget.tokens) * per_query * item
     return total
