@@ -204,7 +204,7 @@ class Conversation:
             if not self._owns_cells or self._run is None or not self._run.reader.holds_whole:
                 return False
             assert self.reading is not None
-            settings = replace(self.engine.settings, ratio=ratio)
+            settings = replace(self.engine.settings, ratio=ratio, keep=None)
             settings.check()
             self.engine.settings = settings
             budget = self.engine.budget(len(self.reading.tokens), self._protected)
@@ -218,6 +218,8 @@ class Conversation:
         """What is read, what asks, and cells for what follows."""
         opening = self._opening(question or "")
         tokens = self._sequence(opening.before)
+        if self._document_tokens is not None and len(self._document_tokens) and not self._unread:
+            self.engine.settings.check_keep(len(tokens))
         if question is None:
             return tokens, None, self._room(len(tokens))
         reply = len(opening.after) + self.max_tokens
@@ -574,7 +576,9 @@ class Conversation:
             generated_tokens=len(reply.tokens),
             decode_tokens_per_second=len(reply.tokens) / seconds if seconds > 0 else 0.0,
             seed=engine.seed,
-            ratio=budget.ratio if engine.fills_cells else engine.settings.ratio,
+            ratio=engine.settings.ratio
+            if engine.settings.keep is None and not engine.fills_cells
+            else budget.ratio,
             block_size=engine.settings.block_size,
             protection_divisor=engine.settings.protection_divisor,
             positions="compact" if run.compact else "original",

@@ -20,6 +20,7 @@ from laserkv_gguf.budget import (
     LOW_RATIO,
     Budget,
     largest_ratio_that,
+    ratio_keeping,
 )
 from laserkv_gguf.conversation import Answer, Conversation, Reply, Run
 from laserkv_gguf.engine import ProbeSettings, Progress, Reader
@@ -71,7 +72,8 @@ class LaserKV:
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
-        self.fills_cells = ctx_size is not None and "ratio" not in settings
+        given = "ratio" in settings or settings.get("keep") is not None
+        self.fills_cells = ctx_size is not None and not given
         self.options = context or ContextOptions()
         self.options.check()
         wanted = Settings(**settings)
@@ -287,12 +289,17 @@ class LaserKV:
     # what a run needs
 
     def budget(self, tokens: int, protected: int = 0) -> Budget:
-        """What of so many tokens is kept, at the settings' ratio."""
+        """What of so many tokens is kept, at the settings' ratio or number of tokens."""
         settings = self.settings
-        budget = self.policy.budget(
-            tokens, settings.block_size, settings.ratio, settings.protection_divisor
-        )
-        return replace(budget, protected=protected)
+
+        def make(ratio: float) -> Budget:
+            budget = self.policy.budget(
+                tokens, settings.block_size, ratio, settings.protection_divisor
+            )
+            return replace(budget, protected=protected)
+
+        keep = settings.keep
+        return make(settings.ratio if keep is None else ratio_keeping(keep, tokens, make))
 
     def plan(
         self,

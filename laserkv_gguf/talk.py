@@ -776,9 +776,11 @@ class Talk(Conversation):
         movable = self._fixed if compact else 0
         turns = self._turns_from(movable)
         history = turns.aged + sum(turns.whole)
-        budget = planned(settings.ratio, self._used)
+        settings.check_keep(tokens)
+        ratio = self.engine.budget(tokens).ratio if settings.keep else settings.ratio
+        budget = planned(ratio, self._used)
         if budget is None:
-            budget = planned(settings.ratio, self._used - history // 2)
+            budget = planned(ratio, self._used - history // 2)
             if budget is not None and limit is not None:
                 self._free(needed(budget, self._used) - limit, spoken, movable)
         if budget is None:
@@ -786,7 +788,7 @@ class Talk(Conversation):
             if of == "positions":  # parked documents do not move
                 shorter = "--positions compact" if self._parked else "a lower --ratio"
                 remedy = f"start with {shorter}"
-            for thousandths in range(int(settings.ratio * 1000), 0, -1):
+            for thousandths in range(int(ratio * 1000), 0, -1):
                 if planned(thousandths / 1000, self._used - history // 2):
                     remedy = f"/set ratio {thousandths / 1000:g} keeps less, or {remedy}"
                     break

@@ -82,6 +82,10 @@ class EngineOptions:
             help="Fraction of the tokens to keep, above 0 to 1 (0.25; with -c the most that fits).",
         ),
     ] = None
+    keep: Annotated[
+        Optional[int],  # noqa: UP045
+        Option("--keep", help="Tokens of a document to keep, such as 2000, instead of --ratio."),
+    ] = None
     block_size: Annotated[
         int, Option("--block-size", help="Tokens read before the next eviction (S).")
     ] = 4096
@@ -147,12 +151,14 @@ class EngineOptions:
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
-            "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
+            "policy ratio keep block_size protection_divisor alpha lookahead probe_tokens pool "
             "hash_bits hash_tables positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
         from laserkv_gguf.policies.laser import PAPER
 
+        if self.ratio is not None and self.keep is not None:
+            raise UserError("--keep and --ratio both say how much to keep; give one of them")
         settings = {name: getattr(self, name) for name in names.split()}
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
         if self.preset is not None:
@@ -179,6 +185,11 @@ class EngineOptions:
         """Where a flag was left at its default, what a saved document was read with."""
         names = {"type_k": "cache_type_k", "type_v": "cache_type_v"}
         for item in fields(self):
+            # only one of the two says how much is kept
+            if item.name == "ratio" and (self.keep, saved.get("keep")) != (None, None):
+                continue
+            if item.name == "keep" and self.ratio is not None:
+                continue
             value = saved.get(
                 {flag: name for name, flag in names.items()}.get(item.name, item.name)
             )
@@ -196,6 +207,15 @@ class EngineOptions:
         """
         if self.recall != "off":
             raise UserError(f"{command} cannot recall yet: leave --recall out, or {instead}")
+
+    def refuse_keep(self, command: str) -> None:
+        """For commands that go by ratios.
+
+        Raises:
+            UserError: --keep was given.
+        """
+        if self.keep is not None:
+            raise UserError(f"{command} goes by ratios: give --ratio instead of --keep")
 
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.

@@ -46,6 +46,7 @@ def plan(
     log_to_stderr(options.debug)
     from laserkv_gguf import models
     from laserkv_gguf import plan as planning
+    from laserkv_gguf.budget import ratio_keeping
     from laserkv_gguf.header import Header
 
     if predict < 1 or question_tokens < 1:
@@ -60,11 +61,16 @@ def plan(
         tokens = _count(path, document)
     elif not tokens:
         tokens = max(header.context - run.reply, 1)
-    made = planning.make(header, run, memory, tokens=tokens, ratio=options.ratio)
+    ratio = options.ratio
+    if options.keep is not None:
+        if options.keep > tokens:
+            raise UserError(f"--keep {options.keep} is more than the {tokens} tokens to read")
+        ratio = ratio_keeping(options.keep, tokens, lambda ratio: run.budget(tokens, ratio))
+    made = planning.make(header, run, memory, tokens=tokens, ratio=ratio)
     if as_json:
         print(json.dumps(made.as_dict(), ensure_ascii=False))
     else:
-        _print(made, memory.card, options.ratio is None, run.recall)
+        _print(made, memory.card, ratio is None, run.recall)
 
 
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
