@@ -369,13 +369,12 @@ class Runner:
 
     def _configure(self, policy: str, ratio: float, length: int, task: Task | None = None) -> None:
         settings = dict(self.plan.settings.get(policy, {}))
-        settings.update(ratio=ratio, keep=None, block_size=self.plan.block(policy, length))
+        settings.update(ratio=ratio, block_size=self.plan.block(policy, length))
         if policy in PEERS:
-            settings.update(policy="full", ratio=1.0, recall="off")
+            settings.update(policy="full", ratio=1.0, keep=None, recall="off")
         else:
             settings.setdefault("policy", policy)
-            if ratio < 1:
-                settings["keep"] = self.plan.keep
+            settings["keep"] = self.plan.keep
         if isinstance(task, Fidelity):
             settings["recall"] = "off"
         self.engine.configure(**settings)
