@@ -135,9 +135,7 @@ def questions(path: Path) -> tuple[Path, Path]:
 
 
 def made_source(folder: Path, seed: int = 5) -> Source:
-    return Source(
-        Pieces(), seed, Background("prose", prose(400)), folder, None, *questions(folder)
-    )
+    return Source(Pieces(), seed, Background("prose", prose(400)), folder, None, *questions(folder))
 
 
 @pytest.fixture(scope="module")

@@ -626,8 +626,7 @@ def test_a_run_with_another_model_is_no_reproduction(tmp_path: Path, source: Sou
     for path in (other, fake):
         said = presets.label(preset, path, plan, whole, False)[0]
         assert said.startswith(
-            "NOT a reproduction of LASER-KV, arXiv 2602.02199, table 2: "
-            f"the model is {path.name}"
+            f"NOT a reproduction of LASER-KV, arXiv 2602.02199, table 2: the model is {path.name}"
         )
     for name, changed in (
         ("samples", Plan(plan.tasks, plan.lengths, plan.ratios, 50, settings, 4096)),

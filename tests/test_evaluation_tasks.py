@@ -23,7 +23,7 @@ from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.evaluation import presets, report, tasks, words
 from laserkv_gguf.evaluation.background import Background
-from laserkv_gguf.evaluation.samples import Sample, Source
+from laserkv_gguf.evaluation.samples import Source
 from laserkv_gguf.evaluation.tasks import cwe, niah, qa
 from laserkv_gguf.evaluation.tasks.questions import hotpotqa, squad
 from laserkv_gguf.settings import Settings
@@ -230,7 +230,7 @@ def test_broken_files_of_questions(name: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=f"--squad .*squad.json .*{said}"):
         squad(path)
-    with pytest.raises(UserError, match="HotpotQA|JSON|no question"):
+    with pytest.raises(UserError, match=r"HotpotQA|JSON|no question"):
         hotpotqa(path)
 
 
@@ -338,7 +338,9 @@ def test_f1_has_a_column_where_a_task_has_it() -> None:
     assert found[0].f1 == 0.75
     ((head, ((*cells,),)),) = report.tables(found, published=False)
     assert cells[head.index("F1")] == "0.750"
-    ((head, _),) = report.tables(report.lines([{**row, "task": "vt", "sample": 0}]), published=False)
+    ((head, _),) = report.tables(
+        report.lines([{**row, "task": "vt", "sample": 0}]), published=False
+    )
     assert "F1" not in head
 
 
@@ -455,9 +457,10 @@ def test_keep_on_the_command_line(
         assert said in captured
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "What?"}\n')
-    batch = ["batch", "-i", str(questions), *given, *small, "--output", str(tmp_path / "answers.jsonl")]
+    answers = tmp_path / "answers.jsonl"
+    batch = ["batch", "-i", str(questions), *given, *small, "--output", str(answers)]
     assert run([*batch, "--keep", "150"]) == 0
-    (row,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    (row,) = map(json.loads, answers.read_text().splitlines())
     assert row["account"]["kept_tokens"] <= 150
     capsys.readouterr()
     assert run(["bench", *given[:4], "--keep", "150"]) == 2
@@ -564,7 +567,6 @@ def test_eval_recalls_what_was_read_before_the_question_was_known(
     assert {row["policy"] for row in rows} == {"full", "laser"}
     assert "recall: ram; documents are read before" in (out / "summary.md").read_text()
     capsys.readouterr()
-    assert run([*arguments(loaded, tmp_path / "no", *more.split()[:-1], "lagkv"), "--recall", "ram"]) == 2  # fmt: skip
+    other = [*more.split()[:-1], "lagkv", "--recall", "ram"]
+    assert run(arguments(loaded, tmp_path / "no", *other)) == 2
     assert "use --policy laser, or --recall off" in capsys.readouterr().err
-
-

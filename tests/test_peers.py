@@ -99,7 +99,7 @@ def test_bm25_reads_no_more_than_policies_keep(loaded: Loaded, engine: LaserKV) 
         assert reading is not None
         assert len(reading.tokens) == len(reading.kept) <= case.tokens
         said = loaded.model.text(reading.tokens)
-        assert said.startswith("[user]Read. ") or said.startswith(" [user]Read. ")
+        assert said.startswith(("[user]Read. ", " [user]Read. "))
         assert said.endswith(" End.")
         assert FACTS["silver"] in said
         assert np.isfinite(talk.log_likelihood(sample.question, sample.answer))
@@ -143,9 +143,10 @@ def test_passages_are_all_of_the_text_and_no_longer_than_asked() -> None:
     parts = [text[start:end] for start, end in found]
     assert parts == ["One two. Three four?", "Five!\n", "Six seven eight nine ten eleven.",
                      "Twelve.", "End"]  # fmt: skip
-    assert bm25.joined(text, found) == re.sub(r"\n\n\n|\n \n", "\n\n", text) or bm25.joined(
-        text, found
-    ).split() == text.split()
+    assert (
+        bm25.joined(text, found) == re.sub(r"\n\n\n|\n \n", "\n\n", text)
+        or bm25.joined(text, found).split() == text.split()
+    )
     assert bm25.joined(text, found[:2]) == "One two. Three four? Five!\n"
     assert bm25.joined(text, [found[0], found[3]]) == "One two. Three four?\n\nTwelve."
 
