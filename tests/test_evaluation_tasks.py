@@ -456,7 +456,7 @@ def test_keep_on_the_command_line(
         assert captured.count("\n") == 1
         assert said in captured
     questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"question": "What?"}\n')
+    questions.write_text('{"id": 1, "question": "What?"}\n')
     answers = tmp_path / "answers.jsonl"
     batch = ["batch", "-i", str(questions), *given, *small, "--output", str(answers)]
     assert run([*batch, "--keep", "150"]) == 0
