@@ -375,3 +375,37 @@ def test_what_goes_wrong_in_a_peer_is_its_row(
     rows = {row["policy"]: row for row in results_in(tmp_path)}
     assert rows["shift"]["error"] == "no more cells"
     assert rows["full"]["score"] is not None
+
+
+def test_plots_show_a_peer_of_one_size_beside_every_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where its bytes are, not at the fraction of its tokens."""
+    pytest.importorskip("matplotlib")
+    from laserkv_gguf.evaluation import plots
+
+    row = {"task": "vt", "length": 2048, "sample": 0, "score": 1.0, "gold_logprob": -1.0,
+           "kept_tokens": 4, "read_tokens": 4, "seconds": 1.0}  # fmt: skip
+    rows = [
+        {**row, "policy": policy, "ratio": ratio, "kept_tokens": kept}
+        for policy, ratio, kept in (
+            ("full", 1.0, 4),
+            ("laser", 0.5, 2),
+            ("laser", 0.25, 1),
+            ("q4_0-full", 0.2812, 4),
+        )
+    ]
+    seen: dict[str, Any] = {}
+    panels = plots.panels
+
+    def noted(rows: Any, label: str, x: Any, *, likelihood: bool) -> Any:
+        seen[label] = {title: {(i.policy, x(i)) for i in lines} for title, lines in rows.items()}
+        return panels(rows, label, x, likelihood=likelihood)
+
+    monkeypatch.setattr(plots, "panels", noted)
+    assert plots.draw(report.lines(rows), tmp_path)
+    assert set(seen["tokens of the document"]) == {"r = 0.5", "r = 0.25"}
+    for lines in seen["tokens of the document"].values():
+        assert {policy for policy, _ in lines} == {"full", "laser", "q4_0-full"}
+    (places,) = seen["kept fraction"].values()
+    assert places == {("full", 1.0), ("laser", 0.5), ("laser", 0.25), ("q4_0-full", 0.2812)}
