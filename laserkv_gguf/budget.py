@@ -363,3 +363,32 @@ def largest_ratio_that(
         if passes(thousandths):
             return thousandths / 1000
     return low / 1000
+
+
+def ratio_keeping(keep: int, tokens: int, make: Callable[[float], Budget]) -> float:
+    """The ratio of --keep: the largest whose run ends with at most `keep` tokens in the cache.
+
+    Ratios are tried in steps of a quarter of a token. Where even the smallest keeps more, because
+    the budget keeps all or protects more than that, it is `keep / tokens`.
+
+    Args:
+        keep: tokens, at least 1.
+        tokens: of the sequence, the template's included.
+        make: a budget for these tokens at a ratio in (0, 1].
+    """
+    if keep >= tokens:
+        return 1.0
+    steps = 4 * tokens
+
+    def passes(step: int) -> bool:
+        return make(step / steps).kept <= keep
+
+    low, high = 0, steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    # equation (1) rounds down in every block, so that a larger ratio may keep a token less
+    for step in range(min(low + 8, steps - 1), low, -1):
+        if passes(step):
+            return step / steps
+    return low / steps if low else keep / tokens

@@ -576,34 +576,43 @@ def test_presets_are_what_was_published() -> None:
         assert preset.tasks == tuple(f"babilong_qa{n}" for n in (1, 2, 3, 5, 6))
         assert (preset.ratios, preset.block_size, preset.divisor) == ((0.25,), 4096, 4)
         assert preset.samples == 100
-        assert preset.settings["finch"] == {"block_size": 1024}
         assert preset.settings["laser"]["lookahead"] == 0
+    # FINCH's shorter chunks are those of 16k alone
+    assert first.settings["finch"] == {"block_size": 1024}
+    assert "finch" not in second.settings
     from laserkv_gguf import models
 
     for preset in presets.PRESETS.values():
-        assert set(preset.models) <= set(models.entries())
+        assert set(preset.models.values()) <= set(models.entries())
         tasks.find(preset.tasks)
 
 
 def test_a_run_with_another_model_is_no_reproduction(tmp_path: Path, source: Source) -> None:
-    preset = presets.PRESETS["paper-table1"]
+    preset = presets.PRESETS["paper-table2"]
     prompts = {f"qa{n}": {"instruction": "", "examples": "", "post_prompt": ""} for n in range(11)}
     whole = Source(source.tokenizer, 0, source.background, None, prompts)
     settings: dict[str, Any] = {name: {} for name in preset.policies}
-    plan = Plan(tasks.find(preset.tasks), preset.lengths, preset.ratios, 100, settings, 4096)
+    plan = Plan(tasks.find(preset.tasks), (131072,), preset.ratios, 100, settings, 4096)
     model = tmp_path / "Llama-3-8B-Instruct-Gradient-1048k-Q4_K_M.gguf"  # no hash is known of it
     model.write_bytes(b"GGUF")
     assert presets.label(preset, model, plan, whole, False)[0].startswith(
         "reproduction of LASER-KV"
     )
+    # the table's other length was another model's
+    for lengths in ((65536,), (65536, 131072)):
+        mixed = Plan(plan.tasks, lengths, plan.ratios, 100, settings, 4096)
+        said = presets.label(preset, model, mixed, whole, False)[0]
+        assert re.search(r"NOT a .*model is .*, not llama-3.1-8b-instruct", said)
+    assert presets.lengths_of(preset, model) == (131072,)
     other = tmp_path / "tiny.gguf"
     other.write_bytes(b"GGUF")
+    assert presets.lengths_of(preset, other) == preset.lengths
     fake = tmp_path / "Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf"  # another size than models.txt has
     fake.write_bytes(b"GGUF")
     for path in (other, fake):
         said = presets.label(preset, path, plan, whole, False)[0]
         assert said.startswith(
-            f"NOT a reproduction of LASER-KV, arXiv 2602.02199: the model is {path.name}"
+            f"NOT a reproduction of LASER-KV, arXiv 2602.02199, table 2: the model is {path.name}"
         )
     for name, changed in (
         ("samples", Plan(plan.tasks, plan.lengths, plan.ratios, 50, settings, 4096)),

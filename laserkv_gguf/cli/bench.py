@@ -70,6 +70,7 @@ def bench(
 ) -> None:
     """Measure speed and memory of policies against the full cache, in the same run."""
     options.refuse_recall("bench", "ask with it")
+    options.refuse_keep("bench")
     from laserkv_gguf import models
     from laserkv_gguf.benchmark import report
     from laserkv_gguf.benchmark.plan import Benchmark, Plan

@@ -263,7 +263,7 @@ def _put_predict(loop: Loop, value: int) -> None:
 
 
 def _put_ratio(loop: Loop, value: float) -> None:
-    loop.engine.settings = dataclasses.replace(loop.engine.settings, ratio=value)
+    loop.engine.settings = dataclasses.replace(loop.engine.settings, ratio=value, keep=None)
 
 
 SETTINGS = {

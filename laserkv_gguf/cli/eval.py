@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -56,13 +57,19 @@ def evaluate(
         Names,
         Argument(
             metavar="TASK…",
-            help="babilong, babilong_qa1 …, niah, niah_single_1 …, vt, cwe, fwe, ruler, passkey, "
-            "fidelity.",
+            help="babilong, babilong_qa1 …, niah, niah_single_1 …, vt, cwe, fwe, qa_1, qa_2, "
+            "ruler, squad, passkey, fidelity.",
             show_default=False,
         ),
     ] = None,
     policies: Annotated[
-        Names, Option("--policies", help="With commas, or repeated; all; else full and --policy.")
+        Names,
+        Option(
+            "--policies",
+            help="With commas, or repeated; all; else full and --policy. A policy with options is "
+            '"laser alpha=0.5". Beside them what people use instead: bm25, shift, q4_0-full, peers '
+            "for all three.",
+        ),
     ] = None,
     ratios: Annotated[Names, Option("--ratios", help="Several instead of --ratio.")] = None,
     lengths: Annotated[
@@ -84,6 +91,14 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         Option("--babi", help="bAbI's folder of task files: make BABILong of any length."),
     ] = None,
+    squad: Annotated[
+        Optional[Path],  # noqa: UP045
+        Option("--squad", help="SQuAD's or XQuAD's JSON, for squad and qa_1."),
+    ] = None,
+    hotpotqa: Annotated[
+        Optional[Path],  # noqa: UP045
+        Option("--hotpotqa", help="HotpotQA's JSON with distractors, for qa_2."),
+    ] = None,
     prompts: Annotated[
         Optional[Path],  # noqa: UP045
         Option("--prompts", help="BABILong's instructions as JSON, instead of ours."),
@@ -93,7 +108,7 @@ def evaluate(
         Option("--published", help="CSV (task,policy,length,score) to set beside the results."),
     ] = None,
 ) -> None:
-    """Measure policies against each other: BABILong, needles, passkey, RULER, fidelity."""
+    """Measure policies against each other: BABILong, RULER, SQuAD, passkey, fidelity."""
     from laserkv_gguf.evaluation import presets, report
     from laserkv_gguf.evaluation import tasks as known
     from laserkv_gguf.evaluation.background import Background, read_prompts
@@ -101,32 +116,38 @@ def evaluate(
     from laserkv_gguf.evaluation.runner import Plan, Runner
     from laserkv_gguf.evaluation.samples import Source
 
-    options.refuse_recall("eval", "ask with it")
+    if options.keep is not None and (options.ratio is not None or ratios):
+        raise UserError("--keep and --ratio both say how much to keep; give one of them")
     preset = presets.PRESETS.get(options.preset or "")
     if preset:
         options = replace(options, preset=None, block_size=options.block_size or preset.block_size)
     elif not tasks:
         raise UserError(
-            f"no task; name some of {', '.join([*known.GROUPS, 'vt', 'cwe', 'fwe'])}, passkey and "
-            f"fidelity, or use --preset {' or '.join(presets.PRESETS)}"
+            f"no task; name some of {', '.join([*known.GROUPS, 'vt', 'cwe', 'fwe'])}, squad, "
+            f"passkey and fidelity, or use --preset {' or '.join(presets.PRESETS)}"
         )
     names, every = _policies(policies, options, preset)
     count = samples if samples is not None else preset.samples if preset else 10
     plan = Plan(
         known.find(tasks or (preset.tasks if preset else ())),
-        _lengths(lengths) or (preset.lengths if preset else (4096,)),
+        _lengths(lengths) or (_published_at(preset, options) if preset else (4096,)),
         _ratios(ratios) or (preset.ratios if preset else (options.known_ratio,)),
         _positive("--samples", count),
         _settings(options, names, preset),
         options.block_size,
         None if predict is None else _positive("-n", predict),
+        options.keep,
     )
     wording = read_prompts(prompts) if prompts else None
-    figures = presets.read_published(published) if published else None
+    known_figures = presets.published(preset) if preset else {}
+    figures = {**known_figures, **(presets.read_published(published) if published else {})}
     text = Background.load(background)
-    shared = replace(options, policy="full", policy_option=None, ratio=1.0)
-    with shared.engine(block_size=plan.largest_block) as engine:
-        runner = Runner(engine, Source(engine.model, options.seed, text, babi, wording), plan)
+    shared = replace(options, policy="full", policy_option=None, ratio=1.0, keep=None)
+    with ExitStack() as opened:
+        engine = opened.enter_context(shared.engine(block_size=plan.largest_block))
+        source = Source(engine.model, options.seed, text, babi, wording, squad, hotpotqa)
+        runner = Runner(engine, source, plan)
+        opened.callback(runner.close)
         for note in runner.check(skip=every):
             terminal.note(note)
         command = shlex.join(["python", "-m", "laserkv_gguf", *sys.argv[1:]])
@@ -141,7 +162,16 @@ def evaluate(
                 preset, engine.model.path, plan, runner.source, changed != plan.settings
             )
     commands = [f"command: `{typed}`" for typed in results.config["commands"]]
-    _report(report.lines(rows, figures), out, notes, commands, published=bool(preset or figures))
+    _report(
+        report.lines(rows, figures),
+        out,
+        notes,
+        commands,
+        published=bool(preset or figures),
+        others=[report.published_table(known_figures, preset.source)]
+        if preset and known_figures
+        else [],
+    )
 
 
 # what flags say
@@ -154,14 +184,19 @@ def _parts(given: Names) -> list[str]:
 def _policies(given: Names, options: EvalOptions, preset: Preset | None) -> tuple[list[str], bool]:
     """The policies, `full` first because it needs most cells; and whether all were asked for."""
     from laserkv_gguf import policies
+    from laserkv_gguf.evaluation.peers import PEERS
 
     names = _parts(given) or list(preset.policies if preset else ("full", options.policy))
     every = "all" in names
     if every:
         names = ["full", "laser", *policies.available(), *names]
-    names = [name for name in dict.fromkeys(names) if name != "all"]
+    if "peers" in names:
+        names = [*names, *PEERS]
+    names = [" ".join(name.split()) for name in names]
+    names = [name for name in dict.fromkeys(names) if name not in ("all", "peers")]
     for name in names:
-        policies.find(name)
+        if name not in PEERS:
+            policies.find(name.split()[0])
     return sorted(names, key=lambda name: name != "full"), every
 
 
@@ -174,28 +209,40 @@ def _settings(
         UserError: none of them has it.
     """
     from laserkv_gguf import policies
+    from laserkv_gguf.evaluation.peers import PEERS
 
-    given: dict[str, list[str]] = {name: [] for name in names}
+    # a peer reads with `full`, if it reads; a name may bring its policy's options
+    kinds = {name: "full" if name in PEERS else name.split()[0] for name in names}
+    given = {name: [] if name in PEERS else name.split()[1:] for name in names}
     for text in options.policy_option or []:
         refused = []
         for name in names:
             try:
-                policies.parse(name, [text])
+                policies.parse(kinds[name], [text])
             except UserError as error:
                 refused.append(error)
             else:
-                given[name].append(text)
+                given[name].insert(0, text)  # what stands in the name wins
         if len(refused) == len(names):
             raise refused[-1]
     made = {}
     for name in names:
-        settings = replace(options, policy=name, policy_option=given[name]).settings()
+        settings = replace(options, policy=kinds[name], policy_option=given[name]).settings()
         own = preset.settings.get(name, {}) if preset else {}
-        for key in ("ratio", "block_size"):
+        for key in ("ratio", "keep", "block_size"):
             del settings[key]
         settings["policy_options"] = {**own.get("policy_options", {}), **settings["policy_options"]}
         made[name] = {**own, **{k: v for k, v in settings.items() if v is not None or k not in own}}
     return made
+
+
+def _published_at(preset: Preset, options: EvalOptions) -> tuple[int, ...]:
+    """The preset's lengths, or of a model that it was published with those of that model."""
+    from laserkv_gguf import models
+    from laserkv_gguf.evaluation import presets
+
+    path = models.find(options.model)
+    return presets.lengths_of(preset, path) if path.is_file() else preset.lengths
 
 
 def _lengths(given: Names) -> list[int]:
@@ -257,18 +304,22 @@ def _report(
     commands: Sequence[str],
     *,
     published: bool,
+    others: Sequence[tuple[list[str], list[list[str]]]] = (),
 ) -> None:
     """Tables on stdout; summary and plots beside the results."""
     from laserkv_gguf.evaluation import plots, report
     from laserkv_gguf.evaluation.results import write
 
     title = "Policies against each other"
-    text = report.as_markdown(found, title=title, notes=[*notes, *commands], published=published)
+    notes = [*notes, *report.caveats(found)]
+    text = report.as_markdown(
+        found, title=title, notes=[*notes, *commands], published=published, others=others
+    )
     write(out / "summary.md", text)
     write(out / "summary.csv", report.as_csv(found))
     drawn = plots.draw(found, out)
     console = terminal.Console(width=None if sys.stdout.isatty() else 200)
-    for table in report.as_tables(found, published=published):
+    for table in report.as_tables(found, published=published, others=others):
         console.print(table)
     for note in notes:
         terminal.note(note)

@@ -29,6 +29,7 @@ _OF_FILES = {
             "flash_attn",
             "policy",
             "ratio",
+            "keep",
             "block_size",
             "protection_divisor",
             "alpha",
@@ -109,6 +110,10 @@ class EngineOptions:
             help="Fraction of the tokens to keep, above 0 to 1 (0.25; with -c the most that fits).",
         ),
     ] = None
+    keep: Annotated[
+        Optional[int],  # noqa: UP045
+        Option("--keep", help="Tokens of a document to keep, such as 2000, instead of --ratio."),
+    ] = None
     block_size: Annotated[
         int, Option("--block-size", help="Tokens read before the next eviction (S).")
     ] = 4096
@@ -174,12 +179,14 @@ class EngineOptions:
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
-            "policy ratio block_size protection_divisor alpha lookahead probe_tokens pool "
+            "policy ratio keep block_size protection_divisor alpha lookahead probe_tokens pool "
             "hash_bits hash_tables positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
         from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS
 
+        if self.ratio is not None and self.keep is not None:
+            raise UserError("--keep and --ratio both say how much to keep; give one of them")
         settings = {name: getattr(self, name) for name in names.split()}
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
         if self.preset is not None:
@@ -213,7 +220,11 @@ class EngineOptions:
             saved: the settings and the types of the cache that a file names.
         """
         defaults = {item.name: item.default for item in fields(self)}
+        chosen = (self.keep, saved.get("keep")) != (None, None)
         for flag, name in _OF_FILES.items():
+            # only one of the two says how much is kept
+            if (flag == "ratio" and chosen) or (flag == "keep" and self.ratio is not None):
+                continue
             value = saved.get(name)
             if value is not None and getattr(self, flag) == defaults[flag]:
                 setattr(self, flag, value)
@@ -231,6 +242,15 @@ class EngineOptions:
         """
         if self.recall != "off":
             raise UserError(f"{command} cannot recall yet: leave --recall out, or {instead}")
+
+    def refuse_keep(self, command: str) -> None:
+        """For commands that go by ratios.
+
+        Raises:
+            UserError: --keep was given.
+        """
+        if self.keep is not None:
+            raise UserError(f"{command} goes by ratios: give --ratio instead of --keep")
 
     def engine(self, **changes: Any) -> LaserKV:
         """Makes the engine.

@@ -47,6 +47,7 @@ def plan(
     """Say what fits, from a model's header alone; the exit code is 1 where it does not."""
     log_to_stderr(options.debug)
     from laserkv_gguf import models
+    from laserkv_gguf.budget import ratio_keeping
     from laserkv_gguf.models.header import Header
     from laserkv_gguf.planning import fits as planning
 
@@ -62,12 +63,17 @@ def plan(
         tokens = _count(path, document)
     elif not tokens:
         tokens = min(max(header.context - run.reply, 1), planning.most_tokens(run.block_size))
-    made = planning.make(header, run, memory, tokens=tokens, ratio=options.ratio)
+    ratio = options.ratio
+    if options.keep is not None:
+        if options.keep > tokens:
+            raise UserError(f"--keep {options.keep} is more than the {tokens} tokens to read")
+        ratio = ratio_keeping(options.keep, tokens, lambda ratio: run.budget(tokens, ratio))
+    made = planning.make(header, run, memory, tokens=tokens, ratio=ratio)
     if as_json:
         said = json.dumps(made.as_dict(), ensure_ascii=False)
         streams.say(terminal.printable(said), end="\n")
     else:
-        _print(made, memory.card, options.ratio is None, run.recall)
+        _print(made, memory.card, ratio is None, run.recall)
     return 0 if made.fits else 1
 
 

@@ -271,7 +271,7 @@ class Conversation:
             reading = self._read_last
             if reading is None or not self.owns_cells or not self.run.reader.holds_all:
                 return False
-            settings = replace(self.engine.settings, ratio=ratio)
+            settings = replace(self.engine.settings, ratio=ratio, keep=None)
             settings.check()
             self.engine.settings = settings
             budget = self.engine.budget(len(reading.tokens), reading.budget.protected)
@@ -289,6 +289,8 @@ class Conversation:
         opening = self._opening(question or "")
         segments = self._segments(opening.before)
         tokens = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
+        if any(len(segment.tokens) for segment in segments[1:]):
+            self.engine.settings.check_keep(len(tokens))
         if question is None:
             return tokens, segments, None, self._room(len(tokens), self._protected(segments))
         reply = len(opening.after) + self.max_tokens
@@ -296,6 +298,11 @@ class Conversation:
         if fills or self._reads_apart:  # room for what recalling needs beside later turns, too
             reply = max(reply, self._room(len(tokens), self._protected(segments)))
         return tokens, segments, opening.after, reply
+
+    def to_read(self, question: str | None = None) -> tuple[Tokens, Prompt | None, int]:
+        """What `read` would read: all in front of the question, the question, and cells after it."""
+        tokens, _, asked, reply = self._wanted(question)
+        return tokens, asked, reply
 
     def _opening(self, question: str) -> Any:
         document = bool(self.sources) and not self._without_document
@@ -625,7 +632,9 @@ class Conversation:
             generated_tokens=len(reply.tokens),
             seconds=time.perf_counter() - first,
             seed=engine.seed,
-            ratio=run.budget.ratio if engine.fills_cells else engine.settings.ratio,
+            ratio=run.budget.ratio
+            if engine.fills_cells or engine.settings.keep is not None
+            else engine.settings.ratio,
             positions="compact" if self._compact else "original",
             scoring=run.reader.scoring,
         )
@@ -951,9 +960,11 @@ class Conversation:
         movable = self.sources.first_movable if compact else 0
         turns = self.turns_from(movable)
         history = turns.aged + sum(turns.whole)
-        budget = planned(settings.ratio, used)
+        settings.check_keep(tokens)
+        ratio = engine.budget(tokens).ratio if settings.keep else settings.ratio
+        budget = planned(ratio, used)
         if budget is None:
-            budget = planned(settings.ratio, used - history // 2)
+            budget = planned(ratio, used - history // 2)
             if budget is not None and limit is not None:
                 free(self, needed(budget, used) - limit, self.ledger.numbers(TURN), movable)
         if budget is None:
@@ -961,7 +972,7 @@ class Conversation:
             if of == "positions":  # parked documents do not move
                 shorter = "--positions compact" if self.sources.parked else "a lower --ratio"
                 remedy = f"start with {shorter}"
-            for thousandths in range(int(settings.ratio * 1000), 0, -1):
+            for thousandths in range(int(ratio * 1000), 0, -1):
                 if planned(thousandths / 1000, used - history // 2):
                     remedy = f"/set ratio {thousandths / 1000:g} keeps less, or {remedy}"
                     break

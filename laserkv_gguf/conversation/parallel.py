@@ -265,6 +265,8 @@ class _BatchedAnswers:
             question.text, system=question.system, document=bool(self.document)
         )
         prompt, tokens = len(opening.after), len(opening.before) + len(self.tokens)
+        if len(self.tokens):
+            engine.settings.check_keep(tokens)
         recalls = engine.settings.recall != "off"
         asked = engine.policy.needs.queries and not read_once and not recalls
         plan = engine.plan(

@@ -14,7 +14,7 @@ from typing import Any
 import platformdirs
 
 from laserkv_gguf import policies
-from laserkv_gguf.budget import LOW_RATIO, Budget
+from laserkv_gguf.budget import LOW_RATIO, Budget, ratio_keeping
 from laserkv_gguf.engine.access import Access
 from laserkv_gguf.engine.residents import Aside, Place, Resident, Residents, sequence_count
 from laserkv_gguf.errors import UserError
@@ -79,7 +79,8 @@ class Engine:
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
-        self.fills_cells = ctx_size is not None and "ratio" not in settings
+        given = "ratio" in settings or settings.get("keep") is not None
+        self.fills_cells = ctx_size is not None and not given
         self.options = context or ContextOptions()
         self.options.check()
         wanted = Settings(**settings)
@@ -212,8 +213,12 @@ class Engine:
         return self.demand.drafts
 
     def budget(self, tokens: int, protected: int = 0) -> Budget:
-        """What of so many tokens is kept, at the settings' ratio."""
-        return self.demand.budget(tokens, self.settings.ratio, protected)
+        """What of so many tokens is kept, at the settings' ratio or number of tokens."""
+        keep, ratio = self.settings.keep, self.settings.ratio
+        if keep is not None:
+            make = self.demand.budget
+            ratio = ratio_keeping(keep, tokens, lambda ratio: make(tokens, ratio, protected))
+        return self.demand.budget(tokens, ratio, protected)
 
     def recall_cells(self, budget: Budget) -> int:
         """Cells beside what is kept and the conversation that recalling needs; 0 without."""
@@ -260,10 +265,10 @@ class Engine:
                 "shorten it, put the long part into a --document, or use a larger --block-size"
             )
         if budget is None:
-            ratio = settings.ratio
+            budget = self.budget(tokens, protected)
             if self.fills_cells:
                 ratio = self._largest_ratio(tokens, reply, protected, needed)
-            budget = demand.budget(tokens, ratio, protected)
+                budget = demand.budget(tokens, ratio, protected)
         cells = needed(budget)
         if compact is None:
             compact = demand.compacts(budget, tokens + reply, trained)

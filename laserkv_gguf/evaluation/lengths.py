@@ -79,6 +79,7 @@ def interspersed(
     *,
     join: str = " ",
     counts: NDArray[np.int64] | None = None,
+    form: Callable[[list[str]], str] | None = None,
 ) -> tuple[str, Tokens]:
     """Sentences with others hidden among them, in order, at random places.
 
@@ -88,6 +89,7 @@ def interspersed(
         tokens: of the whole text, exactly.
         join: stands between sentences.
         counts: tokens of each sentence with `join` in front, if known.
+        form: makes one text of them all, where that is more than joining.
 
     Raises:
         UserError: no room for what is hidden, or too little filler.
@@ -114,7 +116,7 @@ def interspersed(
             used.append(_cut(source, join, sentences[whole], rest))
         for shift, (place, text) in enumerate(zip(places, hidden, strict=True)):
             used.insert(min(place, whole) + shift, text)
-        return join.join(used)
+        return form(used) if form else join.join(used)
 
     return fit(source, compose, tokens, room, int(ends[-1]), 1.0)
 

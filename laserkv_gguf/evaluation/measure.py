@@ -20,10 +20,17 @@ from laserkv_gguf.evaluation.tasks.fidelity import Fidelity, agreement, divergen
 Row = dict[str, Any]
 
 
-def conversation(engine: LaserKV, task: Task, sample: Sample, predict: int) -> Conversation:
-    """A conversation about a sample that has not been read yet."""
+def conversation(
+    engine: LaserKV, task: Task, sample: Sample, predict: int, document: Tokens | None = None
+) -> Conversation:
+    """A conversation about a sample that has not been read yet.
+
+    Args:
+        document: tokens between the instructions; None for the sample's.
+    """
     tokenize = engine.model.tokenize
-    parts = (tokenize(sample.before), sample.tokens, tokenize(sample.after))
+    tokens = sample.tokens if document is None else document
+    parts = (tokenize(sample.before), tokens, tokenize(sample.after))
     # the right answer must fit too, for its likelihood
     room = max(predict, len(tokenize(sample.answer)))
     return Conversation(
@@ -59,7 +66,8 @@ def _read(talk: Conversation, sample: Sample) -> Row:
 
 
 def answered(task: Task, sample: Sample, talk: Conversation, predict: int) -> Row:
-    """Asks the question of a document that has been read."""
+    """Asks the question of a document that has been read; with recall, recalls for it before."""
+    talk.recall(sample.question)
     likelihood = talk.log_likelihood(sample.question, sample.answer)
     reply = _reply(talk, sample.question, predict)
     return {
@@ -67,6 +75,7 @@ def answered(task: Task, sample: Sample, talk: Conversation, predict: int) -> Ro
         "gold": list(sample.golds),
         "prediction": reply.text,
         "score": task.score(sample, reply.text),
+        **task.beside(sample, reply.text),
         "gold_logprob": likelihood,
         "finish_reason": reply.finish_reason,
     }

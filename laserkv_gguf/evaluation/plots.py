@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.evaluation.peers.quantised import Quantised
 from laserkv_gguf.evaluation.report import Line
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 MARKS = "osD^v<>Ph*Xpd8"
 # points between policies, so that equal ones do not hide each other; and from the first to the last
 ASIDE, SPREAD = 3.0, 24.0
+
+# they keep all tokens, at one ratio: beside every other one's
+ALL = ("full", Quantised.name)
 
 Number = Callable[[Line], float | None]
 
@@ -39,8 +43,11 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     drawn = [line for line in found if line.run]
     if not drawn:
         return []
-    ratios = sorted({line.ratio for line in drawn if line.policy != "full"}, reverse=True) or [1.0]
-    by_ratio = {f"r = {r:g}": [line for line in drawn if line.ratio in (r, 1.0)] for r in ratios}
+    ratios = sorted({line.ratio for line in drawn if line.policy not in ALL}, reverse=True) or [1.0]
+    by_ratio = {
+        f"r = {r:g}": [line for line in drawn if line.ratio in (r, 1.0) or line.policy in ALL]
+        for r in ratios
+    }
     lengths = sorted({line.length for line in drawn})
     by_length = {f"{n:,} tokens": [line for line in drawn if line.length == n] for n in lengths}
     done: list[Path] = []
@@ -48,7 +55,7 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
         for name, likelihood in (("accuracy", False), ("likelihood", True)):
             for end, rows, label, x in (
                 ("length", by_ratio, "tokens of the document", lambda line: line.length),
-                ("kept", by_length, "kept fraction", lambda line: line.kept),
+                ("kept", by_length, "kept fraction", _kept),
             ):
                 figure = panels(rows, label, x, likelihood=likelihood)
                 done += _write(figure, folder / f"{name}_by_{end}")
@@ -152,6 +159,11 @@ def _line(
     below = [max(0.0, s - p.low) for s, p in zip(values, points, strict=True)]
     above = [max(0.0, p.high - s) for s, p in zip(values, points, strict=True)]
     return axis.errorbar(across, values, yerr=[below, above], capsize=2, elinewidth=0.6, **style)
+
+
+def _kept(line: Line) -> float | None:
+    """The fraction of the tokens, or of the bytes where all tokens are kept in fewer of them."""
+    return line.ratio if line.policy in ALL else line.kept
 
 
 def _share(line: Line) -> float:

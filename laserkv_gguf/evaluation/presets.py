@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +31,20 @@ class Preset:
 
     Attributes:
         source: where it was published.
-        models: names of models.txt that it was published with, or the nearest there is.
-        settings: by policy, what differs from the policy's own defaults.
+        place: the table, as `data/published.csv` names it; "" where it has no figures of it.
+        models: by length, the name in models.txt of what it was published with, or the nearest
+            there is.
+        settings: by policy, what differs from the policy's own defaults. A policy with options is
+            written as in --policies: "laser alpha=0.5".
         block_size, divisor: S and n, for all.
-        claims: what the publication's abstract says of the results. Figures of its tables are not
-            known to us; --published takes them.
+        claims: what the publication's abstract says of the results.
         notes: what is our choice, because we do not know theirs.
     """
 
     source: str
-    models: tuple[str, ...]
+    place: str
+    models: Mapping[int, str]
     tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
     ratios: tuple[float, ...]
     policies: tuple[str, ...]
     samples: int = 100
@@ -50,35 +54,74 @@ class Preset:
     claims: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.models)
+
+    def model_names(self, lengths: Sequence[int]) -> list[str]:
+        """The models of some lengths, each once."""
+        return list(dict.fromkeys(self.models[n] for n in lengths if n in self.models))
+
+
+def _without_alpha(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """For policies whose α is part of their name."""
+    return {name: value for name, value in settings.items() if name != "alpha"}
+
+
+LLAMA, GRADIENT = "llama-3.1-8b-instruct", "llama-3-8b-instruct-gradient-1048k"
 
 _PAPER: dict[str, Any] = {**PAPER, "policy_options": PAPER_OPTIONS}
 _LASER: dict[str, Any] = {
     "source": "LASER-KV, arXiv 2602.02199",
-    "models": ("llama-3.1-8b-instruct", "llama-3-8b-instruct-gradient-1048k"),
     "tasks": tuple(f"babilong_qa{number}" for number in (1, 2, 3, 5, 6)),
     "ratios": (0.25,),
-    "policies": ("full", "laser", "exact", "magicpig", "finch"),
-    "settings": {
-        "laser": _PAPER,
-        "exact": _PAPER,
-        "magicpig": _PAPER,
-        "finch": {"block_size": 1024},
-    },
     "claims": (
         "earlier methods lose 15 to 30 % on BABILong",
         "LASER-KV is up to 10 % more accurate than they are at 128k",
     ),
-    "notes": ("which further baselines the table has is not known to us; --policies adds any",),
+    "notes": (
+        "how answers were sampled is not described; here always the likeliest token",
+        "laser is the paper's with alpha 0.75, exact and magicpig are its alpha 1 and 0",
+    ),
 }
 
 PRESETS: dict[str, Preset] = {
-    "paper-table1": Preset(lengths=(16384,), **_LASER),
-    "paper-table2": Preset(lengths=(65536, 131072), **_LASER),
+    "paper-table1": Preset(
+        place="table 1",
+        models={16384: LLAMA},
+        policies=(
+            "full",
+            "laser",
+            "laser alpha=0.25",
+            "laser alpha=0.5",
+            "exact",
+            "magicpig",
+            "finch",
+            "pyramidkv",
+            "snapkv",
+        ),
+        settings={
+            "laser": _PAPER,
+            "laser alpha=0.25": _without_alpha(_PAPER),
+            "laser alpha=0.5": _without_alpha(_PAPER),
+            "exact": _PAPER,
+            "magicpig": _PAPER,
+            "finch": {"block_size": 1024},  # at this length only
+        },
+        **_LASER,
+    ),
+    "paper-table2": Preset(
+        place="table 2",
+        models={65536: LLAMA, 131072: GRADIENT},
+        policies=("full", "laser", "finch", "pyramidkv", "snapkv"),
+        settings={"laser": _PAPER},
+        **_LASER,
+    ),
     "lagkv-passkey": Preset(
         source="LagKV, arXiv 2504.04704",
-        models=("llama-3.1-8b-instruct",),
+        place="",
+        models={16384: LLAMA},
         tasks=("passkey",),
-        lengths=(16384,),
         ratios=(0.5, 0.25, 0.125),
         policies=("full", "laser", "lagkv", "h2o"),
         claims=(
@@ -90,21 +133,29 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def is_expected(preset: Preset, model: Path) -> bool:
-    """Whether the file is one of the models the preset expects, by name, size and hash."""
-    known = models.entries()
-    for name in preset.models:
-        entry = known.get(name)
-        if entry is None or model.name not in (
-            entry.file,
-            f"{entry.source.replace('/', '_')}_{entry.file}",
-        ):
-            continue
-        if entry.size is not None and model.stat().st_size != entry.size:
-            continue
-        if entry.sha256 is None or digest(model) == entry.sha256:
-            return True
-    return False
+def is_model(name: str, model: Path) -> bool:
+    """Whether the file is that model of models.txt, by name, size and hash."""
+    entry = models.entries().get(name)
+    if entry is None or model.name not in (
+        entry.file,
+        f"{entry.source.replace('/', '_')}_{entry.file}",
+    ):
+        return False
+    if entry.size is not None and model.stat().st_size != entry.size:
+        return False
+    return entry.sha256 is None or digest(model) == entry.sha256
+
+
+def lengths_of(preset: Preset, model: Path) -> tuple[int, ...]:
+    """The lengths that a model was published at; all of them for one that was not."""
+    known = {name: is_model(name, model) for name in preset.model_names(preset.lengths)}
+    return tuple(n for n, name in preset.models.items() if known[name]) or preset.lengths
+
+
+def is_expected(preset: Preset, model: Path, lengths: Sequence[int]) -> bool:
+    """Whether the file is the model that the preset was published with, at each of the lengths."""
+    names = preset.model_names(lengths)
+    return bool(names) and all(is_model(name, model) for name in names)
 
 
 def label(preset: Preset, model: Path, plan: Plan, source: Source, changed: bool) -> list[str]:
@@ -114,22 +165,25 @@ def label(preset: Preset, model: Path, plan: Plan, source: Source, changed: bool
         changed: settings of policies are other than the preset's.
     """
     reasons = []
-    if not is_expected(preset, model):
-        reasons.append(f"the model is {model.name}, not {' or '.join(preset.models)} of models.txt")
+    if not is_expected(preset, model, plan.lengths):
+        known = preset.model_names(plan.lengths) or preset.model_names(preset.lengths)
+        reasons.append(f"the model is {model.name}, not {' and '.join(known)} of models.txt")
     names = [task.name for task in plan.tasks]
     for what, now, then in (
         ("tasks", names, preset.tasks),
-        ("lengths", plan.lengths, preset.lengths),
         ("ratios", plan.ratios, preset.ratios),
     ):
         if list(now) != list(then):
             reasons.append(f"the {what} are others")
+    if not set(plan.lengths) <= set(preset.lengths):  # a part of a table is one, too
+        reasons.append("the lengths are others")
     if plan.samples != preset.samples:
         reasons.append(f"there are {plan.samples} samples, not {preset.samples}")
     missing = [name for name in preset.policies if name not in plan.settings]
     if missing:
         reasons.append(f"{', '.join(missing)} was not run")
-    if changed or plan.block_size != preset.block_size or plan.predict is not None:
+    others = (plan.predict, plan.keep) != (None, None)
+    if changed or others or plan.block_size != preset.block_size:
         reasons.append("settings were changed")
     if any(name.startswith("babilong") for name in names):
         if source.babi is not None:
@@ -140,9 +194,33 @@ def label(preset: Preset, model: Path, plan: Plan, source: Source, changed: bool
         reasons.append("the task is worded by us")
     said = [f"published: {preset.source}; {claim}" for claim in preset.claims]
     said += [f"{preset.source}: {note}" for note in preset.notes]
+    source = f"{preset.source}, {preset.place}" if preset.place else preset.source
     if reasons:
-        return [f"NOT a reproduction of {preset.source}: {'; '.join(reasons)}", *said]
-    return [f"reproduction of {preset.source} with a quantised model, {model.name}", *said]
+        return [f"NOT a reproduction of {source}: {'; '.join(reasons)}", *said]
+    return [f"reproduction of {source} with a quantised model, {model.name}", *said]
+
+
+@cache
+def _packaged() -> tuple[dict[str, str], ...]:
+    """The rows of `data/published.csv`: a policy at a length, a column a task."""
+    text = (files("laserkv_gguf") / "data" / "published.csv").read_text("utf-8")
+    return tuple(csv.DictReader(io.StringIO(text)))
+
+
+def published(preset: Preset) -> Figures:
+    """The figures of the preset's table, as they were published; none where we have none.
+
+    `laser` stands for the paper's own α there.
+    """
+    paper = f"laser alpha={PAPER['alpha']:g}"
+    return {
+        (task, "laser" if row["policy"] == paper else row["policy"], int(row["length"])): float(
+            row[task]
+        )
+        for row in _packaged()
+        if row["place"] == preset.place and preset.source.endswith(row["source"])
+        for task in preset.tasks
+    }
 
 
 def read_published(path: Path) -> Figures:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from laserkv_gguf.evaluation.presets import Figures
 from laserkv_gguf.evaluation.results import Row
 from laserkv_gguf.evaluation.statistics import mcnemar, wilson
+from laserkv_gguf.evaluation.tasks import GROUPS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 UNKNOWN = "not known to us"
+Head, Rows = list[str], list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Line:
         full_better, full_worse, full_p: samples only `full` got right, only this policy, and
             McNemar's exact test; `laser_…` the same with `laser` at the same ratio.
         divergence, perplexity: means of `fidelity`; None elsewhere.
+        f1: mean, of tasks that have it.
         published: what a publication gives; None where we do not know it.
     """
 
@@ -59,6 +62,7 @@ class Line:
     divergence: float | None = None
     perplexity: float | None = None
     published: float | None = None
+    f1: float | None = None
 
     @property
     def run(self) -> int:
@@ -125,6 +129,7 @@ def _line(
         divergence=_mean(row.get("divergence") for row in run),
         perplexity=_mean(row.get("perplexity") for row in run),
         published=figures.get((task, policy, length)),
+        f1=_mean(row.get("f1") for row in run),
         **pairs,  # type: ignore[arg-type]
     )
 
@@ -167,10 +172,12 @@ def _pair(better: int | None, worse: int | None, p: float | None) -> str:
     return "" if p is None else f"+{worse} −{better} p={p:.2g}"
 
 
-def tables(found: Sequence[Line], *, published: bool) -> list[tuple[list[str], list[list[str]]]]:
+def tables(found: Sequence[Line], *, published: bool) -> list[tuple[Head, Rows]]:
     """Heads and rows of text: tasks with right answers, and `fidelity`."""
-    head = ["task", "tokens", "policy", "r", "kept", "n", "score", "exact", "95 %", "gold logp"]
-    head += ["vs full", "vs laser", "s", *(["published"] if published else [])]
+    has_f1 = any(line.f1 is not None for line in found)
+    head = ["task", "tokens", "policy", "r", "kept", "n", "score", *(["F1"] if has_f1 else [])]
+    head += ["exact", "95 %", "gold logp", "vs full", "vs laser", "s"]
+    head += ["published"] if published else []
     answers, moved = [], []
     for line in found:
         begun = [line.task, f"{line.length:,}", line.policy, f"{line.ratio:g}"]
@@ -190,6 +197,7 @@ def tables(found: Sequence[Line], *, published: bool) -> list[tuple[list[str], l
         row = [
             *begun,
             _number(line.score, ".3f"),
+            *([_number(line.f1, ".3f")] if has_f1 else []),
             f"{line.exact}/{line.run}",
             f"{line.low:.2f}–{line.high:.2f}" if line.run else "",
             _number(line.gold_logprob, ".3f"),
@@ -220,27 +228,81 @@ FIDELITY = (
 )
 
 
+F1 = (
+    "F1: mean of precision and recall in words against the nearest right answer, as SQuAD counts "
+    "it; there the score says whether the answer holds a right one."
+)
+OWN = (
+    "compare the scores of {tasks} with each other only, not with those that RULER or a "
+    "leaderboard publishes: kinds and counting are RULER's, but the wording, the chat template and "
+    "the background are not, and here the length is the document's, there the prompt's with its "
+    "answer."
+)
+PEERS_SAID = {
+    "bm25": "bm25 reads no more than the passages that BM25 finds for the question, in full; their "
+    "prompt has at most as many tokens as the others keep",
+    "shift": "shift is llama.cpp's context shift in a context of r times the tokens, of which half "
+    "to all are there at the end",
+    "q4_0-full": "q4_0-full keeps all in a cache of type q4_0; its r is its bytes over the full "
+    "cache's",
+}
+
+
 def legend(found: Sequence[Line]) -> list[str]:
     """What the columns of the tables mean."""
     said = [LEGEND] if any(not line.measures_fidelity for line in found) else []
+    said += [F1] if any(line.f1 is not None for line in found) else []
     return said + ([FIDELITY] if any(line.measures_fidelity for line in found) else [])
 
 
-def as_markdown(found: Sequence[Line], *, title: str, notes: Sequence[str], published: bool) -> str:
-    """The whole summary."""
+def caveats(found: Sequence[Line]) -> list[str]:
+    """What must stand beside the scores: what they can be compared with, and what peers do."""
+    tasks, policies = ({getattr(line, name) for line in found} for name in ("task", "policy"))
+    rulers = [name for name in GROUPS["ruler"] if name in tasks]
+    said = [OWN.format(tasks=", ".join(rulers))] if rulers else []
+    return said + [text for name, text in PEERS_SAID.items() if name in policies]
+
+
+def published_table(figures: Figures, source: str) -> tuple[Head, Rows]:
+    """All that was published: a row a length and policy, a column a task."""
+    tasks = list(dict.fromkeys(task for task, _, _ in figures))
+    cells = list(dict.fromkeys((length, policy) for _, policy, length in figures))
+    rows = [
+        [f"{length:,}", policy, *(_number(figures.get((t, policy, length)), ".2f") for t in tasks)]
+        for length, policy in sorted(cells, key=lambda cell: cell[0])
+    ]
+    return [f"published: {source}; tokens", "policy", *tasks], rows
+
+
+def as_markdown(
+    found: Sequence[Line],
+    *,
+    title: str,
+    notes: Sequence[str],
+    published: bool,
+    others: Sequence[tuple[Head, Rows]] = (),
+) -> str:
+    """The whole summary.
+
+    Args:
+        published: with a column of published figures.
+        others: tables that are shown after those of the results.
+    """
     parts = [f"# {title}", "", *(f"- {note}" for note in notes)]
-    for head, rows in tables(found, published=published):
+    for head, rows in (*tables(found, published=published), *others):
         parts += ["", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         parts += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*parts, "", *legend(found)]) + "\n"
 
 
-def as_tables(found: Sequence[Line], *, published: bool) -> list[Table]:
+def as_tables(
+    found: Sequence[Line], *, published: bool, others: Sequence[tuple[Head, Rows]] = ()
+) -> list[Table]:
     """For a terminal."""
     from rich.table import Table
 
     made = []
-    for head, rows in tables(found, published=published):
+    for head, rows in (*tables(found, published=published), *others):
         table = Table()
         left = ("task", "policy")
         for name in head:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.evaluation import measure
+from laserkv_gguf.evaluation.peers import PEERS, Case, Peer
 from laserkv_gguf.evaluation.results import Results, Row
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
 
 _SPEED_ONLY = ("threads", "threads_batch", "batch_size", "outputs")  # of the context's options
+Cell = tuple[str, str, int, float]
 BLOCK, BLOCKS = 4096, 4  # where no block size is given: S, and the least number of blocks
 
 
@@ -31,9 +34,12 @@ class Plan:
     """What is to be run.
 
     Attributes:
-        settings: by policy, what the engine is configured with; may hold a block size of its own.
+        settings: by policy, what the engine is configured with; may hold a block size of its own,
+            and the policy's name where it stands there under another one, such as with options.
+            A peer (`peers.PEERS`) stands among the policies.
         block_size: of the others; 0 for 4096, or a quarter of the length where that is shorter.
         predict: most tokens of an answer; None for what each task has.
+        keep: tokens to keep, instead of ratios.
     """
 
     tasks: Sequence[Task]
@@ -43,6 +49,11 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]]
     block_size: int = 0
     predict: int | None = None
+    keep: int | None = None
+
+    def ratios_at(self, length: int) -> Sequence[float]:
+        """What is run for documents of that length; of `keep` its share of the document."""
+        return self.ratios if self.keep is None else (round(min(self.keep / length, 1), 4),)
 
     def block(self, policy: str, length: int) -> int:
         own = self.settings.get(policy, {}).get("block_size", 0) or self.block_size
@@ -65,7 +76,17 @@ class Runner:
     engine: LaserKV
     source: Source
     plan: Plan
-    ratios: dict[str, list[float]] = field(default_factory=dict)
+    # of each policy, at each length
+    ratios: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    # (policy, task, length, ratio) that are not run, and why
+    left_out: dict[Cell, str] = field(default_factory=dict)
+    _peers: dict[str, Peer] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Frees what peers made for themselves."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
 
     # before anything runs
 
@@ -76,7 +97,7 @@ class Runner:
             skip: leave policies out that cannot run instead.
 
         Returns:
-            Which were left out and why, a line each.
+            What is left out and why, a line each: policies, and what peers cannot do of the rest.
 
         Raises:
             UserError: no data, background too short, a policy that refuses, too few cells.
@@ -91,7 +112,10 @@ class Runner:
         with _said_once():
             for policy in self.plan.settings:
                 try:
-                    self.ratios[policy] = self._distinct(policy)
+                    self.ratios[policy] = {n: self._distinct(policy, n) for n in self.plan.lengths}
+                    if policy in PEERS:
+                        notes += self._check_peer(policy, samples)
+                        continue
                     for task, length, sample in samples:
                         self._check(policy, task, length, sample)
                 except _NothingEvicted:
@@ -99,7 +123,7 @@ class Runner:
                 except UserError as error:
                     if not skip:
                         raise
-                    self.ratios.pop(policy, None)
+                    self._drop(policy)
                     notes.append(f"{policy} is left out: {error}")
         if not self.ratios:
             raise UserError(f"no policy is left to run: {notes[-1]}")
@@ -108,21 +132,24 @@ class Runner:
     def _sample(self, task: Task, length: int, number: int) -> Sample:
         return task.sample(self.source, length, number)
 
-    def _distinct(self, policy: str) -> list[float]:
+    def _distinct(self, policy: str, length: int) -> list[float]:
         """The ratios, or the one that all come to where a policy does not ask for it."""
+        wanted = self.plan.ratios_at(length)
+        if policy in PEERS:
+            return self._peer(policy).ratios(self.engine, wanted)
         budgets: dict[Budget, float] = {}
-        for ratio in self.plan.ratios:
-            self._configure(policy, ratio, max(self.plan.lengths))
+        for ratio in wanted:
+            self._configure(policy, ratio, length)
             budget = self.engine.budget(10**6)
             budgets.setdefault(budget, budget.ratio if budget.keeps_all else ratio)
         return list(budgets.values())
 
     def _check(self, policy: str, task: Task, length: int, sample: Sample) -> None:
-        for ratio in self.ratios[policy]:
-            self._configure(policy, ratio, length)
+        for ratio in self.ratios[policy][length]:
+            self._configure(policy, ratio, length, task)
             talk = measure.conversation(self.engine, task, sample, self._predict(task))
             try:
-                budget = talk.check(measure.question(task, sample))
+                budget = talk.check(self._asked(task, sample))
             except UserError as error:
                 raise UserError(f"{policy} at {length} tokens: {error}") from error
             if budget.keeps_all and budget.ratio < 1:
@@ -130,6 +157,43 @@ class Runner:
                     f"{task.name} of {length} tokens is one block of {budget.block_size}, of which "
                     f"nothing is evicted; use --block-size {max(1, length // BLOCKS)}"
                 )
+
+    # peers
+
+    def _peer(self, name: str) -> Peer:
+        if name not in self._peers:
+            self._peers[name] = PEERS[name]()
+        return self._peers[name]
+
+    def _case(self, name: str, task: Task, length: int, sample: Sample, ratio: float) -> Case:
+        self._configure(name, ratio, length, task)
+        return Case(self.engine, task, sample, self._predict(task), ratio, self.plan.keep)
+
+    def _check_peer(self, name: str, samples: Iterable[tuple[Task, int, Sample]]) -> list[str]:
+        """Finds out what a peer cannot do.
+
+        Raises:
+            UserError: it can do nothing of what is asked for.
+        """
+        found: dict[Cell, str] = {}
+        cells = set()
+        for task, length, sample in samples:
+            for ratio in self.ratios[name][length]:
+                cell = (name, task.name, length, ratio)
+                cells.add(cell)
+                try:
+                    self._peer(name).check(self._case(name, task, length, sample, ratio))
+                except UserError as error:
+                    found.setdefault(cell, str(error))
+        if len(found) == len(cells):
+            raise UserError(next(iter(found.values())))
+        self.left_out.update(found)
+        return [not_run(cell, said) for cell, said in found.items()]
+
+    def _drop(self, policy: str) -> None:
+        self.ratios.pop(policy, None)
+        if policy in self._peers:
+            self._peers.pop(policy).close()
 
     # what is run
 
@@ -151,12 +215,15 @@ class Runner:
             "samples": plan.samples,
             "seed": source.seed,
             "policies": {
-                name: {**plan.settings[name], "ratios": r} for name, r in self.ratios.items()
+                name: {**plan.settings[name], "ratios": sorted(set(chain(*r.values())))[::-1]}
+                for name, r in self.ratios.items()
             },
             "block_size": plan.block_size,
             "predict": plan.predict,
+            **({} if plan.keep is None else {"keep": plan.keep}),
             "background": source.background.digest,
             "babi": babi,
+            **_files(squad=source.squad, hotpotqa=source.hotpotqa),
             "prompts": dict(source.prompts),
             "context": {**options, "cells": self.engine.ctx_size},
         }
@@ -175,6 +242,16 @@ class Runner:
             f"samples: {config['samples']} a task and length, seed {self.source.seed}; "
             f"background: {self.source.background.name}",
             f"block size: {', '.join(blocks)}",
+            *self._said_of_recall(),
+            *(f"not run: {not_run(cell, said)}" for cell, said in self.left_out.items()),
+        ]
+
+    def _said_of_recall(self) -> list[str]:
+        given = {str(one.get("recall", "off")) for one in self.plan.settings.values()} - {"off"}
+        return [
+            f"recall: {where}; documents are read before their question is known, and recalled for "
+            "it before it is asked (fidelity asks nothing: it is read without recall)"
+            for where in sorted(given)
         ]
 
     # running
@@ -182,8 +259,8 @@ class Runner:
     @property
     def total(self) -> int:
         """Rows there will be."""
-        variants = sum(len(ratios) for ratios in self.ratios.values())
-        return variants * len(self.plan.tasks) * len(self.plan.lengths) * self.plan.samples
+        cells = sum(len(ratios) for lengths in self.ratios.values() for ratios in lengths.values())
+        return (cells * len(self.plan.tasks) - len(self.left_out)) * self.plan.samples
 
     def among(self, rows: Iterable[Row]) -> list[Row]:
         """Those of some rows that this run asks for."""
@@ -194,7 +271,8 @@ class Runner:
             if row["task"] in names
             and row["length"] in self.plan.lengths
             and row["sample"] < self.plan.samples
-            and row["ratio"] in self.ratios.get(row["policy"], ())
+            and row["ratio"] in self.ratios.get(row["policy"], {}).get(row["length"], ())
+            and (row["policy"], row["task"], row["length"], row["ratio"]) not in self.left_out
         ]
 
     def run(self, results: Results, on_row: Callable[[Row], None] | None = None) -> None:
@@ -217,7 +295,12 @@ class Runner:
         """The rows of one sample that are missing."""
         begun = {"task": task.name, "length": length, "sample": number}
         wanted = {
-            policy: [r for r in ratios if (*begun.values(), policy, r) not in results.done]
+            policy: [
+                r
+                for r in ratios[length]
+                if (task.name, length, number, policy, r) not in results.done
+                and (policy, task.name, length, r) not in self.left_out
+            ]
             for policy, ratios in self.ratios.items()
         }
         if not any(wanted.values()):
@@ -252,6 +335,9 @@ class Runner:
                         if full
                         else measure.answered(task, sample, talk, self._predict(task))
                     )
+                    if policy in PEERS:  # what it did not read is not kept either
+                        case = self._case(policy, task, length, sample, ratio)
+                        found["read_tokens"] = len(case.sequence)
                 except (Cancelled, Closed):
                     raise
                 except LaserKVError as error:
@@ -269,18 +355,38 @@ class Runner:
         again: bool = False,
     ) -> Conversation:
         """Reads the document; `again`: for other ratios too, where the policy can."""
-        self._configure(policy, ratio, length)
+        if policy in PEERS:
+            return self._peer(policy).read(self._case(policy, task, length, sample, ratio))
+        self._configure(policy, ratio, length, task)
         talk = measure.conversation(self.engine, task, sample, self._predict(task))
-        talk.read(question=measure.question(task, sample), keep_all_cells=again)
+        talk.read(question=self._asked(task, sample), keep_all_cells=again)
         return talk
 
-    def _configure(self, policy: str, ratio: float, length: int) -> None:
+    def _asked(self, task: Task, sample: Sample) -> str | None:
+        """What the document is read for; with recall the question comes later."""
+        recalls = self.engine.settings.recall != "off" and self.engine.policy.name != "full"
+        return None if recalls else measure.question(task, sample)
+
+    def _configure(self, policy: str, ratio: float, length: int, task: Task | None = None) -> None:
         settings = dict(self.plan.settings.get(policy, {}))
-        settings.update(policy=policy, ratio=ratio, block_size=self.plan.block(policy, length))
+        settings.update(ratio=ratio, block_size=self.plan.block(policy, length))
+        if policy in PEERS:
+            settings.update(policy="full", ratio=1.0, keep=None, recall="off")
+        else:
+            settings.setdefault("policy", policy)
+            settings["keep"] = self.plan.keep
+        if isinstance(task, Fidelity):
+            settings["recall"] = "off"
         self.engine.configure(**settings)
 
     def _predict(self, task: Task) -> int:
         return self.plan.predict or task.max_tokens
+
+
+def not_run(cell: Cell, why: str) -> str:
+    """A cell of the table that stays empty, in words."""
+    policy, task, length, ratio = cell
+    return f"{policy} on {task} of {length:,} tokens at r = {ratio:g}: {why}"
 
 
 class _NothingEvicted(UserError):
@@ -315,6 +421,11 @@ def _said_once() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(first)
+
+
+def _files(**paths: Path | None) -> dict[str, str]:
+    """Of the files that were named, a digest of each."""
+    return {name: _digest([path]) for name, path in paths.items() if path is not None}
 
 
 def _digest(paths: Sequence[Path]) -> str:

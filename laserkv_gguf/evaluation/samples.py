@@ -63,6 +63,7 @@ class Source:
         background: text that hides what is asked for.
         babi: folder of bAbI files; None for the published BABILong.
         prompts: BABILong's instructions in other words than ours, by task.
+        squad, hotpotqa: files of questions, for `squad`, `qa_1` and `qa_2`.
     """
 
     def __init__(
@@ -72,9 +73,12 @@ class Source:
         background: Background,
         babi: Path | None = None,
         prompts: Prompts | None = None,
+        squad: Path | None = None,
+        hotpotqa: Path | None = None,
     ) -> None:
         self.tokenizer, self.seed, self.background = tokenizer, seed, background
         self.babi, self.prompts = babi, prompts or {}
+        self.squad, self.hotpotqa = squad, hotpotqa
         self.count = cache(self._count)
         self._counts: dict[str, NDArray[np.int64]] = {}
 

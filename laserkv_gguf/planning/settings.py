@@ -101,6 +101,7 @@ class Settings:
         policy: a name of `laserkv_gguf.policies`, or `module:Class`.
         ratio: fraction of the tokens to keep, in (0, 1]. Where it is not given but `ctx_size` is,
             `LaserKV` takes the largest that fits instead.
+        keep: tokens of a sequence to keep, whatever its length, instead of a ratio.
         block_size: tokens read at a time (S).
         protection_divisor: n; anchors and window get ``B // n`` tokens each.
         alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
@@ -133,6 +134,7 @@ class Settings:
     recall_file: str | None = None
     recall_share: str = "all"
     recall_first: str = "keydiff"
+    keep: int | None = None
 
     @property
     def recalling(self) -> RecallSettings:
@@ -151,6 +153,8 @@ class Settings:
             UserError: with the remedy in one line.
         """
         check_settings(self.ratio, self.block_size, self.protection_divisor)
+        if self.keep is not None and self.keep < 1:
+            raise UserError(f"--keep is {self.keep}; give a number of tokens such as 2000")
         if self.lookahead is not None and not 0 <= self.lookahead <= self.block_size:
             raise UserError(
                 f"--lookahead is {self.lookahead}; give 0 to a block's {self.block_size} tokens"
@@ -162,6 +166,21 @@ class Settings:
         if self.scoring not in SCORING:
             raise UserError(f"--scoring {self.scoring} is unknown; use {', '.join(SCORING)}")
         self.recalling.check()
+
+    def check_keep(self, tokens: int) -> None:
+        """Refuses to keep more tokens than there are.
+
+        Args:
+            tokens: of a document, with the template and a system prompt in front of it.
+
+        Raises:
+            UserError: with the remedy in one line.
+        """
+        if self.keep is not None and self.keep > tokens:
+            raise UserError(
+                f"--keep {self.keep} is more than the {tokens} tokens of the document; "
+                f"give at most {tokens}, or --ratio 1 to keep all"
+            )
 
     def make_policy(self, seed: int) -> policies.Policy:
         given = {

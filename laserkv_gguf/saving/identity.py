@@ -16,6 +16,7 @@ SETTINGS = (
     "policy",
     "policy_options",
     "ratio",
+    "keep",
     "block_size",
     "protection_divisor",
     "alpha",

@@ -13,19 +13,20 @@ from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
 from laserkv_gguf.evaluation.tasks.fwe import Fwe
 from laserkv_gguf.evaluation.tasks.niah import NIAH
 from laserkv_gguf.evaluation.tasks.passkey import Passkey
+from laserkv_gguf.evaluation.tasks.qa import QA
 from laserkv_gguf.evaluation.tasks.vt import VariableTracking
 
 __all__ = ["GROUPS", "TASKS", "Task", "find"]
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (*BABILONG, *NIAH, VariableTracking(), Cwe(), Fwe(), Passkey(), Fidelity())
+    for task in (*BABILONG, *NIAH, VariableTracking(), Cwe(), Fwe(), *QA, Passkey(), Fidelity())
 }
 _NIAH = tuple(task.name for task in NIAH)
 GROUPS: dict[str, tuple[str, ...]] = {
     "babilong": tuple(task.name for task in BABILONG),
     "niah": _NIAH,
-    "ruler": (*_NIAH, "vt", "cwe", "fwe"),
+    "ruler": (*_NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2"),
 }
 
 

@@ -40,6 +40,10 @@ class Task(ABC):
             prediction: what the model said after `sample.prefix`.
         """
 
+    def beside(self, sample: Sample, prediction: str) -> dict[str, float]:
+        """Other measures of an answer, by name, for its row."""
+        return {}
+
 
 def all_named(golds: Sequence[str], prediction: str) -> float:
     """RULER's string match: the share of the golds that the answer contains, in any case."""

@@ -8,6 +8,7 @@ that RULER hides needles in are here the sentences of --background.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -44,9 +45,10 @@ class Needles(Task):
 
     def sample(self, source: Source, tokens: int, number: int) -> Sample:
         random = source.random(self.name, tokens, number)
-        values = {self._new(random, self.key): self._values(random) for _ in range(self.keys)}
-        while len(values) < self.keys:  # two equal keys would be one
-            values[self._new(random, self.key)] = self._values(random)
+        values: dict[str, list[str]] = {}
+        taken: set[str] = set()  # keys and values that stand in the text
+        for _ in range(self.keys):
+            values[self._other(random, self.key, taken)] = self._values(random, taken)
         needles = [self._needle(key, value) for key in values for value in values[key]]
         random.shuffle(needles)
         asked = random.sample(list(values), self.queries)
@@ -56,7 +58,7 @@ class Needles(Task):
             sentences, counts = stretch(source, random, max(room, 1))
             text, ids = interspersed(source, sentences, needles, random, tokens, counts=counts)
         else:
-            sentences = self._others(source, random, tokens)
+            sentences = self._others(source, random, tokens, taken)
             text, ids = interspersed(source, sentences, needles, random, tokens, join="\n")
         plural = "s" if len(golds) > 1 else ""
         what = f"special magic {self.value}{plural} for {listed(asked)}"
@@ -81,18 +83,34 @@ class Needles(Task):
         article = "A" if self.values > 1 else "The"
         return f"{article} special magic {self.value} for {key} is {value}."
 
-    def _values(self, random: Random) -> list[str]:
-        return [self._new(random, self.value) for _ in range(self.values)]
+    def _values(self, random: Random, taken: set[str]) -> list[str]:
+        return [self._other(random, self.value, taken) for _ in range(self.values)]
 
-    def _others(self, source: Source, random: Random, tokens: int) -> list[str]:
-        """The haystack's sentences: enough for so many tokens."""
+    def _others(
+        self, source: Source, random: Random, tokens: int, taken: Iterable[str]
+    ) -> list[str]:
+        """The haystack's sentences: enough for so many tokens.
+
+        Args:
+            taken: keys and values that no needle of the haystack has, or the question would have
+                more than one answer.
+        """
         if self.haystack == "noise":
             return noise(source, tokens)
         made, size = [], 0
         while size <= MARGIN * tokens:
-            needle = self._needle(self._new(random, self.key), self._new(random, self.value))
+            key, value = (self._other(random, kind, set(taken)) for kind in (self.key, self.value))
+            needle = self._needle(key, value)
             made.append(needle)
             size += len(source.tokenizer.tokenize("\n" + needle))
+        return made
+
+    def _other(self, random: Random, kind: str, taken: set[str]) -> str:
+        """One that is not taken, which it is from now on."""
+        made = self._new(random, kind)
+        while made in taken:
+            made = self._new(random, kind)
+        taken.add(made)
         return made
 
     @staticmethod
