@@ -365,14 +365,15 @@ class Context:
         self._run(batch)
 
     def _run(self, batch: L.llama_batch) -> None:
+        handle = self.handle  # closed is said before cancelled, which closing does, too
         if self.abort:
             raise Cancelled("cancelled")
         threads = self.pace.count if batch.n_tokens <= _SHORT else self.threads
         if threads != self._threads_now:
-            L.llama_set_n_threads(self.handle, threads, threads)
+            L.llama_set_n_threads(handle, threads, threads)
             self._threads_now = threads
         started = time.perf_counter()
-        status = int(self.on_worker(L.llama_decode, self.handle, batch))
+        status = int(self.on_worker(L.llama_decode, handle, batch))
         if status == 0:
             if batch.n_tokens == 1:
                 self.pace.took(time.perf_counter() - started)
