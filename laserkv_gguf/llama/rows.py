@@ -278,8 +278,8 @@ def _positions(
     if end + _DATA.itemsize > len(blob):
         return None
     data = blob[end : end + _DATA.itemsize].view(_DATA)
-    meta = np.ascontiguousarray(blob[at:end].reshape(cells, size)[:, : _CELL.itemsize])
-    meta = meta.reshape(-1).view(_CELL)
+    cut = np.ascontiguousarray(blob[at:end].reshape(cells, size)[:, : _CELL.itemsize])
+    meta: Any = cut.reshape(-1).view(_CELL)
     transposed, layers = int(data["transposed"][0]), int(data["layers"][0])
     if layers != model.layers or transposed not in (0, 1) or (meta["sequences"] != 1).any():
         return None
@@ -312,7 +312,8 @@ def _positions(
             at += row * cells
             if at > len(blob):
                 return None
-    return meta["position"] if at == len(blob) else None
+    found: NDArray[np.int32] = meta["position"]
+    return found if at == len(blob) else None
 
 
 def take(context: Context, form: Format, sequence: int) -> Rows:

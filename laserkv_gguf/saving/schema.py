@@ -432,7 +432,7 @@ class Saved:
 
     def _at(self, start: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         found = np.empty(shape, dtype)
-        into = memoryview(found.reshape(-1).view(np.uint8))
+        into = found.reshape(-1).view(np.uint8).data
         self._file.seek(start)
         done = 0
         while done < len(into):
