@@ -309,8 +309,8 @@ class Output:
         if run != self.run:
             raise UserError(f"{self.path} is of another run: {self._difference(run)}; {self._else}")
         lines, waiting = _whole_lines(output or b""), _whole_lines(journal)
-        again = [number for number, line in enumerate(lines) if self._check(number, line)]
-        keep = again[0] if again else len(lines)
+        again = {number for number, line in enumerate(lines) if self._check(number, line)}
+        keep = min(again, default=len(lines))
         self._written, self._behind = keep, lines[keep:]
         for entry in waiting:
             self._note(_line(entry), len(lines))
