@@ -108,6 +108,10 @@ BAD_LINES = {
     "too long a name": (b"/add " + b"n" * 5000, "cannot read n+: File name too long"),
     "damaged PDF": (b"/add damaged.pdf", "damaged.pdf is a PDF that cannot be read"),
     "a pipe": (b"/add pipe", "pipe is a pipe"),
+    "load a pipe": (b"/load pipe", "pipe is no plain file"),
+    "standard input": (b"/add -", "chat reads what you type"),
+    "standard input in quotes": (b"/add '-'", "chat reads what you type"),
+    "standard input as a path": (b"/add ./-", "chat reads what you type"),
     "load a text": (b"/load garbage", "garbage is not a file that --save or /save wrote"),
     "load a folder": (b"/load .", r"cannot read \.|is a folder"),
     "thousands of digits": (b"/drop " + b"9" * 5000, "there is no document"),
@@ -385,7 +389,7 @@ def test_a_page_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
     drawn = b"BT /F1 12 Tf 1 0 0 1 72 700 Tm (x) Tj ET\n"
     Path("a.pdf").write_bytes(compressed(drawn * 3))
     assert "x" in documents.read("a.pdf")
-    Path("a.pdf").write_bytes(compressed(drawn * 400_000))
+    Path("a.pdf").write_bytes(compressed(drawn * 300_000))
     monkeypatch.setattr(pdfs, "PAGE_SECONDS", 1)
     with pytest.raises(UserError, match=r"a\.pdf is a PDF that cannot be read: it takes more than"):
         documents.read("a.pdf")

@@ -47,9 +47,9 @@ def _add(loop: Loop, rest: str) -> None:
     """Read one more document: /add FILE."""
     if not rest:
         raise UserError("name a file: /add FILE")
-    if rest == documents.STANDARD_INPUT:
-        raise UserError("chat reads what you type from standard input; /add a file")
     path = _path(rest)
+    if str(path) == documents.STANDARD_INPUT:  # quoted, or as ./-
+        raise UserError("chat reads what you type from standard input; /add a file")
     short, long = one_line(path.name), one_line(str(path))
     loop.add(short if short not in loop.talk.texts else long, documents.read(str(path)))
 
@@ -145,9 +145,11 @@ def _load(loop: Loop, rest: str) -> None:
 
     if not rest:
         raise UserError("name a file: /load FILE")
-    before = loop.talk
+    before, path = loop.talk, _path(rest)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise UserError(f"{path} is no plain file; name one that /save wrote")
     loop.talk = saved_talk.load(
-        loop.engine, _path(rest), sampling=before.sampling, max_tokens=before.max_tokens
+        loop.engine, path, sampling=before.sampling, max_tokens=before.max_tokens
     )
     loop.last = None
     names = ", ".join(loop.talk.texts) or "no documents"

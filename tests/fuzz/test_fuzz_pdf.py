@@ -36,7 +36,7 @@ def written(compress: bool) -> bytes:
     writer, file = pypdf.PdfWriter(), io.BytesIO()
     writer.append(io.BytesIO(pdf("Jack has a mother.", "And a cow.")))
     writer.add_metadata({"/Title": "Jack"})
-    writer.add_outline_item("Cow", 1)
+    writer.add_outline_item(title="Cow", page_number=1)
     if compress:
         for page in writer.pages:
             page.compress_content_streams()
