@@ -498,9 +498,9 @@ def test_plan_says_what_recall_takes(
     ]
     off, replay, shortlist = (one["recall_cells"] for one in found)
     assert off == 0
-    assert shortlist == 16  # drafts alone
+    assert shortlist == 96  # drafts alone
     # B = 226: anchors and windows of 56, pools of 114; the last block has 416 tokens
-    assert replay == 56 + 56 + 7 * 114 + 416 + 56 - found[1]["kept_tokens"] + 16
+    assert replay == 56 + 56 + 7 * 114 + 416 + 56 - found[1]["kept_tokens"] + 96
     assert found[1]["ctx_cells"] > found[2]["ctx_cells"]
     assert run([*flags, "--recall", "ram"]) == 0
     shown = capsys.readouterr().out

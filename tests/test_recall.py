@@ -47,6 +47,7 @@ from laserkv_gguf.recall import Recaller, RecallSettings
 from laserkv_gguf.session import Conversation, LaserKV
 from laserkv_gguf.store import DiskStore, Store
 
+WHOLE = {"values": "norm", "softmax": "all", "over": "max"}
 ENDING = len("\n[assistant]")
 QUESTIONS = ("What is ore?", "Where is tin9?", "And copper17, where?")
 RECALL: dict[str, Any] = {
@@ -76,7 +77,8 @@ class Paper:
 
     def __init__(self, loaded: Loaded, mode: str, **settings: Any) -> None:
         self.loaded, self.mode = loaded, mode
-        self.policy = policies.make(settings.get("policy", "laser"), seed=0)
+        options = settings.get("policy_options", {})
+        self.policy = policies.make(settings.get("policy", "laser"), seed=0, **options)
         self.share = settings.get("recall_share", "all")
         self.tokens = list(first_turn("", TEXT)[0])
         self.count = len(self.tokens)
@@ -115,22 +117,51 @@ class Paper:
         return forward(self.loaded.weights, self.loaded.spec, tokens, visible=sees)
 
     def queries(self, asked: list[int], seen: set[int], drafts: int) -> NDArray[np.float32]:
+        """Of the question's end and its drafts; `probed` is what their forward pass computed."""
         asking = len(asked)
         if self.policy.needs.probe_tokens:
             asking = min(self.policy.needs.probe_tokens + ENDING, asking)
         tokens = list(asked)
         for _ in range(drafts):
             tokens.append(int(self.forward(tokens, seen).logits[-1].argmax()))
-        found = self.forward(tokens, seen).queries[:, -(asking + drafts) :]
+        self.probed = self.forward(tokens, seen)
+        found = self.probed.queries[:, -(asking + drafts) :]
         return np.ascontiguousarray(found, np.float32)
 
     @property
-    def keys(self) -> NDArray[np.float32]:
-        """Of the document's tokens, as they were read."""
+    def read(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys of the document's tokens, as they were read, and lengths of their values."""
         seen = self.sees[: self.count, : self.count]
         tokens = self.tokens[: self.count]
-        found = forward(self.loaded.weights, self.loaded.spec, tokens, visible=seen).keys
-        return np.asarray(found, np.float32)
+        found = forward(self.loaded.weights, self.loaded.spec, tokens, visible=seen)
+        norms = np.linalg.norm(found.values, axis=-1)
+        return np.asarray(found.keys, np.float32), np.asarray(norms, np.float32)
+
+    def candidates(
+        self,
+        tokens: NDArray[np.int64],
+        block: tuple[int, int, int],
+        queries: NDArray[np.float32],
+        others: set[int],
+    ) -> Candidates:
+        """What the policy sees: `others` of the document count, the conversation and the asking."""
+        keys, norms = self.read
+        total, asking = self.probed.keys.shape[1], queries.shape[1]
+        columns = np.array([*sorted(others), *range(self.count, total)])
+        wide = np.repeat(self.probed.keys[:, columns], SPEC.heads // SPEC.kv_heads, axis=2)
+        logits = np.einsum("lthd,lchd->lthc", queries.astype(float), wide) / SPEC.head_dim**0.5
+        rows = np.arange(total - asking, total)
+        hidden = (columns[None] > rows[:, None])[None, :, None]
+        outside = np.log(np.where(hidden, 0, np.exp(logits)).sum(axis=-1))
+        return Candidates(
+            tokens,
+            block[:2],
+            block[2],
+            queries,
+            keys[:, tokens],
+            value_norms=norms[:, tokens],
+            outside=outside.astype(np.float32),
+        )
 
     def ask(self, question: str) -> list[int]:
         prompt = first_turn(question)[1] if len(self.tokens) == self.count else next_turn(question)
@@ -147,7 +178,6 @@ class Paper:
     def replay(self, asked: list[int]) -> set[int]:
         inside: set[int] = set()
         window = set(range(self.count - self.budget.window, self.count))
-        keys = self.keys
         for block in self.budget.blocks:
             inside |= set(range(block.start, block.end))
             if not block.evicts:
@@ -155,9 +185,9 @@ class Paper:
             first, last = block.candidates
             queries = self.queries(asked, inside | window, 2)
             tokens = np.array(sorted(t for t in inside if first <= t < last))
-            seen = Candidates(
-                tokens, (block.start, block.end), block.index, queries, keys[:, tokens]
-            )
+            others = (inside | window) - set(range(first, last))
+            span = block.start, block.end, block.index
+            seen = self.candidates(tokens, span, queries, others)
             chosen = {int(tokens[i]) for i in self.policy.select(seen, block.pool)}
             inside = (inside - set(tokens.tolist())) | chosen
         return inside
@@ -165,7 +195,7 @@ class Paper:
     def shortlist(self, asked: list[int]) -> set[int]:
         anchors, end = self.budget.anchors, self.count - self.budget.window
         ends = {*range(anchors), *range(end, self.count)}
-        room, keys = self.budget.kept - len(ends), self.keys
+        room, keys = self.budget.kept - len(ends), self.read[0]
         for drafts in (0, 2):
             queries = self.queries(asked, self.kept, drafts)
             votes = pool(self.votes(queries, keys), 15)
@@ -181,7 +211,7 @@ class Paper:
             chosen: set[int] = set()
             for start, stop, part in spans:
                 near = start + top_k(votes[start:stop], 2 * part)
-                seen = Candidates(near, (start, stop), 0, queries, keys[:, near])
+                seen = self.candidates(near, (start, stop, 0), queries, ends)
                 chosen |= {int(near[i]) for i in self.policy.select(seen, part)}
             self.kept = ends | chosen
         return self.kept
@@ -214,7 +244,10 @@ class Paper:
         ("replay", {}),
         ("replay", {"policy": "finch"}),
         ("replay", {"policy": "snapkv"}),
+        ("replay", {"policy_options": WHOLE}),
+        ("replay", {"policy_options": {**WHOLE, "shares": "one", "over": "sum"}}),
         ("shortlist", {}),
+        ("shortlist", {"policy_options": WHOLE}),
         ("shortlist", {"recall_share": "block"}),
     ],
     ids=str,

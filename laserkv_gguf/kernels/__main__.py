@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from laserkv_gguf.kernels import analytic_collisions, attention_consensus, collision_scores
+from laserkv_gguf.kernels import (
+    analytic_collisions,
+    attention_consensus,
+    collision_scores,
+    log_sums,
+)
 from laserkv_gguf.kernels.hamming import hamming_votes
 
 PACKAGE = "laserkv_gguf.kernels"
@@ -17,6 +22,8 @@ _CODES = np.ones((1, 1, 1, 16), np.uint64)
 
 KERNELS: dict[str, Callable[[], object]] = {
     "attention": lambda: attention_consensus(_VECTORS, _VECTORS),
+    "largest": lambda: attention_consensus(_VECTORS, _VECTORS, over="max"),
+    "sums": lambda: log_sums(_VECTORS, _VECTORS),
     "collisions": lambda: collision_scores(_VECTORS, _VECTORS, bits=8, tables=8, seed=0),
     "analytic": lambda: analytic_collisions(_VECTORS, _VECTORS, bits=8),
     "votes": lambda: hamming_votes(_CODES[..., :1], _CODES),

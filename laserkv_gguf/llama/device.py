@@ -301,7 +301,8 @@ class Scorer:
                 None if added is None else added[part.layers],
                 None if factors is None else factors[part.layers],
             )
-        return total.max(axis=0).astype(np.float32)
+        scores: NDArray[np.float32] = total.max(axis=0).astype(np.float32)
+        return scores
 
     def close(self) -> None:
         for part in self._parts:
@@ -418,12 +419,16 @@ class _Part:
         """
         self._build(shape)
         ggml, scores = self.ggml, np.empty((shape.kept, shape.count), np.float32)
-        given = (self._cells, cells), (self._queries, queries)
-        given += (self._beside, beside), (self._factors, factors)
+        given: list[tuple[int, NDArray[Any] | None]] = [
+            (self._cells, cells),
+            (self._queries, queries),
+            (self._beside, beside),
+            (self._factors, factors),
+        ]
         for tensor, array in given:
             if array is not None:
-                array = np.ascontiguousarray(array)
-                ggml.backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
+                dense = np.ascontiguousarray(array)
+                ggml.backend_tensor_set(tensor, dense.ctypes.data, 0, dense.nbytes)
         if ggml.backend_graph_compute(self._backend, self._graph):
             raise DeviceError(f"{self.name} failed to score; use --scoring host")
         ggml.backend_tensor_get(self._scores, scores.ctypes.data, 0, scores.nbytes)
@@ -662,10 +667,9 @@ def _errors(
         stored: keys (layers, cells, kv_heads, head_dim).
     """
     few = max(len(cells) // 2, 1)
-    weights = 1 + np.arange(stored[:, :few, :, 0].size, dtype=np.float32) % 5
-    weights = weights.reshape(stored[:, :few, :, 0].shape)
-    beside = np.linspace(-1, 1, queries[..., 0].size, dtype=np.float32)
-    beside = beside.reshape(queries.shape[:3])
+    shape = stored[:, :few, :, 0].shape
+    weights = (1 + np.arange(np.prod(shape)) % 5).astype(np.float32).reshape(shape)
+    beside = np.linspace(-1, 1, queries[..., 0].size).astype(np.float32).reshape(queries.shape[:3])
     by_token = _attention(asked, stored).sum(axis=(0, 2))
     group = queries.shape[2] // stored.shape[2]
     counted = np.repeat(weights, group, axis=2).transpose(0, 2, 1)[:, None]

@@ -326,6 +326,10 @@ class Policy(ABC):
         needs, count = self.needs, 16  # enough for every part of a budget to get some
         asked = np.ones((1, count, 1, 8), np.float32)
         seen = asked if needs.precise else asked.astype(np.float16)
+        if needs.outside:
+            from laserkv_gguf import kernels
+
+            kernels.log_sums(asked, seen)
         self.select(
             Candidates(
                 np.arange(count),
