@@ -202,7 +202,5 @@ class LaserKV(Engine):
         self.access.check()
         with schema.read(path) as file:
             if file.kind == archive.CONVERSATION:
-                return saved_conversation.load(
-                    self, file, max_tokens=max_tokens, sampling=sampling
-                )
+                return saved_conversation.load(self, file, max_tokens=max_tokens, sampling=sampling)
             return saved_document.load(self, file, max_tokens=max_tokens, sampling=sampling)

@@ -103,7 +103,9 @@ def test_log_probabilities_are_the_forward_passes(
 ) -> None:
     """Raw text, also where more rows are wanted than a batch gives."""
     engine.configure(**{**SETTINGS, "policy": policy})
-    talk = Conversation(engine, document=np.array(chars(DOCUMENT), np.int32), framing=Framing(plain=True))
+    talk = Conversation(
+        engine, document=np.array(chars(DOCUMENT), np.int32), framing=Framing(plain=True)
+    )
     reading = talk.read()
     after = chars("lead and silver, and zinc")[: count + 1]
     prompt, following = np.array(after[:1], np.int32), np.array(after[1:], np.int32)
@@ -116,7 +118,9 @@ def test_log_probabilities_are_the_forward_passes(
 
 def test_answers_go_on_from_their_prefix(loaded: Loaded, engine: LaserKV) -> None:
     engine.configure(policy="full")
-    talk = Conversation(engine, document=DOCUMENT, framing=Framing(answer_prefix="It is"), max_tokens=4)
+    talk = Conversation(
+        engine, document=DOCUMENT, framing=Framing(answer_prefix="It is"), max_tokens=4
+    )
     talk.read(question="What?")
     stream = talk.ask("What?")
     list(stream)

@@ -619,8 +619,26 @@ def test_choosing_again_is_reading_again(name: str, loaded: tuple[Tiny, Model]) 
         kept[ratio] = reading.kept.tolist()
     with Context(model, 512, OPTIONS) as context:
         reader = Reader(context, policy)
-        first = reader.read(ids[:TOKENS], policy.budget(TOKENS, SIZE, 0.5, 4), question, keep_all_cells=True)
+        first = reader.read(
+            ids[:TOKENS], policy.budget(TOKENS, SIZE, 0.5, 4), question, keep_all_cells=True
+        )
         assert first.kept.tolist() == kept[0.5]
         for ratio in (0.3, 0.5, 0.25):
             again = reader.choose_again(policy.budget(TOKENS, SIZE, ratio, 4))
             assert again.kept.tolist() == kept[ratio]
+
+
+def test_finch_recalls_with_its_gaps_closed(tmp_path: Any) -> None:
+    """Parked rows are put back where the summary of every block stands."""
+    path = make(tmp_path).path
+    settings: dict[str, Any] = {"policy": "finch", "recall": "ram", "block_size": 64, "ratio": 0.3}
+    with LaserKV(path, context=ContextOptions(128, 64, threads=1), **settings) as engine:
+        talk = engine.conversation(document="tin copper ore " * 20, max_tokens=2)
+        reading = talk.read()
+        for question in ("why?", "where?"):
+            recalled = talk.recall(question)
+            assert recalled is not None
+            assert len(recalled.kept) == reading.budget.kept
+            stream = talk.ask(question)
+            assert "".join(stream) == stream.reply.text
+            assert stream.reply.account.positions == "compact"

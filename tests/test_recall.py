@@ -245,7 +245,7 @@ class Paper:
     ("mode", "settings"),
     [
         ("replay", {}),
-        ("replay", {"policy": "finch"}),
+        ("replay", {"policy": "finch", "positions": "original"}),
         ("replay", {"policy": "snapkv"}),
         ("replay", {"policy_options": WHOLE}),
         ("replay", {"policy_options": {**WHOLE, "shares": "one", "over": "sum"}}),

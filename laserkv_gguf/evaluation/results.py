@@ -82,8 +82,7 @@ class Results:
         except KeyError as error:
             self.close()
             raise UserError(
-                f"{self.path}, line {number} is broken; delete that line, "
-                "and the sample runs again"
+                f"{self.path}, line {number} is broken; delete that line, and the sample runs again"
             ) from error
 
     def add(self, row: Row) -> None:

@@ -117,7 +117,6 @@ class Format:
         flat = rows.reshape(*rows.shape[:2], -1)
         return self._numbers(flat, self.value_type, self.value_dim, self.value_hadamard, wide)
 
-
     def _numbers(self, rows: Bytes, kind: int, dim: int, turned: int, wide: Any) -> NDArray[Any]:
         shape = (*rows.shape[:2], self.kv_heads, dim)
         plain = {CACHE_TYPES["f32"]: np.float32, CACHE_TYPES["f16"]: np.float16}
@@ -384,9 +383,7 @@ def read(context: Context, form: Format, sequence: int, positions: NDArray[np.in
     )
 
 
-def keys_between(
-    source: Sequence, spans: Iterable[tuple[int, int]]
-) -> Iterator[NDArray[Any]]:
+def keys_between(source: Sequence, spans: Iterable[tuple[int, int]]) -> Iterator[NDArray[Any]]:
     """Keys of whatever a sequence has at some positions.
 
     Args:

@@ -17,9 +17,10 @@ from laserkv_gguf.policies.base import Candidates, Needs, Policy
 class Sage(Policy):
     """SAGE-KV: self-attention guided eviction (arXiv 2503.08879).
 
-    Sinks, the top k of the middle by the last token's attention, and recent tokens. In llama.cpp a
-    token is kept for all layers and heads or for none, so the heads' own choices become one choice
-    by the sum of their attention; recent tokens do not leave as the answer grows.
+    Sinks, the top k of the middle by the last token's attention (a softmax over all that it sees),
+    and recent tokens. In llama.cpp a token is kept for all layers and heads or for none, so the
+    heads' own choices become one choice by the sum of their attention; recent tokens do not leave
+    as the answer grows.
 
     The last token is the question's (with the template after it) where it is known, else the last
     token read. Nothing is evicted before the end: the cache must hold the whole sequence first.

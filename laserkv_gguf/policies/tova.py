@@ -16,9 +16,10 @@ from laserkv_gguf.policies.base import Candidates, Needs, Policy
 class TOVA(Policy):
     """Attention of the last query alone, recursive (arXiv 2401.06104).
 
-    The paper drops one token for every one read, each layer by its own heads' average; here a
-    block is read and then the surplus goes at once. In llama.cpp a token is kept for all layers
-    or for none, so the average is over layers too.
+    The authors' code: schwartz-lab-NLP/TOVA, `src/tova_cache.py`. The query's softmax is over all
+    that it sees. The paper drops one token for every one read, each layer by its own heads'
+    average; here a block is read and then the surplus goes at once. In llama.cpp a token is kept
+    for all layers or for none, so the average is over layers too.
 
     The last query is the very last token that asks: of the question (with the template after it,
     and drafts if any are asked for) where it is known, else of the block. Only the last token read

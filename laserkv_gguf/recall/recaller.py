@@ -257,10 +257,10 @@ class Recaller:
         if self.signatures is not None:
             self.signatures.add(block.start, keys)
             return
-        queries, held = None, None
+        queries, around = None, None
         if self.policy.needs.block_queries:
             if reader and reader.policy.needs.block_queries and block.evicts:
-                queries, held = reader.block_queries(block), reader.held_with(block)
+                queries, around = reader.block_queries(block), reader.held_with(block)
             else:  # nobody asks, but with so many heads
                 heads = self.reader.context.model.heads
                 queries = np.empty((len(keys), 0, heads, keys.shape[3]), keys.dtype)
@@ -270,7 +270,7 @@ class Recaller:
             block.index,
             keys=keys,
             block_queries=queries,
-            held=held or Held(tokens, self.store.positions[tokens], 0, keys),
+            held=around or Held(tokens, self.store.positions[tokens].astype(np.int64), 0, keys),
             rotation=self._rope,
         )
         for name, array in self.policy.index(seen).items():

@@ -25,6 +25,7 @@ from laserkv_gguf.saving.schema import Saved
 
 log = logging.getLogger(__name__)
 
+
 def save(conversation: Conversation, path: str | Path) -> int:
     """Writes a conversation: what was read and said, what its cells hold, and parked rows.
 

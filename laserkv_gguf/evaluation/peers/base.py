@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import as_fraction
 from laserkv_gguf.conversation.conversation import Conversation
-from laserkv_gguf.api import LaserKV
 from laserkv_gguf.evaluation import measure
 from laserkv_gguf.evaluation.samples import Sample, Tokens
 from laserkv_gguf.evaluation.tasks import Task

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.evaluation import measure
 from laserkv_gguf.evaluation.peers.base import Case, Peer
 
