@@ -29,8 +29,8 @@ pytest.importorskip("llama_cpp")
 from rich.text import Text
 
 from laserkv_gguf import shown
-from laserkv_gguf.cli import chat as chatting
-from laserkv_gguf.cli import documents, streams, terminal
+from laserkv_gguf.cli import commands, documents, streams, terminal
+from laserkv_gguf.cli import loop as looping
 from laserkv_gguf.cli import pdf as pdfs
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
@@ -156,15 +156,15 @@ def test_any_exception_is_one_line(
     def fails(*_: Any) -> None:
         raise ZeroDivisionError("by\nnobody\x1b[2J")
 
-    monkeypatch.setitem(chatting.COMMANDS, "/docs", fails)
+    monkeypatch.setitem(commands.COMMANDS, "/docs", fails)
     said: list[str] = []
-    real = chatting.Loop.answer
+    real = looping.Loop.answer
 
     def answer(self: Any, ask: Any) -> None:
         said.append("")
         real(self, fails if len(said) == 2 else ask)
 
-    monkeypatch.setattr(chatting.Loop, "answer", answer)
+    monkeypatch.setattr(looping.Loop, "answer", answer)
     more = ["--debug"] if debug else []
     found = inside(*chat(model, *more), typed=b"hello\nhello\n/docs\nhello\n")
     assert found.code == 0

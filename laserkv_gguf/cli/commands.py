@@ -15,7 +15,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import one_line
 
 if TYPE_CHECKING:
-    from laserkv_gguf.cli.chat import Loop
+    from laserkv_gguf.cli.loop import Loop
 
 
 LONGEST = 40  # characters of a mistyped word that are repeated

@@ -64,14 +64,13 @@ class Conversation:
 
     It is in one of five places:
 
-    | place           | what is there                          | how it gets there, and on          |
-    | --------------- | -------------------------------------- | ---------------------------------- |
-    | nowhere         | nothing                                | made, or stopped; `read` or `ask`  |
-    | in the cache    | `cells`: its sequence and ledger       | read; others may want its cells    |
-    | aside in memory | ledger, and its cells as bytes         | put aside; back with the next call |
-    | aside on disk   | ledger, and its cells in a file        | as above, beyond the limit         |
-    | lost            | texts alone                            | the engine keeps none aside;       |
-    |                 |                                        | `read` starts it again             |
+    | place           | what is there                    | how it gets there, and on         |
+    | --------------- | -------------------------------- | --------------------------------- |
+    | nowhere         | nothing                          | made, or stopped; `read` or `ask` |
+    | in the cache    | `cells`: its sequence and ledger | read; others may want its cells   |
+    | aside in memory | ledger, and its cells as bytes   | put aside; back with the next ask |
+    | aside on disk   | ledger, and its cells in a file  | as above, beyond the limit        |
+    | lost            | texts alone                      | nothing is put aside; `read`      |
 
     Args:
         engine: the engine.
@@ -300,7 +299,7 @@ class Conversation:
         return tokens, segments, opening.after, reply
 
     def to_read(self, question: str | None = None) -> tuple[Tokens, Prompt | None, int]:
-        """What `read` would read: all in front of the question, the question, and cells after it."""
+        """What `read` would read: all before the question, the question, and cells after it."""
         tokens, _, asked, reply = self._wanted(question)
         return tokens, asked, reply
 

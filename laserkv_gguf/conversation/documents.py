@@ -94,7 +94,7 @@ class Documents:
 
     @property
     def first_movable(self) -> int:
-        """The first position that may change. Parked documents, and what stands before, keep theirs."""
+        """The first position that may change: parked documents, and all before, keep theirs."""
         return max((recaller.next_position for recaller in self.recallers), default=0)
 
     def extra_cells(self, drafts: int) -> int:

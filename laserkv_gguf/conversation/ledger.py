@@ -137,7 +137,7 @@ class Ledger:
         self._rows[:, : self._count] = self._rows[:, : self._count][:, order]
 
     def where(self, numbers: Iterable[int]) -> Indices:
-        """The inverse of `put`: the positions of all tokens of some segments, -1 where not there."""
+        """The positions of all tokens of some segments, -1 where not there; as `put` takes them."""
         numbers = list(numbers)
         lengths = [len(self.segments[number].tokens) for number in numbers]
         found = np.full(sum(lengths), -1, np.int64)

@@ -110,7 +110,7 @@ class Aside:
 
     def _written(self, state: State) -> BinaryIO:
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=self.folder)
+        file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         try:
             file.write(state.data)
             file.flush()

@@ -300,7 +300,8 @@ class Reader:
             question: the question with the template up to where the answer starts; None where it
                 is not known yet.
             on_progress: called after every micro-batch.
-            keep_all_cells: of a one-shot run, keeps all of them in the spare sequence for `choose_again`;
+            keep_all_cells: of a one-shot run, keeps all of them in the spare sequence, for
+                `choose_again`;
                 the context must hold `len(tokens)` cells beside whatever follows.
             start: the position of the first token. What stands before it in the main sequence
                 stays and is seen; with 0 the sequence is emptied first.

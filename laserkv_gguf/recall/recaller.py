@@ -200,7 +200,7 @@ class Recaller:
 
     @property
     def extra_cells(self) -> int:
-        """Extra cells needed while a question is recalled, on top of the `limit` tokens that stay."""
+        """Extra cells needed while a question is recalled, on top of the `limit` that stay."""
         if self.mode != "replay":
             return 0
         before = whole = 0

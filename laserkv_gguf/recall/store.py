@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from laserkv_gguf import machine
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files.lock import lock, unlock
+from laserkv_gguf.machine import human
 
 Bytes = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
@@ -76,7 +77,7 @@ class Store:
     def _allocate(self) -> None:
         free = machine.free_ram()
         if free is not None and self.bytes > free:
-            raise self._too_large(f"there are {machine.human(free)}")
+            raise self._too_large(f"there are {human(free)}")
         try:
             self._keys: Bytes = np.empty((self.layers, self.tokens, self.key_bytes), np.uint8)
             self._values: Bytes = np.empty((self.layers, self.tokens, self.value_bytes), np.uint8)
@@ -86,7 +87,7 @@ class Store:
     def _too_large(self, found: str) -> UserError:
         smaller = "" if self.quantised else ", or -ctk q8_0 -ctv q8_0 for half of it"
         return UserError(
-            f"parking {self.tokens} tokens takes {machine.human(self.bytes)} of memory, {found}; "
+            f"parking {self.tokens} tokens takes {human(self.bytes)} of memory, {found}; "
             f"use --recall disk{smaller}"
         )
 
@@ -181,7 +182,7 @@ class DiskStore(Store):
             self.close()
             where = self.path or _folder()
             raise UserError(
-                f"parking {self.tokens} tokens takes {machine.human(self.bytes)} on disk, which {where} "
+                f"parking {self.tokens} tokens takes {human(self.bytes)} on disk, which {where} "
                 f"cannot hold ({error.strerror}); give another place with --recall-file"
                 + ("" if self.quantised else ", or use -ctk q8_0 -ctv q8_0 for half of it")
             ) from error
@@ -248,7 +249,7 @@ class DiskStore(Store):
                 ) from error
             raise LaserKVError(
                 f"the disk of {self.path or _folder()} is full after {self.parked} of "
-                f"{self.tokens} tokens were parked ({machine.human(self.bytes)} are needed); free some "
+                f"{self.tokens} tokens were parked ({human(self.bytes)} are needed); free some "
                 "room, or give another place with --recall-file"
             ) from error
 

@@ -253,7 +253,7 @@ SETTINGS: Mapping[str, Kind] = {
     "recall_mode": Maybe(One(MODES)),
     "recall_share": One(SHARES),
 }
-"""Those of `planning.settings.Settings` that a file carries: how its document was read, and no more."""
+"""Those of `Settings` that a file carries: how its document was read, and no more."""
 
 _NOT_USED: Mapping[str, Kind] = {
     "scoring": One(SCORING),

@@ -21,8 +21,9 @@ from fuzz import budget
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf import ContextOptions, LaserKV
-from laserkv_gguf.cli.chat import Loop
+from laserkv_gguf.cli import commands
 from laserkv_gguf.cli.commands import COMMANDS, SETTINGS
+from laserkv_gguf.cli.loop import Loop
 from laserkv_gguf.conversation.conversation import Conversation as Talk
 
 NUMBERS = ["0", "1", "2", "-1", "0.5", "1e400", "nan", "9" * 5000, "2147483648", "١", "²", "1_0"]
@@ -107,7 +108,7 @@ def test_chat_lines(engine: LaserKV, capsys: pytest.CaptureFixture[str]) -> None
             except StopIteration:
                 raise EOFError from None
 
-        loop = Loop(engine, Talk(engine, max_tokens=4), line)
+        loop = Loop(engine, engine.conversation(max_tokens=4), line, commands.run)
         loop.run()
         counts["lines"] += len(typed)
         loop.talk.max_tokens = 4
