@@ -49,8 +49,9 @@ class Processes:
         result = run(job)
         self._known[key] = result
         if self._journal is not None:
-            said = {name: job[name] for name in ("kind", "length", "repeat") if name in job}
-            self._journal.add({"key": key, **said, "result": result})
+            named = ("kind", "length", "repeat")
+            what: Job = {name: value for name, value in job.items() if name in named}
+            self._journal.add({"key": key, **what, "result": result})
         return result
 
 

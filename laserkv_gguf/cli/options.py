@@ -16,7 +16,8 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import Formatter
 
 if TYPE_CHECKING:
-    from laserkv_gguf.api import LaserKV, Sampling
+    from laserkv_gguf.api import LaserKV
+    from laserkv_gguf.llama.sampler import Sampling
 
 
 # flags that a saved file may set, and what it calls them

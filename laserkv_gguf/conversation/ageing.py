@@ -73,7 +73,8 @@ class Growing(Protocol):
 class Ageing(Protocol):
     """How room is made; `endless`: whether turns may go on past the cells."""
 
-    endless: bool
+    @property
+    def endless(self) -> bool: ...
 
     def make_room(self, conversation: Growing, asked: Prompt) -> None:
         """Frees cells until a question and its answer fit.

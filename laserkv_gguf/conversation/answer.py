@@ -104,7 +104,7 @@ class Answer:
 
 def _inside(
     access: Access,
-    answer: ref[Answer],
+    answer: ref[Any],
     start: Callable[[Reply], Iterator[str]],
     reply: Reply,
 ) -> Generator[str, None, None]:

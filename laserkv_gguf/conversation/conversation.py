@@ -732,8 +732,8 @@ class Conversation:
         if not recallers:
             return
         self.cells.settle()
-        prompt = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
-        prompt = Prompt(prompt, asked.ending)
+        tokens = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
+        prompt = Prompt(tokens, asked.ending)
         before = [recaller.kept for recaller in recallers]
         done: list[Recalled] = []
         try:

@@ -246,9 +246,9 @@ class Residents:
     def free_sequence(self) -> int:
         """A number that no conversation has."""
         taken = {place.sequence for place in self.inside.values()}
-        return next(
-            n for n in [MAIN, *range(SEQUENCES, sequence_count(self.most))] if n not in taken
-        )
+        numbers = [int(MAIN), *range(SEQUENCES, sequence_count(self.most))]
+        found: int = next(number for number in numbers if number not in taken)
+        return found
 
     def all_leave(self) -> None:
         """Everybody loses what they have, in the cache and aside."""

@@ -631,3 +631,6 @@ def _sum_all(
                     head, token = divmod(first + r, tokens)
                     value = get(peak + r * FLOAT) + np.log(get(total + r * FLOAT))
                     out[layer, token, kv_head * group + head] = value
+
+
+COMPILED = _attend  # what `cache` looks for on disk

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from laserkv_gguf.kernels.attention import _attend
-from laserkv_gguf.kernels.simhash import _count
+from laserkv_gguf.kernels import attention, simhash
 
-NEEDED: tuple[Any, ...] = (_attend, _count)  # what `laser` runs
+NEEDED: tuple[Any, ...] = (attention.COMPILED, simhash.COMPILED)  # what `laser` runs
 
 
 def state() -> tuple[str, bool, bool]:

@@ -1,0 +1,82 @@
+"""The rules of CONTRIBUTING, "The house": imports run down, and what is private stays in its file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "laserkv_gguf"
+# other libraries' own: what Python and Numba offer under no other name, and what is barred to
+# templates
+FOREIGN = {"_exit", "_cache", "_load_index", "_Namespace__attrs"}
+
+
+def test_imports_run_down_and_meet_in_no_circle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyproject.toml has it; imports for type checking count."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def _names(target: ast.expr) -> Iterator[str]:
+    if isinstance(target, ast.Name):
+        yield target.id
+    elif isinstance(target, ast.Attribute):
+        yield target.attr
+    elif isinstance(target, ast.Tuple | ast.List):
+        for one in target.elts:
+            yield from _names(one)
+
+
+def _defined(tree: ast.AST) -> set[str]:
+    """All names that a file gives to something."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                found.update(_names(target))
+        elif isinstance(node, ast.AnnAssign):
+            found.update(_names(node.target))
+    return found
+
+
+def _foreign(text: str) -> list[str]:
+    """Private names that a file uses and does not define, and those that it imports."""
+    tree = ast.parse(text)
+    own, found = _defined(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.attr not in own | FOREIGN:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("laserkv_gguf"):
+            found += [
+                f"line {node.lineno}: import {alias.name}"
+                for alias in node.names
+                if alias.name.startswith("_") and not _is_module(node.module or "", alias.name)
+            ]
+    return found
+
+
+def _is_module(module: str, name: str) -> bool:
+    return (ROOT / module.replace(".", "/") / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_private_names_stay_in_their_file(path: Path) -> None:
+    assert _foreign(path.read_text("utf-8")) == []
+
+
+def test_the_rule_finds_what_it_forbids() -> None:
+    assert _foreign("engine._context.close()") == ["line 1: engine._context"]
+    assert _foreign("from laserkv_gguf.llama.rows import _heads") == ["line 1: import _heads"]
+    assert _foreign("class A:\n def f(self):\n  self._a = 1\n  return self._a") == []
