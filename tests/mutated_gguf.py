@@ -545,9 +545,8 @@ def _child(path: str) -> dict[str, str]:
 
 def serve() -> None:
     """Answers each path on standard input with what became of the file."""
-    import laserkv_gguf.session
-
-    import laserkv_gguf.conversation
+    import laserkv_gguf.api
+    import laserkv_gguf.conversation.conversation
     import laserkv_gguf.kernels
     import laserkv_gguf.policies
     from laserkv_gguf.llama import capture as probe

@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING, "The house": imports run down, and what is private stays in its file."""
+"""The rules of CONTRIBUTING: imports run down, and what is private stays in its file."""
 
 from __future__ import annotations
 

@@ -659,6 +659,7 @@ class Conversation:
                 self.cells.evict(~self.ledger.of_kind(TURN))
                 for number in self.ledger.numbers(TURN):
                     self.ledger.forget(number)
+                self.cells.main.remove(self.cells.position, -1)  # what others decoded there
                 self.pending, self.turns, self._open_turn = [], 0, None
 
     # likelihoods
