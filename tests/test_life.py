@@ -8,15 +8,18 @@ would hang for ever.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import inspect
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_session import DOCUMENT, OPTIONS, QUESTION, SETTINGS, SPEC, Loaded, in_cache
 
@@ -85,13 +88,17 @@ def _no_hang() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-def process(loaded: Loaded, code: str) -> str:
-    """What a process of its own says; it must end well, and without a word on stderr."""
+def process(loaded: Loaded, code: str, first: str = "") -> str:
+    """What a process of its own says; it must end well, and without a word on stderr.
+
+    Args:
+        first: done before anything is imported.
+    """
     paths = [Path(__file__).parent, Path(laserkv_gguf.__file__).parents[1]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     head = HEAD.format(path=str(loaded.path), patience=PATIENCE)
     done = subprocess.run(
-        [sys.executable, "-c", head + code],
+        [sys.executable, "-c", first + head + code],
         capture_output=True,
         text=True,
         env=environment,
@@ -208,7 +215,8 @@ def test_closes_from_many_threads(loaded: Loaded) -> None:
 def test_a_caller_that_waits_is_told(loaded: Loaded) -> None:
     """It waits for an answer that another thread has stopped reading."""
     engine, waits = made(loaded), threading.Event()
-    pieces = engine.stream(QUESTION, document=DOCUMENT, max_tokens=LONG)
+    talk = engine.conversation(document=DOCUMENT, max_tokens=LONG)
+    pieces = talk.begin(QUESTION)
     next(pieces)
     real = engine.access.enter
 
@@ -222,7 +230,7 @@ def test_a_caller_that_waits_is_told(loaded: Loaded) -> None:
         waits.wait()
         engine.close()
 
-    asked, _ = together(lambda: engine.ask(QUESTION), close)
+    asked, _ = together(lambda: list(talk.ask(QUESTION)), close)
     assert isinstance(asked, Closed)
     with pytest.raises(Closed):
         next(pieces)
@@ -281,7 +289,8 @@ def test_closed_by_what_it_calls_back(how: str, loaded: Loaded) -> None:
     assert freed[0] is (how == "on_text")  # between two pieces nobody is inside
 
 
-def test_questions_together_are_not_answered_by_closed(loaded: Loaded) -> None:
+@pytest.mark.parametrize("read_once", [True, False])
+def test_questions_together_are_not_answered_by_closed(read_once: bool, loaded: Loaded) -> None:
     """No question gets the end of the engine for its answer."""
     engine, replies = made(loaded), []
     questions = [parallel.Question(f"{QUESTION}{n}", max_tokens=1 + n * n) for n in range(20)]
@@ -291,7 +300,7 @@ def test_questions_together_are_not_answered_by_closed(loaded: Loaded) -> None:
         engine.close()
 
     with pytest.raises(Closed):
-        parallel.answer(engine, questions, on_reply, document=DOCUMENT, read_once=True)
+        parallel.answer(engine, questions, on_reply, document=DOCUMENT, read_once=read_once)
     assert 0 < len(replies) < 10
     assert all(isinstance(reply, Reply) for reply in replies)
 
@@ -302,10 +311,10 @@ def test_asked_by_what_it_calls_back(loaded: Loaded) -> None:
         said: list[str] = []
 
         def ask(*_: object) -> None:
-            try:
-                engine.ask(QUESTION)
-            except UserError as error:
-                said.append(str(error))
+            for call in (lambda: engine.ask(QUESTION), lambda: engine.configure(ratio=0.5)):
+                with pytest.raises(UserError) as caught:
+                    call()
+                said.append(str(caught.value))
 
         expected = engine.ask(QUESTION, document=DOCUMENT, max_tokens=TOKENS).tokens
         found = engine.ask(QUESTION, document=DOCUMENT, max_tokens=TOKENS, on_progress=ask)
@@ -455,6 +464,7 @@ def test_a_model_is_freed_after_its_contexts(
             real(address)
 
         monkeypatch.setattr(L, name, free)
+    gc.collect()  # contexts of tests before
     model = Model(loaded.path, gpu_layers=0, extra_buffers=False)
     context = Context(model, 64, OPTIONS)
     with LaserKV(model, context=OPTIONS, **SETTINGS) as engine:
@@ -468,19 +478,22 @@ def test_a_model_is_freed_after_its_contexts(
     assert order == ["llama_free", "llama_free", "llama_model_free"]
 
 
+@pytest.mark.parametrize("of", ["engine", "context"])
 def test_a_decode_has_returned_before_anything_is_freed(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    of: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that does not look at the flag for long."""
+    """Also one that looks at the flag late."""
     import llama_cpp as L
 
-    engine, order = made(loaded), []
+    gc.collect()  # contexts of tests before
+    order: list[str] = []
     begun, decode, free = threading.Event(), L.llama_decode, L.llama_free
 
     def slow(*arguments: Any) -> int:
         begun.set()
-        while not engine.access._cancelled.is_set():
-            begun.wait(0)
+        context = one.context if isinstance(one, LaserKV) else one
+        while not (context and context.abort):
+            time.sleep(0)
         status = int(decode(*arguments))
         order.append("decoded")
         return status
@@ -488,12 +501,20 @@ def test_a_decode_has_returned_before_anything_is_freed(
     monkeypatch.setattr(L, "llama_decode", slow)
     monkeypatch.setattr(L, "llama_free", lambda address: (order.append("freed"), free(address)))
 
+    one = made(loaded) if of == "engine" else Context(loaded.model, 64, OPTIONS)
+
+    def work() -> None:
+        if isinstance(one, LaserKV):
+            one.ask(QUESTION, document=DOCUMENT)
+        else:
+            one.decode(np.arange(3, 20, dtype=np.int32), 0, 0)
+
     def close() -> None:
         begun.wait()
-        engine.close()
+        one.close()
 
-    asked, _ = together(lambda: engine.ask(QUESTION, document=DOCUMENT), close)
-    assert isinstance(asked, Closed)
+    worked, _ = together(work, close)
+    assert isinstance(worked, Closed if of == "engine" else Cancelled)
     assert order == ["decoded", "freed"]
 
 
@@ -591,8 +612,6 @@ def test_an_answer_that_is_closed_before_its_turn(loaded: Loaded) -> None:
 
 def test_nobody_waits_for_an_answer_that_is_forgotten(loaded: Loaded) -> None:
     """It ends with its last reference, not when the garbage is collected."""
-    import gc
-
     gc.disable()
     try:
         with made(loaded) as engine:
@@ -903,6 +922,22 @@ def test_the_end_of_the_process(loaded: Loaded) -> None:
 @pytest.mark.parametrize("how", ["an open stream", "a thread that asks"])
 def test_the_end_of_a_process_of_its_own(how: str, loaded: Loaded) -> None:
     assert process(loaded, f"engine, LONG = made(), {LONG}\n{EXITS[how]}") == ""
+
+
+def test_made_when_the_process_has_ended(loaded: Loaded) -> None:
+    """After everything that was open has been closed: nobody waits for its threads."""
+    late = """
+import atexit
+@atexit.register
+def late():
+    global engine
+    try:
+        engine = made()
+        engine.ask(QUESTION, document=DOCUMENT, max_tokens=6)
+    except RuntimeError:  # newer Pythons start no thread any more
+        pass
+"""
+    process(loaded, "", late)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import ref
 
 from laserkv_gguf.errors import Cancelled, Closed, UserError
@@ -154,8 +154,11 @@ class Access:
                 if self.closing:
                     self._finish(0)
 
-    def enter(self, stream: ref[Stream] | None) -> None:
+    def enter(self, stream: ref[Any] | None) -> None:
         """Takes the engine; waits for other threads, and drops what this one left half-way.
+
+        Args:
+            stream: what comes in, a `Stream`; None for `alone`.
 
         Raises:
             Closed: it is closed, or was while this thread waited.
