@@ -112,6 +112,8 @@ BAD_LINES = {
     "standard input": (b"/add -", "chat reads what you type"),
     "standard input in quotes": (b"/add '-'", "chat reads what you type"),
     "standard input as a path": (b"/add ./-", "chat reads what you type"),
+    "load too long a name": (b"/load " + b"n" * 5000, "n+: File name too long"),
+    "save under too long a name": (b"/save " + b"n" * 300, "n+: File name too long"),
     "load a text": (b"/load garbage", "garbage is not a file that --save or /save wrote"),
     "load a folder": (b"/load .", r"cannot read \.|is a folder"),
     "thousands of digits": (b"/drop " + b"9" * 5000, "there is no document"),

@@ -153,6 +153,8 @@ def said(error: Exception) -> str:
     """An error in words."""
     if isinstance(error, LaserKVError):
         return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     words = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"{words} (--debug shows where)"
 
