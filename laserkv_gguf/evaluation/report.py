@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UNKNOWN = "not known to us"
-Head, Rows = list[str], list[list[str]]
+Head = list[str]
+Rows = list[list[str]]
 
 
 @dataclass(frozen=True)
