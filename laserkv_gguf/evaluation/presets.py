@@ -194,10 +194,10 @@ def label(preset: Preset, model: Path, plan: Plan, source: Source, changed: bool
         reasons.append("the task is worded by us")
     said = [f"published: {preset.source}; {claim}" for claim in preset.claims]
     said += [f"{preset.source}: {note}" for note in preset.notes]
-    where = f"{preset.source}, {preset.place}" if preset.place else preset.source
+    table = f"{preset.source}, {preset.place}" if preset.place else preset.source
     if reasons:
-        return [f"NOT a reproduction of {where}: {'; '.join(reasons)}", *said]
-    return [f"reproduction of {where} with a quantised model, {model.name}", *said]
+        return [f"NOT a reproduction of {table}: {'; '.join(reasons)}", *said]
+    return [f"reproduction of {table} with a quantised model, {model.name}", *said]
 
 
 @cache
