@@ -35,7 +35,7 @@ from laserkv_gguf.llama.worker import Worker
 from laserkv_gguf.session import LaserKV
 from laserkv_gguf.talk import Talk
 
-PATIENCE = float(os.environ.get("P", "300"))  # seconds, after which a test gives up on what hangs
+PATIENCE = 300.0  # seconds, after which a test gives up on what hangs
 TOKENS = 6
 LONG = 100_000  # tokens of an answer that is never read to its end
 
