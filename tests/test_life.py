@@ -37,7 +37,7 @@ from laserkv_gguf.llama.handle import Handle
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.worker import Worker
 
-PATIENCE = float(os.environ.get("P", "300"))  # seconds, after which a test gives up on what hangs
+PATIENCE = 300.0  # seconds, after which a test gives up on what hangs
 TOKENS = 6
 LONG = 100_000  # tokens of an answer that is never read to its end
 
