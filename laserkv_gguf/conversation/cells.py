@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,7 +210,8 @@ class Cells:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Lets Ctrl-C and SIGTERM wait until sequence and ledger agree again (milliseconds)."""
-    if threading.current_thread() is not threading.main_thread():
+    # at the end of the interpreter nothing can wait any more
+    if threading.current_thread() is not threading.main_thread() or sys.is_finalizing():
         yield
         return
     waiting: list[int] = []
@@ -221,6 +223,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            signal.signal(kind, signal.SIG_DFL if handler is None else handler)
     for number in waiting:
         signal.raise_signal(number)

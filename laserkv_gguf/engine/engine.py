@@ -214,6 +214,7 @@ class Engine:
 
     def budget(self, tokens: int, protected: int = 0) -> Budget:
         """What of so many tokens is kept, at the settings' ratio or number of tokens."""
+        self.access.check()
         keep, ratio = self.settings.keep, self.settings.ratio
         if keep is not None:
             make = self.demand.budget
@@ -251,6 +252,7 @@ class Engine:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
+        self.access.check()
         settings, demand, trained = self.settings, self.demand, self.model.trained_context
         is_read = budget is not None
 
@@ -606,6 +608,7 @@ class Engine:
         Raises:
             UserError: not with this policy.
         """
+        self.access.check()
         if self.settings.recall == "off":
             names = ("recall_mode", "recall_share")
             settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
