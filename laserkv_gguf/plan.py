@@ -232,7 +232,7 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     if needs.queries:
         total += (run.asking() + run.drafts) * per_query * FLOAT
     if needs.queries and needs.outside:
-        total += (run.question + run.drafts) * per_key * FLOAT
+        total += (run.question + run.drafts) * per_key * FLOAT  # of the question and drafts
     if needs.block_queries:
         total += min(run.block_size, budget.tokens) * per_query * item
     return total

@@ -529,10 +529,8 @@ def test_an_8b_capture(tokens: int, large: tuple[Path, int]) -> None:
     budget = run_.budget(tokens, 0.25)
     held = plan.capture_bytes(header, run_, budget)
     window = int(2 * 0.25 * 4096 * tokens / (4096 + tokens)) // 4
-    assert held == (4096 + window) * KEY + (8 + 5 + 16) * QUERY
-    assert held - 5 * QUERY <= 300 * 2**20
-    if tokens <= 32_768:
-        assert held <= 300 * 2**20
+    assert held == (4096 + window) * KEY + (8 + 5 + 96) * QUERY
+    assert held - (8 + 5 + 96) * QUERY <= 300 * 2**20
 
 
 def test_what_is_kept_whole_captures_nothing(large: tuple[Path, int]) -> None:
