@@ -410,7 +410,7 @@ def test_after_closing_every_call_says_so(recall: str, loaded: Loaded, saved_fil
         with pytest.raises(Closed) as caught:
             call(subject, saved_file)
         assert "\n" not in str(caught.value)
-    for name in ("document", "texts", "turns", "parked_tokens", "documents", "space", "capacity"):
+    for name in ("texts", "turns", "parked_tokens", "documents", "space", "capacity"):
         getattr(talk, name)
     assert talk.cells_used == used
     assert engine.context is None
