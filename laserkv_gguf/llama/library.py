@@ -7,6 +7,7 @@ import hashlib
 import logging
 import platform
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,13 @@ def _ggml() -> ctypes.CDLL:
 
 
 def _load(name: str) -> ctypes.CDLL:
+    """The library that libllama uses itself.
+
+    Its own name may lead to a second copy of the file (libggml.so beside libggml.so.0), with a
+    registry of devices that libllama does not see. Elsewhere than on Windows a library's handle
+    finds the functions of all that it was linked with.
+    """
+    name = name if sys.platform == "win32" else "llama"
     library: ctypes.CDLL = _ctypes_extensions.load_shared_library(name, library_folder())
     return library
 
