@@ -11,10 +11,8 @@ that was stopped goes on where it was. Then it prints a Markdown table.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -23,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from laserkv_gguf import LaserKV, models
-from laserkv_gguf.conversation.conversation import Conversation as Talk
+from laserkv_gguf.conversation.ageing import Compressing
+from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.files.journal import Journal
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
@@ -104,39 +104,41 @@ class Row:
     kept_of_fact: int
 
 
-class Truncated(Talk):
+class DropOldest(Compressing):
     """The oldest turns go, whole."""
 
-    def _make_room(self, asked: Prompt) -> None:
-        need = len(self.pending) + len(asked) + self.max_tokens
-        while len(self.ledger) + need > self.capacity:
-            oldest = next(n for n in self.ledger.numbers("turn") if self.ledger.count(n))
-            self._remove(self.ledger.segment != oldest)
-        self._move_down(need, always=True)
+    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+        need = len(conversation.pending) + len(asked) + conversation.max_tokens
+        ledger = conversation.ledger
+        while len(ledger) + need > conversation.capacity:
+            oldest = next(n for n in ledger.numbers("turn") if ledger.count(n))
+            conversation.cells.evict(ledger.segment != oldest)
+        conversation.move_down(need, always=True)
 
 
-class Shifted(Talk):
+class ContextShift(Compressing):
     """llama.cpp's context shift: after the system prompt half goes, and positions close."""
 
-    def _make_room(self, asked: Prompt) -> None:
-        need = len(self.pending) + len(asked) + self.max_tokens
-        if len(self.ledger) + need > self.capacity:
-            keep = int(self.ledger.of_kind("system").sum())
-            rows = np.arange(len(self.ledger))
+    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+        need = len(conversation.pending) + len(asked) + conversation.max_tokens
+        ledger = conversation.ledger
+        if len(ledger) + need > conversation.capacity:
+            keep = int(ledger.of_kind("system").sum())
+            rows = np.arange(len(ledger))
             discard = (len(rows) - keep) // 2
-            self._remove((rows < keep) | (rows >= keep + discard))
-        self._move_down(need, always=True)
+            conversation.cells.evict((rows < keep) | (rows >= keep + discard))
+        conversation.move_down(need, always=True)
 
 
-WAYS: dict[str, tuple[type[Talk], dict[str, Any]]] = {
-    "full": (Talk, {"policy": "full", "ctx_size": None}),
-    "laser": (Talk, {}),
-    "laser, half attention": (Talk, {"alpha": 0.5}),
-    "exact": (Talk, {"policy": "exact"}),
-    "keydiff": (Talk, {"policy": "keydiff"}),
-    "random": (Talk, {"policy": "random"}),
-    "truncation": (Truncated, {}),
-    "context shift": (Shifted, {}),
+WAYS: dict[str, tuple[Compressing, dict[str, Any]]] = {
+    "full": (Compressing(), {"policy": "full", "ctx_size": None}),
+    "laser": (Compressing(), {}),
+    "laser, half attention": (Compressing(), {"alpha": 0.5}),
+    "exact": (Compressing(), {"policy": "exact"}),
+    "keydiff": (Compressing(), {"policy": "keydiff"}),
+    "random": (Compressing(), {"policy": "random"}),
+    "truncation": (DropOldest(), {}),
+    "context shift": (ContextShift(), {}),
 }
 
 
@@ -158,14 +160,16 @@ def conversation(sample: int, turns: int) -> tuple[list[str], str]:
 
 def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row:
     """One conversation."""
-    kind, settings = WAYS[way]
+    ageing, settings = WAYS[way]
     settings = {"ctx_size": options.ctx_size, **settings}
     if settings["ctx_size"] is None:
         settings["ctx_size"] = model.trained_context
     said, word = conversation(sample, options.turns)
     context = ContextOptions(batch_size=4096, threads=options.threads or None)
     with LaserKV(model, context=context, **settings) as engine:
-        talk = kind(engine, system=SYSTEM, max_tokens=options.predict, sampling=Sampling())
+        talk = Conversation(
+            engine, system=SYSTEM, max_tokens=options.predict, sampling=Sampling(), ageing=ageing
+        )
         talk.read()
         pause, cells = 0.0, 0
         for question in said[:-1]:
@@ -177,7 +181,7 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
                 pass
             cells = max(cells, talk.cells_used)
         # what the last question finds when it is asked, before anything is answered
-        talk.ageing.make_room(talk, talk._prompt(said[-1]))
+        talk.prepare_for(said[-1])
         fact = talk.ledger.numbers("turn")[1]
         kept = talk.ledger.count(fact)
         likelihood = talk.log_likelihood(said[-1], word)
@@ -196,16 +200,6 @@ def run(model: Model, way: str, sample: int, options: argparse.Namespace) -> Row
             len(talk.ledger.segments[fact].tokens),
             kept,
         )
-
-
-def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a run so far; a torn last line is left out."""
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                yield Row(**json.loads(line))
-            except ValueError:
-                continue
 
 
 def table(rows: list[Row]) -> str:
@@ -242,20 +236,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--only", nargs="*", help=f"of: {', '.join(WAYS)}")
     options = parser.parse_args()
-    done = {(row.way, row.sample, row.turns) for row in rows_of(options.out)}
     with (
         Model(models.find(options.model), extra_buffers=extra_buffers_work()) as model,
-        options.out.open("a", encoding="utf-8") as file,
+        Journal(options.out) as journal,
     ):
+        done = {(row["way"], row["sample"], row["turns"]) for row in journal.entries}
         for sample in range(options.samples):
             for way in options.only or WAYS:
                 if (way, sample, options.turns) in done:
                     continue
                 row = run(model, way, sample, options)
-                file.write(json.dumps(asdict(row)) + "\n")
-                file.flush()
+                journal.add(asdict(row))
                 print(f"{sample} {way}: {row.wanted} | {row.answer!r}", flush=True)
-    print(table([row for row in rows_of(options.out) if row.turns == options.turns]))
+        rows = [Row(**entry) for entry in journal.entries]
+    print(table([row for row in rows if row.turns == options.turns]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation import parallel
 from laserkv_gguf.conversation.answer import Answer
 from laserkv_gguf.conversation.conversation import Conversation
-from laserkv_gguf.conversation.conversation import Conversation as Talk
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.engine.access import BUSY, DROPPED
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
@@ -355,6 +354,7 @@ TALK_CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "log_likelihood": lambda talk, _: talk.log_likelihood(QUESTION, "tin"),
     "log_probabilities": lambda talk, _: talk.log_probabilities([3], [4]),
     "reset": lambda talk, _: talk.reset(),
+    "prepare_for": lambda talk, _: talk.prepare_for(QUESTION),
 }
 TALK_ADDED: dict[str, Callable[[Any, Path], Any]] = {
     "add": lambda talk, _: talk.add("more", DOCUMENT),

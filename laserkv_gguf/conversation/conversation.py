@@ -756,6 +756,12 @@ class Conversation:
 
     # room for the next turn
 
+    def prepare_for(self, question: str) -> None:
+        """Makes the room that the next turn's question needs; `ask` does it too."""
+        with self.engine.access.alone():
+            self._be_there()
+            self.ageing.make_room(self, self._prompt(question))
+
     @property
     def trained(self) -> int:
         """Positions there are; 0 for any number."""
