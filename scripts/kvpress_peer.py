@@ -178,7 +178,6 @@ def _measured(model: Any, line: Row, press: str, ratio: float, asked: bool) -> R
     """Likelihood and greedy answer of a sample, from one compressed reading."""
     from importlib.metadata import version
 
-    import kvpress
     import torch
     from transformers import DynamicCache
 
@@ -192,7 +191,7 @@ def _measured(model: Any, line: Row, press: str, ratio: float, asked: bool) -> R
         model.model(input_ids=read, past_key_values=cache)
     else:
         keep = ratio * len(line["tokens"]) / len(tokens)  # the document's share, in both ways
-        with getattr(kvpress, press)(compression_ratio=1 - keep)(model):
+        with _press(press, 1 - keep)(model):
             model.model(input_ids=read, past_key_values=cache)
     kept = _kept(model, cache)
 
@@ -232,6 +231,16 @@ def _measured(model: Any, line: Row, press: str, ratio: float, asked: bool) -> R
     }
 
 
+def _press(name: str, compression_ratio: float) -> Any:
+    """A press, or one around another, such as AdaKVPress:SnapKVPress."""
+    import kvpress
+
+    outer, _, inner = name.partition(":")
+    if inner:
+        return getattr(kvpress, outer)(_press(inner, compression_ratio))
+    return getattr(kvpress, outer)(compression_ratio=compression_ratio)
+
+
 def _kept(model: Any, cache: Any) -> float:
     """Tokens in the cache, as the mean over layers and heads; some presses mask instead."""
     counts = []
@@ -265,7 +274,11 @@ def main() -> None:
     measured = commands.add_parser("run", help="measure presses")
     measured.add_argument("samples", type=Path)
     measured.add_argument("--model", type=Path, required=True, help="the GGUF")
-    measured.add_argument("--presses", default="SnapKVPress,TOVAPress,KeyDiffPress,CompactorPress")
+    measured.add_argument(
+        "--presses",
+        default="SnapKVPress,TOVAPress,KeyDiffPress,CompactorPress",
+        help="classes of kvpress; AdaKVPress:SnapKVPress is one around another",
+    )
     measured.add_argument("--ratios", default="0.25,0.1", help="of the tokens to keep")
     measured.add_argument("--asked", action="store_true", help="compress the question, too")
     measured.add_argument("--threads", type=int, default=0)

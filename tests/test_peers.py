@@ -348,6 +348,7 @@ def test_peers_on_the_command_line(
     said = capsys.readouterr()
     rows = results_in(tmp_path)
     assert {row["policy"] for row in rows} == {"laser", *PEERS}
+    assert "Building index" not in said.err  # bm25s talks where anybody listens
     assert "bm25 on cwe of 1,100 tokens at r = 0.4: bm25 has no" in said.err
     summary = (tmp_path / "summary.md").read_text()
     assert "not run: bm25 on cwe" in summary

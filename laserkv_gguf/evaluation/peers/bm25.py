@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -149,6 +150,7 @@ def _scores(texts: Sequence[str], question: str) -> Any:
         import bm25s
     except ImportError as error:
         raise UserError("bm25 needs bm25s; pip install 'laserkv-gguf[peers]'") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for its own debug messages
     words = {"stopwords": "en", "show_progress": False, "return_ids": False}
     corpus, asked = bm25s.tokenize(list(texts), **words), bm25s.tokenize(question, **words)[0]
     known = {word for passage in corpus for word in passage}
