@@ -484,7 +484,7 @@ def test_json_adds_up(
     per_block = account["kept_per_block"]
     assert per_block[-1] == kept
     lengths = [min(block, tokens - start) for start in range(0, tokens, block)]
-    probe = prompt + 16 if policy in ("laser", "exact", "magicpig") else 0
+    probe = prompt + 96 if policy in ("laser", "exact", "magicpig") else 0
     peak = max(
         before + read + probe for before, read in zip([0, *per_block], lengths, strict=False)
     )

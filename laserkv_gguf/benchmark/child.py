@@ -89,6 +89,8 @@ def facts(job: Job) -> Result:
     with _loaded(job) as model:
         from laserkv_gguf.conversation.conversation import Conversation
 
+        for settings in job["configurations"]:  # what no length can do is told first
+            _engine(job, model, settings).close()
         for length in job["lengths"]:
             text = of_length(model, job["text"], length)
             for settings in job["configurations"]:
