@@ -282,6 +282,13 @@ def test_a_sound_file_is_answered(sound: Gguf, server: Server) -> None:
 
 
 @posix
+def test_a_name_of_a_million_letters(sound: Gguf, server: Server) -> None:
+    """llama.cpp logs it, and what looks through its log is done with it at once."""
+    name = sound.set("general.name", STRING, b"x" * 1_000_000)
+    assert server.ask(build(name)) == Outcome("answered")
+
+
+@posix
 def test_an_abort_shows_no_stack(tmp_path: Path) -> None:
     """F9: what nobody foresaw ends the process with llama.cpp's line, not with a debugger's."""
     code = """

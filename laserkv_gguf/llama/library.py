@@ -30,6 +30,7 @@ _LEVELS = {
 }
 _BUFFER = re.compile(r"(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 _OFFLOADED = re.compile(r"offloaded (\d+)/\d+ layers to GPU")
+_LONGEST = 2000  # characters of a line that is looked through: a model's name may have millions
 _recent: deque[tuple[int, str]] = deque(maxlen=200)
 _pending: list[str] = []
 _pending_level = logging.DEBUG
@@ -51,7 +52,7 @@ def _flush() -> None:
     _pending.clear()
     if line:
         if _pending_level >= logging.INFO:
-            _recent.append((_pending_level, line))
+            _recent.append((_pending_level, line[:_LONGEST]))
         # llama.cpp's errors reach the user as our one line; its warnings are for --debug
         log.log(min(_pending_level, logging.INFO), "%s", line)
 
