@@ -733,6 +733,7 @@ def crowded(one: Loaded, cells: int) -> Watched:
     """A context of which exactly so many cells are free: llama.cpp makes multiples of 256."""
     context = one.context()
     context.occupied = context.allocated_cells - cells
+    context.clear()
     return context
 
 
