@@ -2,6 +2,13 @@
 
 from hypothesis import settings
 
+from laserkv_gguf.llama import trial
+
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=3000, deadline=None)
 settings.load_profile("same")
+
+
+def pytest_sessionstart() -> None:
+    """The trial of the CPU kernels warns once on a new machine: before tests that read stderr."""
+    trial.extra_buffers_work()
