@@ -108,7 +108,7 @@ BAD_LINES = {
     "too long a name": (b"/add " + b"n" * 5000, "cannot read n+'?: File name too long"),
     "damaged PDF": (b"/add damaged.pdf", "damaged.pdf is a PDF that cannot be read"),
     "a pipe": (b"/add pipe", "pipe is a pipe"),
-    "load a pipe": (b"/load pipe", "pipe is no plain file"),
+    "load a pipe": (b"/load pipe", "it is a pipe"),
     "standard input": (b"/add -", "chat reads what you type"),
     "standard input in quotes": (b"/add '-'", "chat reads what you type"),
     "standard input as a path": (b"/add ./-", "chat reads what you type"),

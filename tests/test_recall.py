@@ -941,7 +941,7 @@ def test_the_policy_has_its_own_way() -> None:
     assert RecallSettings("ram", "replay").mode_for(policies.make("quest")) == "replay"
 
 
-@pytest.mark.parametrize("command", [("bench",), ("eval", "passkey", "-o", "out")])
+@pytest.mark.parametrize("command", [("bench",)])
 def test_commands_that_cannot_recall_say_so(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

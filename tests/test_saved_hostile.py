@@ -345,7 +345,7 @@ def test_only_listed_flags_come_out_of_a_file() -> None:
     options.policy_option = None
     changed = {f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
     assert changed == {
-        *("policy", "ratio", "block_size", "protection_divisor", "alpha", "lookahead"),
+        *("policy", "keep", "block_size", "protection_divisor", "alpha", "lookahead"),
         *("probe_tokens", "pool", "hash_bits", "hash_tables", "positions", "recall"),
         *("recall_mode", "flash_attn"),
     }

@@ -15,7 +15,8 @@ import llama_cpp
 import pytest
 from tiny import TinySpec, make
 
-from laserkv_gguf.engine import engine as session
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.engine import engine
 from laserkv_gguf.llama import library, trial
 from laserkv_gguf.llama.model import Model
 
@@ -248,13 +249,13 @@ def test_the_model_is_loaded_as_the_trial_says(
             seen.update(options)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(session, "Model", Watched)
+    monkeypatch.setattr(engine, "Model", Watched)
     started = child(WORKS)
     memory.parent.mkdir()
     memory.write_text(json.dumps({library.build_identity(): works}))
     model = make(tmp_path, spec=TinySpec(layers=1, heads=2, kv_heads=1, n_ff=64)).path
-    with session.LaserKV(model) as engine:
-        assert engine.ask("hi", max_tokens=2).finish_reason == "length"
+    with LaserKV(model) as one:
+        assert one.ask("hi", max_tokens=2).finish_reason == "length"
     assert seen["extra_buffers"] is works
     assert started == []
 
@@ -282,8 +283,8 @@ def test_a_crash_is_not_the_users(
         layers=1, heads=2, kv_heads=1, n_ff=64, chat_template="{{ messages[0].content }}"
     )
     model = make(tmp_path, spec=small).path
-    with session.LaserKV(model) as engine:
-        assert engine.ask("hi", max_tokens=2).text
+    with LaserKV(model) as one:
+        assert one.ask("hi", max_tokens=2).text
     assert passed == [False]
     (warning,) = warnings(caplog)
     assert "crash" in warning

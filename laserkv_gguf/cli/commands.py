@@ -146,8 +146,6 @@ def _load(loop: Loop, rest: str) -> None:
     if not rest:
         raise UserError("name a file: /load FILE")
     before, path = loop.talk, _path(rest)
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-        raise UserError(f"{path} is no plain file; name one that /save wrote")
     loop.talk = saved_talk.load(
         loop.engine, path, sampling=before.sampling, max_tokens=before.max_tokens
     )

@@ -98,7 +98,7 @@ class Laser(Policy):
             keys=self.alpha < 1,  # at 1 no key is hashed: on a device none leaves it
             value_norms=self.values if self.alpha > 0 else "none",
             outside=self.softmax != "candidates" and self.alpha > 0,
-            outside_kept=self.softmax == "all",
+            outside_kept=self.softmax != "ends",
         )
         object.__setattr__(self, "needs", needs)
         if not 1 <= self.hash_bits <= 16:
