@@ -336,7 +336,8 @@ def _extra(made: Gguf, dice: Random) -> tuple[Gguf, str]:
     """A key that the file did not have."""
     name, kind, values = dice.choice((*EXTRA, *GENERAL))
     if "." not in name or (name, kind, values) in EXTRA:
-        name = f"{made.value('general.architecture').decode('latin1')}.{name}"
+        known = {key: value.value for key, value in made.keys if value.kind == STRING}
+        name = f"{known.get(b'general.architecture', b'llama').decode('latin1')}.{name}"
     value = dice.choice(list(values))
     element = 0
     if kind == ARRAY:

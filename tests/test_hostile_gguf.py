@@ -274,6 +274,16 @@ def test_what_llama_cpp_would_abort_on(name: str, sound: Gguf, server: Server) -
 
 
 @posix
+def test_heads_that_a_qwen_has_no_queries_for(server: Server, tmp_path: Path) -> None:
+    """F9: llama.cpp holds a Qwen's queries against the width, not against the heads."""
+    raw = make(tmp_path, "q.gguf", spec=SMALL, arch="qwen2").path.read_bytes()
+    assert server.ask(raw) == Outcome("answered")
+    found = server.ask(build(parse(raw).set("qwen2.attention.head_count", U32, 31)))
+    assert found.how == "refused", found
+    assert "attn_q.weight has 64 rows" in found.said
+
+
+@posix
 def test_a_sound_file_is_answered(sound: Gguf, server: Server) -> None:
     """Else all these would be refused for nothing."""
     assert server.ask(build(sound)) == Outcome("answered")

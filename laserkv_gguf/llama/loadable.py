@@ -9,6 +9,7 @@ asserts of its own keys is not known here.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from laserkv_gguf.models.header import (
     Contents,
     Cursor,
     Impossible,
+    Info,
     Length,
     opened,
     parts,
@@ -34,6 +36,7 @@ _STRING, _INT32 = 8, 5
 _BYTE, _BYTES = 6, 256  # llama.cpp's type of a token that stands for a byte
 _ALIGNMENT = 32  # ggml's TENSOR_ALIGNMENT, and GGUF's default
 _NOT_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")  # nothing multiplies by these
+_ATTENTION = re.compile(r"blk\.(\d{1,4})\.attn_([qkv])\.weight")
 _VECTORS = ("norm.weight", ".bias", "rope_freqs.weight")  # ggml wants them in F32
 
 
@@ -51,10 +54,10 @@ def check(path: Path) -> None:
         shape = _Shape(contents)
         shape.check()
         _check_vocabulary(contents, data)
-        _check_tensors(contents)
+        _check_tensors(contents, shape)
     for part in parts(path, contents.metadata):
         with opened(part) as data:
-            _check_tensors(data.header())
+            _check_tensors(data.header(), shape)
 
 
 class _Shape:
@@ -64,6 +67,7 @@ class _Shape:
         self.metadata, self.kinds = contents.metadata, contents.kinds
         self.architecture = str(self.metadata.get("general.architecture", ""))
         self.plain = self.architecture in PLAIN
+        self.rows: dict[str, list[int]] = {}  # of the attention's matrices, by layer
 
     def values(self, key: str) -> list[Any]:
         """Of a key of the architecture: one, those of an array, or none."""
@@ -153,6 +157,23 @@ class _Shape:
             self.must(key_dim > 0, "attention.key_length", key_dim)
             self.must(value_dim == key_dim, "attention.value_length", value_dim)
             self.must(rotated == key_dim, "rope.dimension_count", rotated)
+            self.rows["q"] = [count * key_dim for count in heads]
+            self.rows["k"] = self.rows["v"] = [count * key_dim for count in kv_heads]
+
+    def check_rows(self, tensor: Info) -> None:
+        """Whether a matrix makes as many queries, keys or values as there are heads.
+
+        A Qwen's queries llama.cpp holds against the width alone.
+
+        Raises:
+            Impossible: it does not.
+        """
+        found = _ATTENTION.fullmatch(tensor.name)
+        rows = self.rows.get(found[2], []) if found else []
+        if found and int(found[1]) < len(rows):
+            wanted = rows[int(found[1])]
+            if len(tensor.dims) > 1 and tensor.dims[1] != wanted:
+                raise Impossible(f"tensor {tensor.name} has {tensor.dims[1]} rows, not {wanted}")
 
 
 def _check_vocabulary(contents: Contents, data: Cursor) -> None:
@@ -200,7 +221,7 @@ def _length(value: Any) -> int:
     return value.count if isinstance(value, Length) else len(value)
 
 
-def _check_tensors(contents: Contents) -> None:
+def _check_tensors(contents: Contents, shape: _Shape) -> None:
     """As ggml's operations and buffers assert of the weights they are given.
 
     Raises:
@@ -213,6 +234,7 @@ def _check_tensors(contents: Contents) -> None:
             raise Impossible(f"tensor {short(tensor.name)} begins at no multiple of {_ALIGNMENT}")
         if not all(tensor.dims):
             raise Impossible(f"tensor {short(tensor.name)} is empty")
+        shape.check_rows(tensor)
         kind = tensor.kind.name
         if tensor.name.endswith(_VECTORS):
             right = kind == "F32"
