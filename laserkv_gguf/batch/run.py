@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
+from laserkv_gguf.files.journal import append, decoded, encoded, whole_lines
+from laserkv_gguf.files.lock import lock
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.reading.reader import Progress
 
@@ -299,7 +302,7 @@ class Output:
         if record and not record.startswith(_MAGIC[: len(record)]):
             raise UserError(f"{self.record} is in the way: no batch left it; use another --output")
         header, ended, journal = (record or b"").partition(b"\n")
-        run = _line(header).get("run") if ended else None
+        run = decoded(header).get("run") if ended else None
         run = run if isinstance(run, dict) else None
         answers = b'{"index": ' in journal
         if not output and (output is None or run is None or (run != self.run and not answers)):
@@ -308,12 +311,12 @@ class Output:
             raise UserError(f"{self.path} is there already, and no batch left it; {self._else}")
         if run != self.run:
             raise UserError(f"{self.path} is of another run: {self._difference(run)}; {self._else}")
-        lines, waiting = _whole_lines(output or b""), _whole_lines(journal)
+        lines, waiting = whole_lines(output or b""), whole_lines(journal)
         again = {number for number, line in enumerate(lines) if self._check(number, line)}
         keep = min(again, default=len(lines))
         self._written, self._behind = keep, lines[keep:]
         for entry in waiting:
-            self._note(_line(entry), len(lines))
+            self._note(decoded(entry), len(lines))
         for number in range(keep, len(lines)):
             if number not in again:
                 self._waiting[number] = lines[number]
@@ -336,7 +339,7 @@ class Output:
         if isinstance(line, dict) and line.get("id", self) == self.ids[index]:
             self._waiting.pop(index, None)  # of two the later one holds
             if line.get("retry") is not True:
-                self._waiting[index] = _encoded(line)
+                self._waiting[index] = encoded(line)
 
     @property
     def _else(self) -> str:
@@ -352,7 +355,7 @@ class Output:
 
     def _check(self, at: int, line: bytes) -> bool:
         """Refuses what somebody else wrote there; says whether it is to be asked again."""
-        said = _line(line)
+        said = decoded(line)
         if at >= len(self.ids) or said.get("id", self) != self.ids[at]:
             raise UserError(
                 f"line {at + 1} of {self.path} is not the answer that belongs there; {self._else}"
@@ -364,7 +367,8 @@ class Output:
     def __enter__(self) -> Output:
         try:
             self._hold(self.record)
-            if not _lock(self._files[self.record]):
+            # on Windows a lock would keep our own reading out, too
+            if sys.platform != "win32" and not lock(self._files[self.record]):
                 raise UserError(f"another batch is writing {self.path}; wait until it has ended")
             self.load()  # again: it may have gone on since
             with contextlib.suppress(OSError, AttributeError):  # not ours, or Windows
@@ -399,7 +403,7 @@ class Output:
         if self._behind:
             # what stays of it waits in the record before it leaves the output
             moved = [
-                _encoded({"index": index, "line": _line(line)})
+                encoded({"index": index, "line": decoded(line)})
                 for index, line in enumerate(self._behind, self._written)
                 if index in self._waiting
             ]
@@ -424,10 +428,10 @@ class Output:
         if line.get("retry") is True:
             self._retry.add(index)
         if index == self._written:
-            self._release([_encoded(line)])
+            self._release([encoded(line)])
             return
-        self._append(self.record, _encoded({"index": index, "line": line}))
-        self._waiting[index] = _encoded(line)
+        self._append(self.record, encoded({"index": index, "line": line}))
+        self._waiting[index] = encoded(line)
 
     def _release(self, lines: list[bytes]) -> None:
         """Writes lines, and those whose turn has come with them."""
@@ -454,20 +458,13 @@ class Output:
             OutputError: the disk is full, or gone.
         """
         if self.documents.get(path) != digest:
-            self._append(self.record, _encoded({"document": path, "sha256": digest}))
+            self._append(self.record, encoded({"document": path, "sha256": digest}))
             self.documents[path] = digest
 
     def _append(self, path: Path, data: bytes) -> None:
-        file = self._files[path]
-        size = os.fstat(file).st_size
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(file, rest) :]
-            os.fsync(file)
+            append(self._files[path], data, sync=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(file, size)
             raise OutputError(
                 f"cannot write {path}: {error.strerror}; the {len(self)} answers so far are "
                 "kept: make room, and the same command goes on after them"
@@ -478,7 +475,7 @@ class Output:
     def lines(self) -> Iterator[dict[str, Any]]:
         """What stands in the output."""
         with self.path.open("rb") as file:
-            yield from map(_line, file)
+            yield from map(decoded, file)
 
 
 class Stream(Output):
@@ -519,7 +516,7 @@ class Stream(Output):
             raise OutputError(
                 f"cannot write standard output: {said}; name a file with --output to go on later"
             ) from error
-        for line in map(_line, data.splitlines()):
+        for line in map(decoded, data.splitlines()):
             names = ("error", "retry", "score")
             self._counted.append({name: line[name] for name in names if name in line})
 
@@ -554,40 +551,6 @@ def _contents(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {_ELSEWHERE}") from error
-
-
-def _whole_lines(data: bytes) -> list[bytes]:
-    """Without what stands after the last newline: a line that was torn."""
-    return [line + b"\n" for line in data.split(b"\n")[:-1]]
-
-
-def _line(data: bytes) -> dict[str, Any]:
-    """An object, empty where there is none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _encoded(line: Mapping[str, Any]) -> bytes:
-    """One line of JSON. What UTF-8 cannot say (a strange file name) is escaped."""
-    return json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _lock(file: int) -> bool:
-    """Keeps other batches out for as long as this process lives, where the system can."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def _settle(folder: Path) -> None:
