@@ -6,6 +6,8 @@ it depends on the version of llama.cpp, the cache's type and the size of a head.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,14 @@ def matrix(size: int) -> NDArray[np.float32]:
         rows = np.block([[rows, rows], [rows, -rows]])
     scaled: NDArray[np.float32] = (rows / np.sqrt(size)).astype(np.float32)
     return scaled
+
+
+@cache
+def whole(dim: int) -> NDArray[np.float32]:
+    """The rotation of a head: `matrix`, as large as divides `dim`, on the diagonal: (dim, dim)."""
+    size = dim & -dim  # the largest power of 2 that divides it
+    turn: NDArray[np.float32] = np.kron(np.eye(dim // size, dtype=np.float32), matrix(size))
+    return turn
 
 
 def sizes(dim: int) -> list[int]:

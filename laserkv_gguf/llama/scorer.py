@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import hadamard, library
 from laserkv_gguf.llama.capture import CaptureError
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import CACHE_TYPES, row_bytes
@@ -271,7 +271,7 @@ class Scorer:
             return np.zeros(len(cells), np.float32)
         L.llama_synchronize(self.context.handle)
         if self.turned:
-            queries = queries @ hadamard(dim)
+            queries = queries @ hadamard.whole(dim)
 
         def rows(array: NDArray[np.float32]) -> NDArray[np.float32]:
             """(layers, kv_heads, rows, …): the rows that read one kv head, its heads' tokens."""
@@ -550,16 +550,6 @@ def _device_of(tensor: int) -> int:
     return int(device)
 
 
-@cache
-def hadamard(dim: int) -> NDArray[np.float32]:
-    """The rotation that llama.cpp gives quantised keys: (dim, dim), its own inverse."""
-    size = dim & -dim  # the largest power of 2 that divides it
-    block = np.ones((1, 1))
-    while len(block) < size:
-        block = np.block([[block, block], [block, -block]])
-    return np.kron(np.eye(dim // size), block / np.sqrt(size)).astype(np.float32)
-
-
 # ---- the check ---------------------------------------------------------------------------------
 
 
@@ -596,7 +586,7 @@ def open_scorer(context: Context) -> Scorer:
         _check_cache(context)
         stored = stored_keys(context, cells[0])
         scorer = Scorer(context, turned=_are_turned(stored, keys))
-        asked = queries @ hadamard(context.model.head_dim) if scorer.turned else queries
+        asked = queries @ hadamard.whole(context.model.head_dim) if scorer.turned else queries
         error = max(_errors(scorer, queries, asked, cells[0], stored))
     except CaptureError as error_seen:
         raise DeviceError(str(error_seen)) from error_seen
@@ -648,7 +638,7 @@ def _are_turned(stored: NDArray[np.float32], keys: NDArray[np.float32]) -> bool:
         DeviceError: they are neither the keys nor the rotated keys.
     """
     for turned in (False, True):
-        expected = keys @ hadamard(keys.shape[-1]) if turned else keys
+        expected = keys @ hadamard.whole(keys.shape[-1]) if turned else keys
         if np.linalg.norm(stored - expected) < 0.3 * np.linalg.norm(expected):
             return turned
     raise DeviceError("the cache holds other keys than the model computed")
