@@ -365,9 +365,7 @@ class Engine:
         residents = self.residents
         self.leave(resident)
         wanted = self.share or cells
-        while len(residents.inside) >= residents.most:
-            self._displace(next(iter(residents.inside)))
-        self._make_context(sum(place.cells for place in residents.inside.values()) + wanted)
+        self._make_room(wanted)
         context = self._context
         assert context is not None
         limit = context.cells if residents.most == 1 else wanted
@@ -397,9 +395,7 @@ class Engine:
             return
         saved, place = self.residents.saved(resident)
         residents = self.residents
-        while len(residents.inside) >= residents.most:
-            self._displace(next(iter(residents.inside)))
-        self._make_context(sum(p.cells for p in residents.inside.values()) + place.cells)
+        self._make_room(place.cells)
         place = replace(place, sequence=residents.free_sequence())
         self._put(resident, place, saved)
         residents.leave(resident)
@@ -426,9 +422,12 @@ class Engine:
             self.residents.inside[resident] = before
             raise
 
-    def _displace(self, resident: Resident) -> None:
-        """Takes a conversation out of the cache and frees its cells."""
-        self._clear(self.residents.displace(resident))
+    def _make_room(self, cells: int) -> None:
+        """Has cells for one more conversation; those asked longest ago leave for it."""
+        residents = self.residents
+        while len(residents.inside) >= residents.most:
+            self._clear(residents.displace(next(iter(residents.inside))))
+        self._make_context(sum(place.cells for place in residents.inside.values()) + cells)
 
     def _clear(self, place: Place) -> None:
         if self._context is None:
