@@ -22,8 +22,8 @@ from laserkv_gguf.models.header import (
     Contents,
     Cursor,
     Impossible,
-    Info,
     Length,
+    Tensor,
     opened,
     parts,
     short,
@@ -160,7 +160,7 @@ class _Shape:
             self.rows["q"] = [count * key_dim for count in heads]
             self.rows["k"] = self.rows["v"] = [count * key_dim for count in kv_heads]
 
-    def check_rows(self, tensor: Info) -> None:
+    def check_rows(self, tensor: Tensor) -> None:
         """Whether a matrix makes as many queries, keys or values as there are heads.
 
         A Qwen's queries llama.cpp holds against the width alone.
@@ -235,7 +235,7 @@ def _check_tensors(contents: Contents, shape: _Shape) -> None:
         if not all(tensor.dims):
             raise Impossible(f"tensor {short(tensor.name)} is empty")
         shape.check_rows(tensor)
-        kind = tensor.kind.name
+        kind = tensor.type_name
         if tensor.name.endswith(_VECTORS):
             right = kind == "F32"
         else:

@@ -63,12 +63,23 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file; dimensions in ggml's order, the row's length first."""
+    """A tensor as the file describes it.
+
+    Attributes:
+        dims: in ggml's order, the row's length first.
+        size: in bytes.
+        offset: from where the tensors' data begin, in bytes.
+    """
 
     name: str
     dims: tuple[int, ...]
-    type_name: str
+    kind: GGMLQuantizationType
     size: int
+    offset: int
+
+    @property
+    def type_name(self) -> str:
+        return self.kind.name
 
 
 @dataclass(frozen=True)
@@ -258,9 +269,7 @@ def parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
 def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     with opened(path) as data:
         found = data.header()
-        return found.metadata, [
-            Tensor(info.name, info.dims, info.kind.name, info.size) for info in found.tensors
-        ]
+        return found.metadata, found.tensors
 
 
 def check_plain(path: Path) -> None:
@@ -309,17 +318,6 @@ class Impossible(Exception):
 
 
 @dataclass(frozen=True)
-class Info:
-    """A tensor as the file describes it; `offset` from where the tensors' data begin, in bytes."""
-
-    name: str
-    dims: tuple[int, ...]
-    kind: GGMLQuantizationType
-    size: int
-    offset: int
-
-
-@dataclass(frozen=True)
 class Contents:
     """All of a header.
 
@@ -334,7 +332,7 @@ class Contents:
     metadata: dict[str, Any]
     kinds: dict[str, int]
     starts: dict[str, int]
-    tensors: list[Info]
+    tensors: list[Tensor]
     end: int
 
 
@@ -369,8 +367,8 @@ class Cursor:
             else:
                 kinds[key] = kind
                 metadata[key] = self.string() if kind == _STRING else self.take(_SCALARS[kind])
-        infos = [self._tensor() for _ in range(tensors)]
-        return Contents(metadata, kinds, starts, infos, self.at)
+        found = [self._tensor() for _ in range(tensors)]
+        return Contents(metadata, kinds, starts, found, self.at)
 
     def take(self, form: str) -> Any:
         value = struct.unpack_from(form, self.data, self.at)[0]
@@ -421,7 +419,7 @@ class Cursor:
         self.at = at
         self._move(0)
 
-    def _tensor(self) -> Info:
+    def _tensor(self) -> Tensor:
         name = self.string(_NAME)
         count = self.take("<I")
         if count > _DIMS:
@@ -439,4 +437,4 @@ class Cursor:
             raise Impossible(f"tensor {short(name)} has {math.prod(dims)} elements")
         rows = math.prod(dims[1:])
         size = rows * row_bytes(kind.name, dims[0] if dims else 1)
-        return Info(name, dims, kind, size, offset)
+        return Tensor(name, dims, kind, size, offset)
