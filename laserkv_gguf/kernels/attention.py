@@ -384,6 +384,34 @@ def begin(outside: int, peak: int, total: int) -> None:
 
 
 @jit(inline=True)
+def _score(
+    keys: int,
+    stride: int,
+    candidates: int,
+    dim: int,
+    half: bool,
+    tile: int,
+    packed: int,
+    vectors: int,
+    scores: int,
+    peaks: int,
+    peak: int,
+    total: int,
+) -> None:
+    """Packed rows against all candidates, tile by tile: scores, and the rows' peaks and sums."""
+    tiles = (candidates + KEYS_PER_TILE - 1) // KEYS_PER_TILE
+    pitch = vectors * LANES
+    for t in range(tiles):
+        c = t * KEYS_PER_TILE
+        width = min(KEYS_PER_TILE, candidates - c)
+        load_keys(keys + c * stride, stride, width, dim, half, 0, tile)
+        column = scores + c * pitch * FLOAT
+        multiply(packed, vectors, tile, width, dim, column, pitch)
+        for v in range(0, pitch * FLOAT, LANES * FLOAT):
+            soften(column + v, pitch, width, peaks + t * pitch * FLOAT + v, peak + v, total + v)
+
+
+@jit(inline=True)
 def _attend_head(
     queries: int,
     keys: int,
@@ -423,21 +451,20 @@ def _attend_head(
                 head, token = divmod(first + r, tokens)
                 at = outside + (token * heads + head) * FLOAT
             begin(at, peak + r * FLOAT, total + r * FLOAT)
-        for t in range(tiles):
-            c = t * KEYS_PER_TILE
-            width = min(KEYS_PER_TILE, candidates - c)
-            load_keys(keys + c * stride, stride, width, dim, half, 0, tile)
-            column = scores + c * pitch * FLOAT
-            multiply(packed, vectors, tile, width, dim, column, pitch)
-            for v in range(0, pitch * FLOAT, LANES * FLOAT):
-                soften(
-                    column + v,
-                    pitch,
-                    width,
-                    peaks + t * pitch * FLOAT + v,
-                    peak + v,
-                    total + v,
-                )
+        _score(
+            keys,
+            stride,
+            candidates,
+            dim,
+            half,
+            tile,
+            packed,
+            vectors,
+            scores,
+            peaks,
+            peak,
+            total,
+        )
         for r in range(pitch):
             share = np.float32(0.0)  # padding rows count for nothing
             if r < n:
@@ -549,21 +576,20 @@ def _attend_tokens_head(
             if outside != 0 and token < tokens:
                 at = outside + source
             begin(at, peak + r * FLOAT, total + r * FLOAT)
-        for t in range(tiles):
-            c = t * KEYS_PER_TILE
-            width = min(KEYS_PER_TILE, candidates - c)
-            load_keys(keys + c * stride, stride, width, dim, half, 0, tile)
-            column = scores + c * pitch * FLOAT
-            multiply(packed, vectors, tile, width, dim, column, pitch)
-            for v in range(0, pitch * FLOAT, LANES * FLOAT):
-                soften(
-                    column + v,
-                    pitch,
-                    width,
-                    peaks + t * pitch * FLOAT + v,
-                    peak + v,
-                    total + v,
-                )
+        _score(
+            keys,
+            stride,
+            candidates,
+            dim,
+            half,
+            tile,
+            packed,
+            vectors,
+            scores,
+            peaks,
+            peak,
+            total,
+        )
         for r in range(pitch):
             share = np.float32(0.0)
             if r % padded < tokens:
