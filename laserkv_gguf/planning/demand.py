@@ -119,8 +119,7 @@ class Demand:
     ) -> float:
         """The largest ratio (in thousandths) whose budget fits; 0 if none does."""
 
-        def make(tokens: int, block_size: int, ratio: float, divisor: int) -> Budget:
-            budget = self.policy.budget(tokens, block_size, ratio, divisor)
-            return replace(budget, protected=protected) if protected else budget
+        def make(tokens: int, _block_size: int, ratio: float, _divisor: int) -> Budget:
+            return self.budget(tokens, ratio, protected)
 
         return largest_ratio_that(fits, tokens, self.block_size, self.divisor, make)
