@@ -17,8 +17,6 @@ from laserkv_gguf.shown import whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.generation import Reply
-
-if TYPE_CHECKING:
     from laserkv_gguf.saving.schema import Saved
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
+from typing import Annotated, Optional
 
 from typer import Option
 
@@ -16,11 +16,6 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import one_line
 
-if TYPE_CHECKING:
-    pass
-
-
-T = TypeVar("T")
 TERMINATED = 143  # what shells say of a process that SIGTERM ended
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-TERMINATED = 143  # what shells say of a process that SIGTERM ended
 
 
 @dataclass

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files.lock import lock
 from laserkv_gguf.machine import human
-
-if TYPE_CHECKING:
-    pass
 
 DOCUMENT, CONVERSATION = KINDS = ("document", "conversation")
 FORMAT, VERSION = "laserkv-gguf", "2"

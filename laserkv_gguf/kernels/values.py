@@ -1,4 +1,4 @@
-"""Lengths of values, as the native probe computes them while it captures (llama/probe.py)."""
+"""Lengths of values, as the native probe computes them while it captures (llama/capture.py)."""
 
 from __future__ import annotations
 
