@@ -29,8 +29,10 @@ from tiny import make
 
 pytest.importorskip("llama_cpp")
 
+from laserkv_gguf.batch import questions as questions_in
 from laserkv_gguf.batch import run as batch
-from laserkv_gguf.batch.run import Input, Output, OutputError
+from laserkv_gguf.batch.output import Output, OutputError
+from laserkv_gguf.batch.questions import Input
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
 
@@ -93,7 +95,7 @@ def timeless(path: Path) -> bytes:
 
 def parsed(*lines: str | bytes, strict: bool = False) -> Input:
     data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
-    return batch.read(io.BytesIO(data), "in.jsonl", Path("/there"), strict=strict)
+    return questions_in.read(io.BytesIO(data), "in.jsonl", Path("/there"), strict=strict)
 
 
 GOOD = '{"id": "good", "question": "why?"}'
@@ -231,7 +233,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, room: int, then: BaseException) -> 
             return real(file, taken)
         raise then
 
-    monkeypatch.setattr(batch.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
 
 
 @pytest.mark.usefixtures("quick")

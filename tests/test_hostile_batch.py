@@ -41,7 +41,7 @@ from test_session import Loaded
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf.batch import run as batch
-from laserkv_gguf.batch.run import Output, OutputError, Stream
+from laserkv_gguf.batch.output import Output, OutputError, Stream
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.parallel import NotRead, Question
 from laserkv_gguf.errors import LaserKVError, OutOfMemory, UserError
@@ -299,7 +299,7 @@ def test_stopped_at_every_byte_of_asking_again(
             return real(file, taken)
 
         with monkeypatch.context() as patch:
-            patch.setattr(batch.os, "write", limited)
+            patch.setattr(os, "write", limited)
             try:
                 fill(path)
                 stopped = False

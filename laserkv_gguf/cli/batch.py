@@ -25,7 +25,8 @@ from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_option
 from laserkv_gguf.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.batch.run import Batch, Output, Summary
+    from laserkv_gguf.batch.output import Output, Summary
+    from laserkv_gguf.batch.run import Batch
     from laserkv_gguf.conversation.parallel import Spent
     from laserkv_gguf.reading.reader import Progress as Read
 
@@ -93,13 +94,9 @@ def batch(
     if as_json and target == STANDARD_OUTPUT:
         raise UserError("--json prints where --output - writes the answers; name a file for them")
     with _Signals() as signals, _opened(source) as file:
-        from laserkv_gguf.batch.run import (
-            Batch,
-            check_apart,
-            check_documents,
-            read,
-            summary,
-        )
+        from laserkv_gguf.batch.output import check_apart, summary
+        from laserkv_gguf.batch.questions import read
+        from laserkv_gguf.batch.run import Batch, check_documents
 
         files = [Path(name) for name in (source, *named) if name != documents.STANDARD_INPUT]
         if target != STANDARD_OUTPUT:
@@ -139,7 +136,7 @@ def batch(
 
 
 def _output(target: str, run: dict[str, Any], ids: list[Any]) -> Output:
-    from laserkv_gguf.batch.run import Output, Stream
+    from laserkv_gguf.batch.output import Output, Stream
 
     if target != STANDARD_OUTPUT:
         return Output(Path(target), run, ids)
@@ -155,7 +152,7 @@ def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
     job.on_progress, job.on_line = bar.reading, lambda _: bar.advance(job)
     bar.advance(job)
     signals.cancel = job.engine.cancel
-    from laserkv_gguf.batch.run import Stream
+    from laserkv_gguf.batch.output import Stream
 
     try:
         try:
@@ -183,8 +180,9 @@ def _identity(
 ) -> dict[str, Any]:
     """What an answer depends on. Threads, batches, cells and the like are no part of it."""
     from laserkv_gguf import models
-    from laserkv_gguf.batch.run import digest_of, fingerprint
+    from laserkv_gguf.batch.questions import digest_of
     from laserkv_gguf.llama.model import check_file
+    from laserkv_gguf.models.identity import fingerprint
 
     model = models.find(options.model)
     check_file(model)

@@ -21,8 +21,10 @@ from fuzz import budget
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf import ContextOptions, LaserKV, Sampling
-from laserkv_gguf.batch import run as batch
-from laserkv_gguf.batch.run import FIELDS, Batch, Output, Stream
+from laserkv_gguf.batch import questions as questions_in
+from laserkv_gguf.batch.output import Output, Stream
+from laserkv_gguf.batch.questions import FIELDS
+from laserkv_gguf.batch.run import Batch
 from laserkv_gguf.errors import UserError
 
 NUMBERS = st.sampled_from([0, 1, -1, 3, 4096, 4097, 2**31, 2**32 + 1, 10**12, 10**400, 0.5, 1e308])
@@ -66,7 +68,7 @@ def test_lines(tmp_path: Path) -> None:
     def jsonl_lines(evil: list[bytes]) -> None:
         good = [json.dumps(one).encode() for one in GOOD]
         data = b"\n".join([good[0], *(line.replace(b"\n", b" ") for line in evil), *good[1:]])
-        given = batch.read(io.BytesIO(data), "in.jsonl", tmp_path)
+        given = questions_in.read(io.BytesIO(data), "in.jsonl", tmp_path)
         sound = [item for item in given.items if not item.error]
         assert {"q0", "q1", "q2"} <= {item.id for item in sound}
         for item in given.items:
@@ -75,7 +77,7 @@ def test_lines(tmp_path: Path) -> None:
             assert len(item.error) < 300
         for item in sound:
             if item.inline:
-                assert batch.digest_of(given.text(item)) == item.document
+                assert questions_in.digest_of(given.text(item)) == item.document
 
     budget.run(jsonl_lines, st.lists(lines(), max_size=4), 200, counts)
 
@@ -154,7 +156,7 @@ def test_batches(engine: LaserKV, tmp_path: Path) -> None:
     def answers(evil: list[bytes]) -> dict[Any, Any]:
         good = [json.dumps(one).encode() for one in GOOD]
         data = b"\n".join([good[0], *(line.replace(b"\n", b" ") for line in evil), *good[1:]])
-        given = batch.read(io.BytesIO(data), "in.jsonl", tmp_path)
+        given = questions_in.read(io.BytesIO(data), "in.jsonl", tmp_path)
         out = io.BytesIO()
 
         def read(name: str) -> str:
