@@ -32,7 +32,8 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.scorer import open_scorer
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, Policy
-from laserkv_gguf.reading.reader import ProbeSettings, Reader
+from laserkv_gguf.reading.asking import ProbeSettings
+from laserkv_gguf.reading.reader import Reader
 
 OPTIONS = ContextOptions(
     batch_size=64, ubatch_size=16, type_k="f32", type_v="f32", flash_attn="off", threads=1
@@ -304,8 +305,8 @@ def test_same_tokens_are_kept(policy: str, load: Callable[[str], Loaded]) -> Non
             kept[scoring] = reader.read(one.tokens, budget, one.question).kept.tolist()
             assert reader.scoring == scoring
             on_host = scoring == "host" or hashing
-            assert ("keys" in reader._arrays) == on_host
-            assert ("cells" in reader._arrays) == (scoring == "device")
+            assert ("keys" in reader._arrays.held) == on_host
+            assert ("cells" in reader._arrays.held) == (scoring == "device")
     assert kept["device"] == kept["host"]
 
 

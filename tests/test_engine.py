@@ -37,7 +37,8 @@ from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy, PolicyError
-from laserkv_gguf.reading.reader import Drafts, ProbeSettings, Progress, Reader, Reading
+from laserkv_gguf.reading.asking import Drafts, ProbeSettings
+from laserkv_gguf.reading.reader import Progress, Reader, Reading
 from laserkv_gguf.timings import STEPS
 
 OPTIONS = ContextOptions(

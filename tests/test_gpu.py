@@ -21,7 +21,8 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN
-from laserkv_gguf.reading.reader import ProbeSettings, Reader
+from laserkv_gguf.reading.asking import ProbeSettings
+from laserkv_gguf.reading.reader import Reader
 
 pytestmark = pytest.mark.gpu
 

@@ -20,7 +20,8 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.policies import Candidates, Held, checked
 from laserkv_gguf.policies.lagkv import _standing_out as standing_out
 from laserkv_gguf.policies.quest import bounds
-from laserkv_gguf.reading.reader import ProbeSettings, Reader
+from laserkv_gguf.reading.asking import ProbeSettings
+from laserkv_gguf.reading.reader import Reader
 
 FIRST = 40  # the sequence's number of the first candidate
 BACK = 20  # candidates before the block

@@ -45,7 +45,7 @@ from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates
-from laserkv_gguf.reading.reader import Asked
+from laserkv_gguf.reading.asking import Asked
 from laserkv_gguf.recall import store
 from laserkv_gguf.recall.recaller import Recaller, RecallSettings
 from laserkv_gguf.recall.store import DiskStore, Store
@@ -814,16 +814,16 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
         assert recaller is not None
         assert recaller.mode == "shortlist"
         seen: list[Asked] = []
-        original = recaller.reader.ask
+        original = recaller.reader.asker.ask
 
         def ask(*args: Any, **more: Any) -> Asked:
             asked = original(*args, **more)
             seen.append(replace(asked, queries=asked.queries.copy()))
             return asked
 
-        recaller.reader.ask = ask  # type: ignore[method-assign]
+        recaller.reader.asker.ask = ask  # type: ignore[method-assign]
         recalled = talk.recall(QUESTIONS[0])
-        recaller.reader.ask = original  # type: ignore[method-assign]
+        recaller.reader.asker.ask = original  # type: ignore[method-assign]
         assert recalled is not None
         budget = recaller.budget
         keys = recaller.form.keys(recaller.store.keys(np.arange(budget.tokens))).astype(float)

@@ -32,7 +32,8 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
 from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS, Laser
-from laserkv_gguf.reading.reader import Drafts, ProbeSettings, Reader
+from laserkv_gguf.reading.asking import Drafts, ProbeSettings
+from laserkv_gguf.reading.reader import Reader
 
 OPTIONS = ContextOptions(
     batch_size=64,

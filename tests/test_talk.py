@@ -966,7 +966,7 @@ def test_stopped_while_the_second_document_recalls(
             if stops:
                 before = rows_of(engine)
                 first, second = talk.sources.recallers
-                kept, real = first.kept.tolist(), second.reader.ask
+                kept, real = first.kept.tolist(), second.reader.asker.ask
                 asked = 0
 
                 def ask(*args: Any, real: Any = real, talk: Talk = talk, **options: Any) -> Any:
@@ -976,8 +976,8 @@ def test_stopped_while_the_second_document_recalls(
                         raise KeyboardInterrupt
                     return real(*args, **options)
 
-                monkeypatch.setattr(second.reader, "ask", ask)
-                monkeypatch.setattr(first.reader, "ask", ask)
+                monkeypatch.setattr(second.reader.asker, "ask", ask)
+                monkeypatch.setattr(first.reader.asker, "ask", ask)
                 limit = {"replay": 10, "shortlist": 4}[mode]
                 asked = 6 - limit if mode == "shortlist" else 0
                 with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import runs
 from laserkv_gguf.policies import Candidates, Policy, checked
 from laserkv_gguf.policies.laser import Laser
-from laserkv_gguf.reading.reader import Asked, Reader
+from laserkv_gguf.reading.asking import Asked, Asker
 
 ATTENTION = 0.25  # share of what is kept of turns that the newest question's attention chooses
 LONG_QUESTION = 128  # tokens; the next question is taken to be like this one, but not longer
@@ -171,12 +171,8 @@ class Compressing:
         Where an answer has just filled the cache, room is made first, by the keys alone.
         """
         cells = conversation.cells
-        asker = Reader(
-            cells.context,
-            policy,
-            conversation.engine.probe_settings,
-            sequence=cells.main.number,
-        )
+        settings = conversation.engine.probe_settings
+        asker = Asker(cells.context, cells.main, policy.needs, settings)
         prompt = np.concatenate((conversation.pending, asked.tokens)).astype(np.int32)
         wanted = len(prompt) + asker.lookahead
         free(conversation, wanted - self._left(conversation, start), numbers, start)

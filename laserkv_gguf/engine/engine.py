@@ -25,7 +25,8 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import Sequence
 from laserkv_gguf.planning.demand import Demand
 from laserkv_gguf.planning.settings import Settings
-from laserkv_gguf.reading.reader import ProbeSettings, Reader
+from laserkv_gguf.reading.asking import ProbeSettings
+from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.signatures import warm_up
 

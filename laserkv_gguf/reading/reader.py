@@ -8,9 +8,8 @@ and positions that are compacted where a document is longer than the model was t
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,53 +24,14 @@ from laserkv_gguf.llama.capture import CaptureError
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
-from laserkv_gguf.llama.sequence import MAIN, PROBE, SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Held, Needs, Policy, checked
-from laserkv_gguf.timings import Timings, step
+from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
+from laserkv_gguf.policies import Candidates, Held, Policy, checked
+from laserkv_gguf.reading.asking import Arrays, Asked, Asker, Drafts, ProbeSettings
+from laserkv_gguf.timings import Timings
 
 log = logging.getLogger(__name__)
 
-# Drafts are copied where so many in a row stand in the text, so many times at most.
-COPIED, REPEATED = 4, 3
 WORTH_GATHERING = 0.9  # of the cells are taken: above that there is little to gain
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """How a block is asked what the question needs of it; None for what the policy says.
-
-    Attributes:
-        tokens: of the question's own text, the last so many join the probe, and with them what the
-            template puts after it; 0 for everything after the document.
-        lookahead: tokens drafted after the question while the block is whole; they join too.
-        observation: where no question is known, the block's own last tokens ask instead
-            (SnapKV, arXiv 2404.14469).
-        reach: most drafts while the answer is being copied out of the text: those go on, or a key
-            of many digits would be kept as far as `lookahead` only. None for the policy's own, or
-            for `lookahead` where that is given.
-        rounds: most batches that the question and drafts of one block are decoded in, once a block
-            before has drafts: what of those is not checked by then asks as it is. What is being
-            copied is always checked.
-    """
-
-    tokens: int | None = None
-    lookahead: int | None = None
-    observation: int | None = None
-    reach: int | None = None
-    rounds: int = 3
-
-    def completed(self, needs: Needs) -> tuple[int, int, int]:
-        """(tokens, lookahead, observation), with the policy's own where none are given."""
-        return (
-            needs.probe_tokens if self.tokens is None else self.tokens,
-            needs.lookahead if self.lookahead is None else self.lookahead,
-            needs.observation if self.observation is None else self.observation,
-        )
-
-    def most_drafts(self, needs: Needs) -> int:
-        """Most tokens drafted after the question: what there must be cells for."""
-        most = needs.most_drafts(self.lookahead)
-        return max(most, self.reach or 0) if most else 0
 
 
 @dataclass(frozen=True)
@@ -125,87 +85,6 @@ class Reading:
         where = np.full(len(self.tokens), -1, np.int64)
         where[self.kept] = start + (np.arange(len(self.kept)) if compact else self.kept)
         return where
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What looks at the candidates: the question's end and the drafts, or tokens in their place.
-
-    Attributes:
-        queries: (layers, probe tokens, heads, head_dim) float32.
-        own: (layers, probe tokens, heads) float32: log-sum-exp over the keys of the question and
-            the drafts themselves, each up to the token that asks; None where no policy wants it,
-            or where tokens of the block ask.
-        at: (probe tokens,) int64, their positions.
-    """
-
-    queries: NDArray[np.float32]
-    own: NDArray[np.float32] | None = None
-    at: NDArray[np.int64] | None = None
-
-    def with_more(self, keys: Iterable[NDArray[Any]]) -> NDArray[np.float32] | None:
-        """`own` joined by other keys that all of these tokens see; None where there are none."""
-        from laserkv_gguf import kernels
-
-        sums = self.own
-        for part in keys:
-            seen = kernels.log_sums(self.queries, part)
-            sums = seen if sums is None else np.logaddexp(sums, seen)
-        return sums
-
-
-@dataclass
-class Drafts:
-    """What the model drafted when it was last asked, and how far that is worth guessing again.
-
-    Attributes:
-        tokens: the drafts.
-        trust: the most that are guessed at a time.
-        seen: tokens that an answer may copy from: those that the question sees.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    trust: int = sys.maxsize
-    seen: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
-
-    def following(self, drafts: list[int]) -> list[int]:
-        """What may come next: what followed the last of these drafts before, or in the text."""
-        if not drafts:
-            return self.tokens[: self.trust]
-        before = np.array(self.tokens, np.int32)
-        for text, width in ((before, 2), (self.seen, 3), (self.seen, 2), (before, 1)):
-            found = _after(text, drafts[-width:]) if len(drafts) >= width else -1
-            if found >= 0:
-                return [int(token) for token in text[found : found + self.trust]]
-        return []
-
-    def copied(self, drafts: list[int]) -> list[int] | None:
-        """What comes next in the text, where these drafts are being copied out of it; else None.
-
-        The last few stand there as they are; but a text that says the same over and over (noise, a
-        table's heads) is not an answer.
-        """
-        if len(drafts) < COPIED:
-            return None
-        found = _all_after(self.seen, drafts[-COPIED:])
-        if not 0 < len(found) <= REPEATED:
-            return None
-        start = int(found[-1])
-        return [int(token) for token in self.seen[start : start + self.trust]]
-
-
-def _after(text: Tokens, words: list[int]) -> int:
-    """Where the text goes on after the last time that these tokens stand in it; -1 if nowhere."""
-    ends = _all_after(text, words)
-    return int(ends[-1]) if len(ends) else -1
-
-
-def _all_after(text: Tokens, words: list[int]) -> NDArray[np.int64]:
-    """Where the text goes on after all the times that these tokens stand in it, ascending."""
-    ends = np.arange(len(words), len(text))
-    for back, token in enumerate(reversed(words), 1):
-        ends = ends[text[ends - back] == token]
-    return ends
 
 
 @dataclass
@@ -269,16 +148,14 @@ class Reader:
     ) -> None:
         self.context, self.policy = context, policy
         self.limit = context.cells  # cells that the sequence may take; fewer where others have some
-        settings = probe or ProbeSettings()
-        self.asking, self.lookahead, self.observation = settings.completed(policy.needs)
-        self.reach, self.rounds = settings.most_drafts(policy.needs), settings.rounds
         self.compact = compact
-        self.main, self.scratch = Sequence(context, sequence), Sequence(context, PROBE)
+        self.main = Sequence(context, sequence)
+        self.asker = Asker(context, self.main, policy.needs, probe or ProbeSettings())
         self.spare = Sequence(context, SPARE)
         self._all: tuple[_State, Asked | None] | None = None
         self._rotation: rope.Rotation | None = None
         self._on_device = scoring == "device" and policy.needs.attention
-        self._arrays: dict[str, NDArray[Any]] = {}
+        self._arrays = Arrays(context, precise=policy.needs.precise)
         self._reads: _State | None = None  # while a block is being looked at
 
     def read(
@@ -377,7 +254,7 @@ class Reader:
     def forget(self) -> None:
         """Empties the sequence, and those that reading needs beside it."""
         self._all = None
-        for sequence in (self.main, self.scratch, self.spare):
+        for sequence in (self.main, self.asker.scratch, self.spare):
             sequence.remove()
 
     def _forget_from(self, start: int) -> None:
@@ -439,7 +316,7 @@ class Reader:
         wanted: dict[str, tuple[NDArray[Any], int] | None] = {}
         if self._scores_later(state, block):
             for kind in self._seen():
-                array = self._array(kind, self._rows(state.budget))
+                array = self._arrays.of(kind, self._rows(state.budget))
                 wanted[kind] = (array[:, held : held + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
         if needs.block_queries and (block.evicts or self._observes(state, block)):
@@ -448,7 +325,7 @@ class Reader:
             queries = self._observed(block)
             wanted["queries"] = (queries, block.tokens - queries.shape[1])
         if block.evicts and state.question is None and self._observes_own(wanted):
-            keys = self._array("own_keys", min(self.observation, block.tokens))
+            keys = self._arrays.of("own_keys", min(self.asker.observation, block.tokens))
             wanted["keys"] = (keys, block.tokens - keys.shape[1])
         try:
             with state.timings.spent("decode"), self.context.probe.armed(**wanted):
@@ -507,14 +384,14 @@ class Reader:
 
     def block_queries(self, block: Block) -> NDArray[Any]:
         """Where the queries of a block's tokens are captured: (layers, tokens, heads, head_dim)."""
-        return self._array("block_queries", block.tokens)
+        return self._arrays.of("block_queries", block.tokens)
 
     def _observes_own(self, wanted: Mapping[str, Any]) -> bool:
         """Whether keys of the block's last tokens are needed that are on the device only."""
         return self._on_device and self.policy.needs.outside and "keys" not in wanted
 
     def _observed(self, block: Block) -> NDArray[Any]:
-        return self._array("queries", min(self.observation, block.tokens))
+        return self._arrays.of("queries", min(self.asker.observation, block.tokens))
 
     # 2
 
@@ -528,18 +405,18 @@ class Reader:
             return None
         if state.question is None:
             if self.policy.needs.block_queries:
-                last = self.block_queries(block)[:, -self.observation :]
+                last = self.block_queries(block)[:, -self.asker.observation :]
                 queries = last.astype(np.float32)
             else:
                 queries = self._observed(block)
             return Asked(queries, at=self._positions(state)[-queries.shape[1] :])
-        probe = len(state.question) + self.lookahead
-        short = self.lookahead > 0 and state.last(block) and block.tokens <= probe
+        probe = len(state.question) + self.asker.lookahead
+        short = self.asker.lookahead > 0 and state.last(block) and block.tokens <= probe
         if state.asked is None or self.compact or not short:
             state.drafts.seen = state.tokens[state.kept]
             with state.timings.spent("probe"):
                 room = self.limit - state.start - len(state.kept)
-                state.asked = self.ask(
+                state.asked = self.asker.ask(
                     state.question, self._position(state), state.drafts, room=room
                 )
         return state.asked
@@ -552,127 +429,6 @@ class Reader:
         """
         if self.policy.needs.value_norms == "output":
             self.context.probe.use_factors(output.factors(self.context.model))
-
-    def ask(
-        self,
-        question: Prompt,
-        position: int,
-        drafts: Drafts | None = None,
-        *,
-        lookahead: int | None = None,
-        shared: bool = False,
-        room: int | None = None,
-    ) -> Asked:
-        """Queries of the question's end and of drafts after it, asked at a position.
-
-        In the scratch sequence, which is dropped whatever happens.
-
-        Args:
-            position: right after the last token that is seen.
-            drafts: of the time the same was asked before, replaced by this time's.
-            lookahead: tokens drafted; None for as many as the reader was made with, and 0 for none,
-                which is when nothing is copied either.
-            shared: the scratch sequence has what the question is to see; else it sees all.
-            room: free cells; where they are few, what is copied ends earlier. None for enough.
-        """
-        lookahead = self.lookahead if lookahead is None else lookahead
-        asking = len(question)
-        if self.asking:
-            asking = min(self.asking + question.ending, asking)
-        reach = self.reach if room is None else min(self.reach, room - len(question))
-        most = max(lookahead, reach) if lookahead else 0
-        queries, keys = self._array("queries", asking + most), None
-        if self.policy.needs.outside:
-            keys = self._array("own_keys", len(question) + most)
-        if not shared:
-            self.main.share_with(self.scratch)
-        try:
-            drafted = self._draft(
-                question, position, asking, lookahead, queries, keys, drafts or Drafts()
-            )
-        finally:
-            self.scratch.remove()
-        found = np.ascontiguousarray(queries[:, : asking + drafted])
-        at = position + len(question) - asking + np.arange(asking + drafted)
-        if keys is None:
-            return Asked(found, at=at)
-        from laserkv_gguf import kernels
-
-        seen = len(question) - asking + 1 + np.arange(asking + drafted)
-        with kernels.threads(self.context.threads):
-            own = kernels.log_sums(found, keys[:, : len(question) + drafted], visible=seen)
-        return Asked(found, own, at)
-
-    def _draft(
-        self,
-        question: Prompt,
-        start: int,
-        asking: int,
-        lookahead: int,
-        queries: NDArray[np.float32],
-        keys: NDArray[np.float32] | None,
-        before: Drafts,
-    ) -> int:
-        """Decodes the question, then greedy drafts until the answer ends; returns their number.
-
-        What was drafted a block ago is decoded along as a guess, for most blocks change little
-        about the answer: the tokens that the model would draft again stay, and cost one batch
-        instead of one decode each. The last of `rounds` batches takes the rest of them unchecked:
-        where an answer can be worded in many ways, drafting it anew for every block would cost
-        more than all else and find nothing more. An answer that is being copied out of the text has
-        one wording: what follows there is the guess, and drafting goes on as long as it is right.
-        """
-        context, most = self.context, int(queries.shape[1]) - asking
-        drafts: list[int] = []
-        fed, first = question.tokens.tolist(), len(question) - asking
-        rounds = self.rounds if before.tokens else lookahead + 1
-        while True:
-            rounds -= 1
-            copied = before.copied(drafts) if most > lookahead else None
-            limit = lookahead if copied is None else most
-            left = min(max(limit - len(drafts), 0), context.options.outputs - 1)
-            checks = rounds > 0 or copied is not None
-            if copied is not None:
-                guess = copied
-            else:
-                guess = before.following(drafts) if checks else before.tokens[len(drafts) :]
-            guess = guess[:left]
-            row = asking + len(drafts) - 1 if drafts else 0
-            rows = queries[:, row : row + len(fed) - first + len(guess)]
-            position = start + (len(question) + len(drafts) - 1 if drafts else 0)
-            outputs = len(guess) + 1 if left and checks else 0
-            own = None
-            if keys is not None:
-                own = (keys[:, position - start : position - start + len(fed) + len(guess)], 0)
-            armed = context.probe.armed(queries=(rows, first), keys=own)
-            with step("lookahead" if drafts else "probe"), armed:
-                tokens = np.array([*fed, *guess], np.int32)
-                context.decode(tokens, position, PROBE, outputs=outputs)
-            agreed = 0
-            for index in range(outputs):
-                token = int(context.logits(index - outputs).argmax())
-                if context.model.ends_generation(token):
-                    left = 0
-                    break
-                if index == len(guess) or token != guess[index]:
-                    break
-                drafts.append(token)
-                agreed += 1
-            if not checks:
-                drafts += guess
-                left = 0
-            elif guess:
-                before.trust = 2 + 2 * agreed
-            if left and len(drafts) >= lookahead:  # what comes next may be copied all the same
-                goes_on = len(drafts) < most and before.copied([*drafts, token]) is not None
-                left = left if goes_on else 0
-            if not left:
-                before.tokens = drafts
-                return len(drafts)
-            if agreed < len(guess):
-                self.scratch.remove(position + len(fed) + agreed, -1)
-            drafts.append(token)
-            fed, first = [token], 0
 
     # 3
 
@@ -687,7 +443,7 @@ class Reader:
         """The tokens first … last - 1 of those that are held, as a policy sees them."""
         needs = self.policy.needs
         held = {
-            kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
+            kind: self._arrays.of(kind, self._rows(state.budget))[:, : len(state.held)]
             for kind in self._seen()
         }
         views: dict[str, Any] = {kind: array[:, first:last] for kind, array in held.items()}
@@ -735,7 +491,7 @@ class Reader:
     def _held(self, state: _State, first: int) -> Held:
         """What the host holds, of which a policy's candidates begin with number `first`."""
         arrays = {
-            kind: self._array(kind, self._rows(state.budget))[:, : len(state.held)]
+            kind: self._arrays.of(kind, self._rows(state.budget))[:, : len(state.held)]
             for kind in self._seen()
             if kind in ("keys", "values")
         }
@@ -804,9 +560,9 @@ class Reader:
             asking = np.arange(block.end - asked.queries.shape[1], block.end)
             whole = max(last, int(np.searchsorted(state.held, asking[0], side="right")))
             late = state.held[whole:]
-            own = self._array("own_keys", min(self.observation, block.tokens))
+            own = self._arrays.of("own_keys", min(self.asker.observation, block.tokens))
             if "keys" in self._seen():
-                own = self._array("keys", self._rows(state.budget))[:, : len(state.held)]
+                own = self._arrays.of("keys", self._rows(state.budget))[:, : len(state.held)]
             with kernels.threads(self.context.threads):
                 keys = own[:, own.shape[1] - len(late) :]
                 visible = np.searchsorted(late, asking, side="right")
@@ -860,7 +616,7 @@ class Reader:
         # what was kept before stays where it is
         stays = int(np.count_nonzero(taken == np.arange(len(taken))))
         for kind in self._seen():
-            array = self._array(kind, self._rows(state.budget))
+            array = self._arrays.of(kind, self._rows(state.budget))
             if stays < len(taken):
                 array[:, stays : len(taken)] = array[:, taken[stays:]]
             if kind == "keys" and self._rotation is not None and state.shifts is not None:
@@ -890,15 +646,3 @@ class Reader:
         if self.compact:
             return state.start + len(state.kept)
         return state.start + (int(state.kept[-1]) + 1 if len(state.kept) else 0)
-
-    def _array(self, kind: str, tokens: int) -> NDArray[Any]:
-        """A view of `tokens` rows of an array that is made once and grows only when it must."""
-        array = self._arrays.get(kind)
-        if array is None or array.shape[1] < tokens:
-            precise = kind in ("queries", "own_keys") or self.policy.needs.precise
-            array = self._arrays[kind] = self.context.probe.new(
-                {"block_queries": "queries", "own_keys": "keys"}.get(kind, kind),
-                tokens,
-                np.float32 if precise else np.float16,
-            )
-        return array[:, :tokens]

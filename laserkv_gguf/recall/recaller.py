@@ -42,7 +42,8 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.planning.settings import BITS, RecallSettings
 from laserkv_gguf.policies import Candidates, Held, checked
-from laserkv_gguf.reading.reader import Asked, Drafts, Reader, Reading
+from laserkv_gguf.reading.asking import Asked, Drafts
+from laserkv_gguf.reading.reader import Reader, Reading
 from laserkv_gguf.recall.signatures import Signatures
 from laserkv_gguf.recall.store import DiskStore, Store
 
@@ -364,7 +365,7 @@ class Recaller:
 
     def go_back(self, kept: Indices) -> None:
         """Makes the cache what it was, wherever the work was stopped."""
-        self.reader.scratch.remove()
+        self.reader.asker.scratch.remove()
         self.spare.remove()
         first, last = self._protected
         if last > first:
@@ -405,7 +406,7 @@ class Recaller:
         memory: dict[str, Any] = {}
         drafts = Drafts()
         # room for all drafts, whatever stands there from the question before
-        probing = len(question) + max(reader.lookahead, reader.reach) + others
+        probing = len(question) + max(reader.asker.lookahead, reader.asker.reach) + others
         beside = self._beside(position, hidden)
         for block in budget.blocks:
             inside[block.start : block.end] = True
@@ -420,7 +421,7 @@ class Recaller:
                 drafts.seen = self.tokens[inside[: len(self.tokens)]]
                 taken = others + int(np.count_nonzero(self.position_of >= 0))
                 room = reader.available - taken
-                asked = reader.ask(question, position, drafts, shared=True, room=room)
+                asked = reader.asker.ask(question, position, drafts, shared=True, room=room)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
                 if not self.policy.needs.outside_kept:
@@ -527,7 +528,7 @@ class Recaller:
 
     def _show(self, block: Block, hidden: tuple[tuple[int, int], ...]) -> None:
         """Makes the scratch sequence what the question sees with this block."""
-        scratch = self.reader.scratch
+        scratch = self.reader.asker.scratch
         if self._rotation is not None:
             self.main.share_with(scratch)
         else:
@@ -549,8 +550,8 @@ class Recaller:
         ends = np.arange(self.budget.tokens)
         ends = ends[(ends < first) | (ends >= last)]
         kept, beside = self.kept, self._beside(position, ())
-        for lookahead in (0, self.reader.lookahead) if self.reader.lookahead else (0,):
-            asked = self.reader.ask(question, position, lookahead=lookahead, room=room)
+        for lookahead in (0, self.reader.asker.lookahead) if self.reader.asker.lookahead else (0,):
+            asked = self.reader.asker.ask(question, position, lookahead=lookahead, room=room)
             if self._rope is not None and asked.at is not None:
                 self._rope.turn(asked.queries, -asked.at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
