@@ -42,7 +42,7 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.llama.trial import extra_buffers_work
-from laserkv_gguf.recall.recaller import Signatures
+from laserkv_gguf.recall.signatures import Signatures
 
 TOPICS = (
     "garden gate",

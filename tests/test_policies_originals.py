@@ -530,7 +530,7 @@ def test_units_are_noted_as_they_were_read(
         assert isinstance(recaller, Recaller)
         truth = [infllm(spec, block, 8, 4, 30) for block in given]
         assert len(truth) == len(reading.budget.blocks)
-        assert np.abs(recaller.index["means"] - np.concatenate(truth, axis=1)).max() < 5e-3
+        assert np.abs(recaller.way.index["means"] - np.concatenate(truth, axis=1)).max() < 5e-3
         for block, then in zip(reading.budget.blocks, given, strict=True):
             # all that was in the cache, anchors and earlier units too
             assert len(then.around.tokens) == block.kept_before + block.tokens

@@ -44,10 +44,11 @@ from laserkv_gguf.kernels.hamming import hamming_votes
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
+from laserkv_gguf.planning.settings import RecallSettings
 from laserkv_gguf.policies import Candidates
 from laserkv_gguf.reading.asking import Asked
 from laserkv_gguf.recall import store
-from laserkv_gguf.recall.recaller import Recaller, RecallSettings
+from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.store import DiskStore, Store
 
 WHOLE = {"values": "norm", "softmax": "all", "over": "max"}
@@ -366,12 +367,12 @@ def test_any_number_of_moves_is_no_move(
         context.decode(asked, count, SPARE, outputs=1)
         expected = context.logits()
         Sequence(context, SPARE).remove()
-        first, last = recaller._protected
+        first, last = recaller.movable
         for move in range(300):
             inside = random.random(count) < random.random()
             inside[:first] = inside[last:] = True
             tokens = np.flatnonzero(inside)
-            recaller._arrange((tokens, tokens))
+            recaller.arrange((tokens, tokens))
             if move % 50 == 0:
                 positions, *now = whole(recaller)
                 assert np.array_equal(positions, tokens)
@@ -411,14 +412,14 @@ def test_only_what_changes_is_moved(loaded: Loaded, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(rows, "put", watched_put)
         monkeypatch.setattr(Sequence, "remove", watched_remove)
         kept = recaller.kept
-        recaller._arrange((kept, kept))
+        recaller.arrange((kept, kept))
         assert not put
         assert not removed
-        first, last = recaller._protected
+        first, last = recaller.movable
         inner = kept[(kept >= first) & (kept < last)]
         out = np.setdiff1d(np.arange(first, last), kept)
         changed = np.sort(np.concatenate((np.setdiff1d(kept, inner[:3]), out[[0, 5, 9]])))
-        recaller._arrange((changed, changed))
+        recaller.arrange((changed, changed))
         assert put == [out[[0, 5, 9]].tolist()]
         assert sum(end - start for start, end in removed) == 3
 
@@ -446,7 +447,7 @@ def test_compacted_rows_are_turned_once(loaded: Loaded) -> None:
         assert talk.reading is not None
         kept = talk.reading.kept
         held = positions < begins
-        anchors_and_pool = recaller._protected[1]
+        anchors_and_pool = recaller.movable[1]
         early = int(np.count_nonzero(kept < anchors_and_pool))
         assert positions[held][:early].tolist() == list(range(early))  # no gaps
         assert positions[held][-1] == begins - 1
@@ -855,13 +856,13 @@ def test_units_of_the_whole_document(name: str, positions: str, loaded: Loaded) 
             weights /= weights.sum(axis=3, keepdims=True)
             scores = weights.max(axis=2).sum(axis=(0, 1))
         else:
-            means = recaller.index["means"].astype(float)
+            means = recaller.way.index["means"].astype(float)
             assert means.shape == (SPEC.layers, len(units), kv * group, SPEC.head_dim)
             # they are turned the other way
             back = tiny._angles(SPEC, np.array([local - 1]), None)
             means = np.stack([tiny._rope(SPEC, layer, back) for layer in means])
             scores = np.einsum("lqhd,luhd->u", plain, means)
-        first, last = recaller._protected
+        first, last = recaller.movable
         room = budget.kept - first - (budget.tokens - last)
         best: list[int] = []
         for unit in np.argsort(-np.array(scores), kind="stable"):

@@ -8,6 +8,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive
 from laserkv_gguf.planning.settings import BITS
 from laserkv_gguf.recall.recaller import Recaller
+from laserkv_gguf.recall.replay import Replay
 from laserkv_gguf.saving.schema import INDEX, Saved
 
 
@@ -22,13 +23,16 @@ def tensors(recaller: Recaller, prefix: str = "") -> Iterator[archive.Tensor]:
     for name, row in (("keys", store.key_bytes), ("values", store.value_bytes)):
         shape = (store.layers, store.tokens, row)
         yield archive.Tensor(prefix + name, "uint8", shape, store.all(name))
-    if recaller.signatures is not None and recaller.signatures.centre is not None:
-        yield archive.whole(f"{prefix}centre", recaller.signatures.centre)
-        codes = recaller.signatures.codes
+    way = recaller.way
+    if isinstance(way, Replay):
+        return
+    if way.signatures is not None and way.signatures.centre is not None:
+        yield archive.whole(f"{prefix}centre", way.signatures.centre)
+        codes = way.signatures.codes
         yield archive.Tensor(f"{prefix}signatures", "uint64", codes.shape, iter(codes))
-    if recaller.index:
-        yield archive.whole(f"{prefix}units", recaller.units)
-        for name, array in recaller.index.items():
+    if way.index:
+        yield archive.whole(f"{prefix}units", way.units)
+        for name, array in way.index.items():
             yield archive.whole(prefix + INDEX + name, array)
 
 
@@ -52,13 +56,14 @@ def park(recaller: Recaller, file: Saved, prefix: str = "") -> None:
         store.write(
             file.rows(keys, first, end), file.rows(values, first, end), positions[first:end]
         )
-    if recaller.mode == "replay":
+    way = recaller.way
+    if isinstance(way, Replay):
         return
     same = settings["policy"] == recaller.policy.name
-    index, signatures = prefix + INDEX, recaller.signatures
+    index, signatures = prefix + INDEX, way.signatures
     if recaller.policy.unit and f"{prefix}units" in file.tensors and same:
-        recaller.units = file.whole(f"{prefix}units")
-        recaller.index = {
+        way.units = file.whole(f"{prefix}units")
+        way.index = {
             name.removeprefix(index): file.array(name)
             for name in file.tensors
             if name.startswith(index)
