@@ -270,13 +270,13 @@ def _build() -> Finding:
 
 
 def _devices() -> Finding:
-    from laserkv_gguf.llama import library
+    from laserkv_gguf.llama import devices
 
     said = ", ".join(
         f"{device.description} ({device.free / 2**30:.1f} of {device.total / 2**30:.1f} GiB free)"
-        for device in library.devices()
+        for device in devices.listed()
     )
-    if not library.can_offload() and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
+    if not devices.can_offload() and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         return Finding(
             "devices",
             DEGRADED,

@@ -91,15 +91,15 @@ check_offload() {
 import sys
 
 from laserkv_gguf import models
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Model
 
-gpus = [device for device in library.devices() if device.kind == "gpu"]
-assert gpus, f"llama.cpp sees no GPU, only {[d.name for d in library.devices()]}"
+gpus = [device for device in devices.listed() if device.kind == "gpu"]
+assert gpus, f"llama.cpp sees no GPU, only {[d.name for d in devices.listed()]}"
 before = sum(device.free for device in gpus)
 with Model(models.find(sys.argv[1] or None)) as model, Context(model, 8192) as context:
-    after = sum(device.free for device in library.devices() if device.kind == "gpu")
+    after = sum(device.free for device in devices.listed() if device.kind == "gpu")
     print(f"{model.path.name}: {model.offloaded_layers} of {model.layers + 1} layers on the GPU")
     print("model buffers, bytes:", model.buffers)
     print("context buffers, bytes:", context.buffers)

@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from tiny import Tiny, TinySpec, forward, make, random_tokens
 
 from laserkv_gguf.benchmark import child, processes, report, tuning
+from laserkv_gguf.benchmark.job import of_length
 from laserkv_gguf.benchmark.plan import MEASURED, Benchmark, Plan, compare, growth, turns
 from laserkv_gguf.benchmark.processes import Processes
 from laserkv_gguf.benchmark.statistics import GROWING, exponent, ratio, ratios, spread
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.bare import Bare, BareSettings
 from laserkv_gguf.llama.capture import CaptureError, Probe
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -471,7 +472,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def here(job: dict[str, Any]) -> dict[str, Any]:
     """A job in this process, where its own is not what matters."""
-    found: dict[str, Any] = json.loads(json.dumps(child.KINDS[job["kind"]](job)))
+    found: dict[str, Any] = json.loads(json.dumps(child.measured(job)))
     return found
 
 
@@ -601,11 +602,12 @@ def test_the_full_cache_is_measured_without_numba(loaded: tuple[Tiny, Model]) ->
     """Its memory is llama.cpp's and Python's, not ours."""
     script = (
         "import sys; from laserkv_gguf.benchmark import child; import json;"
-        "child.full(json.loads(sys.argv[1]));"
+        "child.measured(json.loads(sys.argv[1]));"
         "print(*sorted(m for m in sys.modules if m in ('numba', 'laserkv_gguf.reading.reader')"
         "), 'end')"
     )
     job = {
+        "kind": "full",
         "model": str(loaded[0].path),
         "gpu_layers": None,
         "extra_buffers": False,
@@ -628,7 +630,7 @@ def test_the_full_cache_is_measured_without_numba(loaded: tuple[Tiny, Model]) ->
 
 @pytest.mark.parametrize("tokens", [1, 10, len(TEXT), 3 * len(TEXT)])
 def test_texts_of_a_length(loaded: tuple[Tiny, Model], tokens: int) -> None:
-    text = child.of_length(loaded[1], TEXT, tokens)
+    text = of_length(loaded[1], TEXT, tokens)
     assert len(text) == tokens
     assert f"{TEXT}\n\n{TEXT}\n\n{TEXT}\n\n{TEXT}".startswith(text)
 
@@ -716,7 +718,7 @@ def test_bench_full_writes_one_table(
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
     """With a driver and a compiler, but a llama.cpp that sees no GPU, it fails and says so."""
-    if library.can_offload():
+    if devices.can_offload():
         pytest.skip("there is a GPU")
     tools = tmp_path / "bin"
     tools.mkdir()

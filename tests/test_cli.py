@@ -21,7 +21,7 @@ from tiny import TinySpec, Variant, make, write_variant
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (
@@ -226,7 +226,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 def test_refused_in_one_line(
     name: str, files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "gpu layers" and library.can_offload():
+    if name == "gpu layers" and devices.can_offload():
         pytest.skip("this build has a GPU")
     monkeypatch.chdir(files.folder)  # so that no name is met by accident
     arguments, *patterns = REFUSED[name]
@@ -350,7 +350,7 @@ def test_beyond_the_trained_context_compacts_by_itself(
 def test_memory(
     command: str, files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    if any(device.kind == "gpu" for device in library.devices()):
+    if any(device.kind == "gpu" for device in devices.listed()):
         pytest.skip("the GPU's own memory is asked for")
     model = make(tmp_path, spec=WIDE).path
     given = f"{command} -m {model} -t 1 -ctk f32 -ctv f32 -c 2000000000".split()

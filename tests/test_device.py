@@ -24,7 +24,7 @@ from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.kernels import attention_consensus
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 from laserkv_gguf.llama import scorer as device
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
@@ -448,7 +448,7 @@ def test_gpu_scores_as_the_host(
     compact: bool, type_k: str, tolerance: float, offloaded: Loaded
 ) -> None:
     with offloaded.context(type_k=type_k, **GPU_OPTIONS) as context, open_scorer(context) as scorer:
-        kinds = {one.name: one.kind for one in library.devices()}
+        kinds = {one.name: one.kind for one in devices.listed()}
         assert [kinds[name] for name in scorer.devices] == ["gpu"]
     found = block_differences(offloaded, compact=compact, type_k=type_k, **GPU_OPTIONS)
     assert max(found) < tolerance

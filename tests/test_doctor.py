@@ -20,7 +20,7 @@ import llama_cpp
 
 from laserkv_gguf import doctor, models
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.llama import checks, library, trial
+from laserkv_gguf.llama import checks, devices, trial
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Model
 
@@ -196,7 +196,7 @@ def test_flash_attention_is_compared(tiny: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_nvidia_card_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "can_offload", lambda: False)
+    monkeypatch.setattr(devices, "can_offload", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     finding = doctor._devices()
     assert finding.state == "degraded"

@@ -15,7 +15,7 @@ from tiny import Tiny, TinySpec, forward, make, random_tokens
 
 from laserkv_gguf import LaserKV, policies
 from laserkv_gguf.budget import Budget
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.bare import Bare, BareSettings
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -55,13 +55,13 @@ def context(model: Model, flash: str, cells: int = 1024) -> Context:
 
 def test_all_layers_and_the_cache_are_on_the_gpu(loaded: Loaded) -> None:
     """As llama.cpp's log says, and as the memory of the device shows."""
-    assert library.can_offload()
+    assert devices.can_offload()
     assert loaded.gpu.offloaded_layers == SPEC.layers + 1
     assert loaded.cpu.offloaded_layers == 0
     assert any(not name.startswith("CPU") for name in loaded.gpu.buffers)
 
     def free() -> int:
-        return sum(device.free for device in library.devices() if device.kind == "gpu")
+        return sum(device.free for device in devices.listed() if device.kind == "gpu")
 
     before = free()
     with context(loaded.gpu, "on", 1 << 17) as large:

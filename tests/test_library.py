@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 LOADED = """
-from laserkv_gguf.llama import library
-library.devices(), library.ggml_base(), library.cpu_device()
+from laserkv_gguf.llama import devices, library
+devices.listed(), library.ggml_base(), devices.cpu()
 from laserkv_gguf.llama.capture import Probe
 Probe(1, 1, 1, 32).callback
 print(*sorted({line.split()[-1] for line in open("/proc/self/maps") if "ggml" in line}))

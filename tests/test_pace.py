@@ -23,7 +23,7 @@ pytest.importorskip("llama_cpp")
 import llama_cpp as L
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN
@@ -127,7 +127,7 @@ def test_tokens_computed_at_a_time(
     ):
         assert context.ubatch_size == L.llama_n_ubatch(context.handle) == on_cpu
         # with a GPU llama.cpp computes large batches there, whatever -ngl is
-        monkeypatch.setattr(library, "can_offload", lambda: True)
+        monkeypatch.setattr(devices, "can_offload", lambda: True)
         with Context(model, 1024, wanted) as context:
             assert context.ubatch_size == on_gpu
 

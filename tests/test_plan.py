@@ -32,7 +32,7 @@ from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.cli.plan import parse_size
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices, library
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import CACHE_TYPES, Model
 from laserkv_gguf.models.header import Header
@@ -774,7 +774,7 @@ def test_refused_in_one_line(
     files: Files,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if name == "no GPU" and library.can_offload():
+    if name == "no GPU" and devices.can_offload():
         pytest.skip("this build has a GPU")
     arguments, *patterns = REFUSED[name]
     model = "" if "-m" in arguments.split() else "-m {model} "

@@ -47,9 +47,10 @@ from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.planning.settings import RecallSettings
 from laserkv_gguf.policies import Candidates
 from laserkv_gguf.reading.asking import Asked
-from laserkv_gguf.recall import store
+from laserkv_gguf.recall import disk
+from laserkv_gguf.recall.disk import DiskStore
 from laserkv_gguf.recall.recaller import Recaller
-from laserkv_gguf.recall.store import DiskStore, Store
+from laserkv_gguf.recall.store import Store
 
 WHOLE = {"values": "norm", "softmax": "all", "over": "max"}
 ENDING = len("\n[assistant]")
@@ -606,7 +607,7 @@ FULL = """
 import resource, sys
 import numpy as np
 from laserkv_gguf.errors import LaserKVError
-from laserkv_gguf.recall.store import DiskStore
+from laserkv_gguf.recall.disk import DiskStore
 if sys.argv[2] == "start":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -666,7 +667,7 @@ def test_a_disk_that_fills_while_reading(
 
 HOLD = """
 import sys
-from laserkv_gguf.recall.store import DiskStore
+from laserkv_gguf.recall.disk import DiskStore
 store = DiskStore(10, 2, 64, 64, path=sys.argv[1])
 print("held", flush=True)
 sys.stdin.readline()
@@ -709,8 +710,8 @@ def test_rows_of_a_file(
     gap: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Neighbours, some near each other and some far apart, by themselves and all of them."""
-    monkeypatch.setattr(store, "_GAP", gap)
-    monkeypatch.setattr(store, "_PART", 1 << 15)
+    monkeypatch.setattr(disk, "_GAP", gap)
+    monkeypatch.setattr(disk, "_PART", 1 << 15)
     count, random = 1024, np.random.default_rng(0)
     one = DiskStore(count, 3, 256, 128, path=tmp_path / "rows")
     request.addfinalizer(one.close)

@@ -38,7 +38,7 @@ from laserkv_gguf.llama import state as llama_state
 from laserkv_gguf.llama.sampler import Sampler, Sampling
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.planning.settings import Settings
-from laserkv_gguf.recall.store import MAGIC, DiskStore
+from laserkv_gguf.recall.disk import MAGIC, DiskStore
 from laserkv_gguf.saving import conversation as saved_talk
 from laserkv_gguf.saving import document as saved_document
 from laserkv_gguf.saving import identity

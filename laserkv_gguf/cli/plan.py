@@ -162,13 +162,13 @@ def _card(vram: str) -> Memory:
 
 def _this_machine(gpu_layers: int) -> Memory:
     """The memory of the GPUs that llama.cpp can use here, else the RAM that is free."""
-    from laserkv_gguf.llama import library
+    from laserkv_gguf.llama import devices
     from laserkv_gguf.machine import free_ram
     from laserkv_gguf.planning.fits import Memory
 
-    devices = library.devices()
-    if gpu_layers != 0 and library.can_offload():
-        cards = [device for device in devices if device.kind in ("gpu", "igpu")]
+    found = devices.listed()
+    if gpu_layers != 0 and devices.can_offload():
+        cards = [device for device in found if device.kind in ("gpu", "igpu")]
         names = ", ".join(device.description for device in cards)
         return Memory(sum(device.free for device in cards), True, f"free on {names}")
     if gpu_layers > 0:
@@ -176,7 +176,7 @@ def _this_machine(gpu_layers: int) -> Memory:
             f"--gpu-layers {gpu_layers} asks for a GPU, and llama.cpp finds none here; "
             "say what card to plan for with --vram 8GiB"
         )
-    free = free_ram() or max((device.total for device in devices), default=0)
+    free = free_ram() or max((device.total for device in found), default=0)
     return Memory(free, False, "free RAM")
 
 

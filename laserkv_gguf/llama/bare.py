@@ -16,7 +16,7 @@ import numpy as np
 
 from laserkv_gguf.budget import padded
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices, library
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 from laserkv_gguf.llama.state import State, restore, save
 
@@ -103,7 +103,7 @@ class Bare:
 
     def _check_memory(self) -> None:
         """Asks before allocating: Linux grants more than there is and kills the process later."""
-        total = sum(device.total for device in library.devices() if device.kind == "cpu")
+        total = sum(device.total for device in devices.listed() if device.kind == "cpu")
         if self.model.gpu_layers == 0 and total and self.kv_bytes > total:
             raise UserError(
                 f"no memory for a full KV cache of {self.cells} cells: {self.kv_bytes} bytes"

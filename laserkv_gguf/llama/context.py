@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import PADDING, padded
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
-from laserkv_gguf.llama import library
+from laserkv_gguf.llama import devices, library
 from laserkv_gguf.llama.capture import AbortFlag, Probe
 from laserkv_gguf.llama.handle import closed_at_exit
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
@@ -163,7 +163,7 @@ class Context:
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()
-        self.ubatch_size = options.micro_batch(library.can_offload())
+        self.ubatch_size = options.micro_batch(devices.can_offload())
         # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
         # would change the last bits of an answer.
         plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -235,7 +235,7 @@ class Context:
             raise OutOfMemory(self._out_of_memory())
         if self.model.gpu_layers != 0:
             return
-        total = sum(device.total for device in library.devices() if device.kind == "cpu")
+        total = sum(device.total for device in devices.listed() if device.kind == "cpu")
         if total and self.kv_bytes > total:
             raise OutOfMemory(self._out_of_memory())
 

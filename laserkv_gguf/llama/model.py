@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import library, loadable
+from laserkv_gguf.llama import devices, library, loadable
 from laserkv_gguf.llama.handle import Handle, closed_at_exit
 from laserkv_gguf.models.header import check_plain, short
 
@@ -71,7 +71,7 @@ class Model:
         check_file(self.path)
         loadable.check(self.path)
         library.start()
-        offload = library.can_offload()
+        offload = devices.can_offload()
         if gpu_layers and gpu_layers > 0 and not offload:
             raise UserError(
                 f"--gpu-layers {gpu_layers} asks for a GPU, but this build of llama-cpp-python or "

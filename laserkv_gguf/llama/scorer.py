@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError
-from laserkv_gguf.llama import hadamard, library
+from laserkv_gguf.llama import devices, hadamard, library
 from laserkv_gguf.llama.capture import CaptureError
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import CACHE_TYPES, row_bytes
@@ -544,7 +544,7 @@ def _device_of(tensor: int) -> int:
     kind = ggml.backend_buffer_get_type(_field(tensor, _layout().buffer))
     device = ggml.backend_buft_get_device(kind)
     if not device and ggml.backend_buft_is_host(kind):  # plain memory belongs to none
-        device = library.cpu_device()
+        device = devices.cpu()
     if not device:
         raise DeviceError("the cache lies in memory of no known device")
     return int(device)

@@ -12,7 +12,8 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import moving, output, rows
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.reading.asking import Asked
-from laserkv_gguf.recall.parked import Indices, Parked
+from laserkv_gguf.recall.parked import Parked
+from laserkv_gguf.recall.store import Indices
 
 
 class Choosing:

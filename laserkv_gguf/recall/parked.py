@@ -25,9 +25,8 @@ from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.planning.settings import RecallSettings
 from laserkv_gguf.policies import Candidates, checked
 from laserkv_gguf.reading.reader import Reader, Reading
-from laserkv_gguf.recall.store import DiskStore, Store
-
-Indices = NDArray[np.int64]
+from laserkv_gguf.recall.disk import DiskStore
+from laserkv_gguf.recall.store import Indices, Store
 
 
 class Rows(Protocol):

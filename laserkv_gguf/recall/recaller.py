@@ -23,9 +23,10 @@ from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.planning.settings import RecallSettings
 from laserkv_gguf.reading.reader import Reader
-from laserkv_gguf.recall.parked import Indices, Parked
+from laserkv_gguf.recall.parked import Parked
 from laserkv_gguf.recall.replay import Replay
 from laserkv_gguf.recall.shortlist import Shortlist
+from laserkv_gguf.recall.store import Indices
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.reading.asking import Drafts
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.recall.choosing import Choosing
-from laserkv_gguf.recall.parked import Indices, Parked
+from laserkv_gguf.recall.parked import Parked
+from laserkv_gguf.recall.store import Indices
 
 
 class Replay:

@@ -21,8 +21,9 @@ from laserkv_gguf.policies import Candidates, Held
 from laserkv_gguf.reading.asking import Asked
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.recall.choosing import Choosing
-from laserkv_gguf.recall.parked import Indices, Parked
+from laserkv_gguf.recall.parked import Parked
 from laserkv_gguf.recall.signatures import Signatures
+from laserkv_gguf.recall.store import Indices
 
 SHORTLIST = 2.0  # tokens looked at exactly, in multiples of what is chosen
 
