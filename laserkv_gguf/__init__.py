@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.conversation.account import Account
     from laserkv_gguf.conversation.conversation import Conversation
     from laserkv_gguf.conversation.generation import Reply
+    from laserkv_gguf.conversation.many import Outcome, Request
     from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, UserError
     from laserkv_gguf.llama.context import ContextOptions
     from laserkv_gguf.llama.sampler import Sampling
@@ -25,7 +26,9 @@ __all__ = [
     "Conversation",
     "LaserKV",
     "LaserKVError",
+    "Outcome",
     "Reply",
+    "Request",
     "Sampling",
     "UserError",
 ]
@@ -38,7 +41,9 @@ _HOMES = {
     "Conversation": "conversation.conversation",
     "LaserKV": "api",
     "LaserKVError": "errors",
+    "Outcome": "conversation.many",
     "Reply": "conversation.generation",
+    "Request": "conversation.many",
     "Sampling": "llama.sampler",
     "UserError": "errors",
 }

@@ -6,13 +6,14 @@ about one document; a `Conversation` keeps documents and turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from laserkv_gguf.conversation.ageing import Compressing
 from laserkv_gguf.conversation.answer import Answer
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Reply
+from laserkv_gguf.conversation.many import Outcome, Request, ask_many
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.files import archive
 from laserkv_gguf.llama.sampler import Sampling
@@ -37,6 +38,8 @@ class LaserKV(Engine):
         aside: bytes of memory for conversations whose cells others want: they are put aside, the
             oldest beyond that in files, and come back bit for bit when they are asked next. None:
             they lose their cells, and have to be read again.
+        parallel: requests that may be under way at a time, from any threads; as many conversations
+            at least can stand in the cache.
         **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
             without a `ratio` each run keeps as much as fits into these cells.
 
@@ -135,6 +138,70 @@ class LaserKV(Engine):
             one_turn=True,
         )
         return conversation.begin(question, on_progress=on_progress)
+
+    async def aask(
+        self,
+        question: str,
+        *,
+        document: str | None = None,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_progress: Callable[[Progress], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """As `ask`, for an event loop: it computes in a thread, and a cancelled task drops it.
+
+        For the pieces as they come iterate over `stream` or `Conversation.ask` with `async for`.
+
+        Args:
+            question, document, system, max_tokens, sampling, stop: as of `ask`.
+            on_progress: called while reading, in the thread that reads.
+            on_text: called with each piece of the answer, in the loop's thread.
+
+        Raises:
+            UserError, Closed, Cancelled, LaserKVError: as of `ask`.
+        """
+        stream = self.stream(
+            question,
+            document=document,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            on_progress=on_progress,
+        )
+        async for piece in stream:
+            if on_text:
+                on_text(piece)
+        return stream.reply
+
+    def ask_many(self, requests: Iterable[Request]) -> Iterator[Outcome]:
+        """Answers many questions, `parallel` at a time; what ends first comes first.
+
+            for done in engine.ask_many(Request(q, document=text) for q in questions):
+                print(done.index, done.reply.text if done.reply else done.error)
+
+        Requests are taken as places become free, so there may be any number of them. What cannot
+        be answered has its error in its outcome, and the others go on. Closing the iterator stops
+        what is under way.
+
+        Raises:
+            Closed: the engine is closed.
+        """
+        self.access.check()
+        return ask_many(self._begin, requests, self.parallel)
+
+    def _begin(self, request: Request) -> Answer:
+        return self.stream(
+            request.question,
+            document=request.document,
+            system=request.system,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            stop=request.stop,
+        )
 
     def conversation(
         self,

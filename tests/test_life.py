@@ -7,6 +7,7 @@ would hang for ever.
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import gc
 import inspect
@@ -328,6 +329,8 @@ ENGINE_CALLS: dict[str, Callable[[LaserKV, Path], Any]] = {
     "__enter__": lambda engine, _: engine.__enter__(),
     "ask": lambda engine, _: engine.ask(QUESTION),
     "stream": lambda engine, _: engine.stream(QUESTION),
+    "aask": lambda engine, _: asyncio.run(engine.aask(QUESTION)),
+    "ask_many": lambda engine, _: engine.ask_many([]),
     "conversation": lambda engine, _: engine.conversation(document=DOCUMENT),
     "configure": lambda engine, _: engine.configure(ratio=0.5),
     "budget": lambda engine, _: engine.budget(100),

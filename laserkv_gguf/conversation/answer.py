@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 from weakref import ref
 
+from laserkv_gguf.conversation import asynchronous
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.engine.access import BUSY, Access
 from laserkv_gguf.errors import Cancelled, UserError
@@ -21,6 +22,9 @@ class Answer:
     same thread asks the next one (reading on then raises `Cancelled`), when the engine is closed
     (`Closed`), or at the end of a `with` block. Until then other threads wait. It may go from one
     thread to another, and be closed from any.
+
+    `async for piece in answer` reads it without making an event loop wait; a task that is cancelled
+    meanwhile, or leaves the loop, drops the answer. So does the end of an `async with` block.
 
     Raises:
         Closed: the engine is closed.
@@ -38,7 +42,7 @@ class Answer:
         self._access.check()
         self._step = threading.RLock()  # held while a piece is generated, or the rest dropped
         self.unwanted = False  # closed, perhaps before it had its turn
-        self._running = self._ended = False
+        self._running = self._ended = self._stopped = False
         self._why: Exception | None = None  # it was dropped
         # weakly: an answer that nobody knows any more must end now, not when the garbage is counted
         self._pieces = _inside(self._access, ref(self), start, self.reply)
@@ -54,6 +58,9 @@ class Answer:
             with self._step:
                 if self._why:
                     raise self._why
+                if self._stopped:
+                    self.drop(None)
+                    raise Cancelled("cancelled")
                 self.thread, self._running = threading.get_ident(), True
                 try:
                     return next(self._pieces)
@@ -67,12 +74,23 @@ class Answer:
                 finally:
                     self._running = False
 
-    def close(self) -> None:
-        """Drops the rest, and with it the turn; what is being generated is stopped."""
-        self.unwanted = True
+    def __aiter__(self) -> AsyncIterator[str]:
+        return asynchronous.pieces(self)
+
+    def stop(self) -> None:
+        """Has it end soon, without waiting for that: whoever reads on gets `Cancelled`."""
+        self.unwanted = self._stopped = True
         if self._running:
             self._access.cancel(self)
+
+    def close(self) -> None:
+        """Drops the rest, and with it the turn; what is being generated is stopped."""
+        self.stop()
         self.drop(None)
+
+    async def aclose(self) -> None:
+        """As `close`, for an event loop."""
+        await asynchronous.in_thread(self.close)
 
     def drop(self, why: Exception | None, timeout: float = -1) -> None:
         """As `close`, but waits for the piece that is being generated, and who reads on is told.
@@ -90,6 +108,7 @@ class Answer:
         try:
             if not self._ended:
                 self._why = why
+            self._stopped = False
             with self._access.at_work():
                 self._pieces.close()
         finally:
@@ -100,6 +119,12 @@ class Answer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
 
 def _inside(

@@ -75,8 +75,13 @@ class Engine:
         seed: int = 0,
         residents: int = 1,
         aside: int | None = None,
+        parallel: int = 1,
         **settings: Any,
     ) -> None:
+        if parallel < 1:
+            raise UserError(f"parallel is {parallel}; give at least 1 request at a time")
+        self.parallel = parallel
+        residents = max(residents, parallel)
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
