@@ -477,6 +477,6 @@ def test_gpu_scores_by_itself(tmp_path: Path) -> None:
             reply = engine.ask("Which ore?", document="tin copper ore " * 20, max_tokens=4)
             assert reply.account.scoring == "device"
             assert engine._readers is not None
-            assert "keys" not in next(iter(engine._readers.values()))._arrays
+            assert "keys" not in next(iter(engine._readers.values()))._arrays.held
     finally:
         one.model.close()

@@ -399,7 +399,9 @@ def test_a_plan_is_what_a_run_takes(policy: str, tiny: dict[str, Path]) -> None:
         reply = engine.ask("What?", document="x" * 700, max_tokens=9)
         opening = conversation._opening("What?")
         assert engine._readers is not None
-        held = sum(array.nbytes for array in next(iter(engine._readers.values()))._arrays.values())
+        reader = next(iter(engine._readers.values()))
+        arrays = (*reader._arrays.held.values(), *reader.asker._arrays.held.values())
+        held = sum(array.nbytes for array in arrays)
         chosen = engine.policy
     account = reply.account
     made = plan.make(
