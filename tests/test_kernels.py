@@ -510,6 +510,18 @@ def test_pool_averages_the_neighbours_that_exist(scores: list[float], width: int
     np.testing.assert_allclose(got, np.array(want, dtype=np.float32), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 3, 7, 15])
+@pytest.mark.parametrize("seed", range(4))
+def test_pool_does_not_average_over_gaps(width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.choice(60, 25, replace=False))
+    scores = rng.normal(size=25).astype(np.float32)
+    truth = [scores[np.abs(at - place) <= width // 2].mean() for place in at]
+    np.testing.assert_allclose(pool(scores, width, at), truth, rtol=1e-4, atol=1e-6)
+    whole = np.arange(25) + 100
+    np.testing.assert_array_equal(pool(scores, width, whole), pool(scores, width))
+
+
 def test_pool_details() -> None:
     scores = np.array([6.0, 0.0, 3.0], dtype=np.float32)
     for width in (1, 0, -4):
@@ -521,3 +533,5 @@ def test_pool_details() -> None:
         pool(scores, 4)
     with pytest.raises(ValueError, match="axis"):
         pool(np.zeros((2, 2)), 3)
+    with pytest.raises(ValueError, match="3 scores cannot be at"):
+        pool(np.zeros(3), 3, np.arange(2))

@@ -624,7 +624,7 @@ def test_laser_asks_for_what_its_options_need() -> None:
         ("values", "none, norm, output"),
         ("softmax", "candidates, ends, all"),
         ("over", "sum, max"),
-        ("shares", "equal, one"),
+        ("shares", "equal, one, best"),
     ],
 )
 def test_options_that_cannot_be(option: str, known: str) -> None:
@@ -644,9 +644,10 @@ def test_the_paper_is_as_it_was_published() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "ratio"), [(2048, 0.1), (2048, 0.05), (180, 0.1), (60, 0.05)])
-def test_one_pool_is_all_that_is_kept(tokens: int, ratio: float) -> None:
+@pytest.mark.parametrize("shares", ["one", "best"])
+def test_one_pool_is_all_that_is_kept(tokens: int, ratio: float, shares: str) -> None:
     """floor(r L) tokens, a few at both ends among them, after the first block as after the last."""
-    policy = policies.make("laser", shares="one")
+    policy = policies.make("laser", shares=shares)
     budget = policy.budget(tokens, 48, ratio, 4)
     total = int(ratio * tokens + 1e-9)
     assert budget.kept == total
@@ -672,6 +673,39 @@ def test_one_pool_chosen_anew(load: Callable[[str], Loaded]) -> None:
     truth = forward(one.weights, one.spec, one.tokens).values  # of the first layer nothing hides
     lengths = np.linalg.norm(truth[0, last.tokens], axis=-1)
     np.testing.assert_allclose(norms[0], lengths, rtol=2e-3)
+
+
+@pytest.mark.parametrize("pool", [1, 5])
+def test_what_was_found_once_keeps_its_best_score(pool: int) -> None:
+    """Every block against the formula: the largest of all scores a token was given so far."""
+    policy = Laser(pool=pool, values="norm", softmax="all", over="max", shares="best")
+    tokens, memory = np.arange(40), dict[str, Any]()
+    best: dict[int, float] = {}
+    for index in range(4):
+        given = made((2, 5, 4, 2, 16, len(tokens)), seed=index)
+        if index:
+            given["outside"] += 3  # more is seen: what was found before would lose anew
+        candidates = Candidates(
+            tokens,
+            (0, int(tokens[-1]) + 1),
+            index,
+            queries=given["queries"],
+            keys=given["keys"],
+            value_norms=given["weights"],
+            outside=given["outside"],
+            memory=memory,
+        )
+        scores = written_out(
+            given["queries"], given["keys"], given["weights"], given["outside"]
+        ).max(axis=0)
+        near = np.abs(tokens[:, None] - tokens) <= pool // 2
+        for token, score in zip(tokens.tolist(), (near @ scores) / near.sum(axis=1), strict=True):
+            best[token] = max(score, best.get(token, 0))
+        order = sorted(tokens.tolist(), key=lambda token: -best[token])
+        chosen = tokens[policy.select(candidates, 15)]
+        assert chosen.tolist() == sorted(order[:15])
+        tokens = np.concatenate((chosen, 40 * (index + 1) + np.arange(30)))
+    assert (tokens[:15] < 40).sum() > 5  # of the first block, though others came
 
 
 # ---- drafts that reach ----------------------------------------------------------------------

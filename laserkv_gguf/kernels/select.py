@@ -37,17 +37,22 @@ def top_k(scores: ArrayLike, k: int) -> NDArray[np.int64]:
 
 
 @step("select")
-def pool(scores: ArrayLike, width: int) -> NDArray[np.float32]:
+def pool(scores: ArrayLike, width: int, at: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
     """Centred moving average over ``width`` neighbours, so that a phrase is kept whole.
 
     ``scores`` (n,) -> (n,) float32. SnapKV (arXiv 2404.14469, section 4) pools its votes; it pads
     with zeros, which pulls the ends down. Here the ends average over the neighbours that exist.
     ``width`` <= 1 changes nothing. NaN and infinities reach their neighbours and no further.
-    Raises ValueError for an even ``width`` or scores with other than one axis.
+    With ``at`` (n,) int64, ascending, the places of the scores, neighbours are those no further
+    apart than half of ``width`` there: nothing is averaged over a gap.
+    Raises ValueError for an even ``width``, scores with other than one axis, or places that are
+    not as many.
     """
     values = np.asarray(scores)
     if values.ndim != 1:
         raise ValueError(f"scores must have one axis, got {values.shape}")
+    if at is not None and at.shape != values.shape:
+        raise ValueError(f"{values.size} scores cannot be at {at.shape} places")
     if width <= 1:
         return values.astype(np.float32)
     if width % 2 == 0:
@@ -56,6 +61,8 @@ def pool(scores: ArrayLike, width: int) -> NDArray[np.float32]:
     if n == 0:
         return np.empty(0, dtype=np.float32)
     reach = min(width // 2, n - 1)
+    if at is not None and at[-1] - at[0] == n - 1:
+        at = None  # no gaps
     # Shifted additions, not differences of a running sum: those lose small scores beside large
     # ones, and one NaN would spoil everything after it.
     total = values.astype(np.float64)
@@ -63,10 +70,17 @@ def pool(scores: ArrayLike, width: int) -> NDArray[np.float32]:
     count = np.ones(n, dtype=np.float64)
     with np.errstate(invalid="ignore"):
         for shift in range(1, reach + 1):
-            total[shift:] += wide[:-shift]
-            total[:-shift] += wide[shift:]
-            count[shift:] += 1.0
-            count[:-shift] += 1.0
+            if at is None:
+                total[shift:] += wide[:-shift]
+                total[:-shift] += wide[shift:]
+                count[shift:] += 1.0
+                count[:-shift] += 1.0
+                continue
+            near = np.flatnonzero(at[shift:] - at[:-shift] <= width // 2)
+            total[near + shift] += wide[near]
+            total[near] += wide[near + shift]
+            count[near + shift] += 1.0
+            count[near] += 1.0
         return (total / count).astype(np.float32)
 
 

@@ -20,7 +20,7 @@ PAPER_OPTIONS = {"values": "none", "softmax": "candidates", "over": "sum", "shar
 VALUES = ("none", "norm", "output")
 SOFTMAX = ("candidates", "ends", "all")
 OVER = ("sum", "max")
-SHARES = ("equal", "one")
+SHARES = ("equal", "one", "best")
 SINKS, RECENT = 4, 32  # of one pool: always kept
 RULES = ("fraction", "magicpig", "analytic")
 RESIDUALS = ("lsh", "keydiff", "leverage")
@@ -57,7 +57,9 @@ class Laser(Policy):
             scores, "max" (KVzip, arXiv 2505.23416).
         shares: "equal": every block keeps its own pool, as in the LASER paper; "one": one pool of
             all that is kept, chosen anew from itself and every block (FINCH, arXiv 2408.00167),
-            beside the first 4 and the last 32 tokens; `--protection-divisor` bounds these.
+            beside the first 4 and the last 32 tokens; `--protection-divisor` bounds these; "best":
+            the same, and a token stands there with the best score that any block's question gave
+            it, so that an answer which was found once is not lost to what is read after it.
         residual: what fills the (1 - α) part. "lsh": collisions, by `rule`; "keydiff": keys least
             like the others (arXiv 2504.15364); "leverage": keys that lie apart (2507.08143).
         seed: of the hash planes, and of leverage's sketch.
@@ -128,13 +130,16 @@ class Laser(Policy):
                 softmax="candidates" if self.softmax == "candidates" else "all",
                 over=self.over,
             )
-            kept[kernels.top_k(kernels.pool(scores, self.pool), exact)] = True
+            scores = kernels.pool(scores, self.pool, candidates.tokens)
+            if self.shares == "best":
+                scores = _best(scores, candidates)
+            kept[kernels.top_k(scores, exact)] = True
         if exact < budget:
             assert candidates.queries is not None
             assert candidates.keys is not None
             scores = self._residual(candidates.queries, candidates.keys)
             rest = np.flatnonzero(~kept)
-            scores = kernels.pool(scores, self.pool)[rest]
+            scores = kernels.pool(scores, self.pool, candidates.tokens)[rest]
             kept[rest[kernels.top_k(scores, budget - exact)]] = True
         return np.flatnonzero(kept)
 
@@ -156,6 +161,18 @@ class Laser(Policy):
             seed=self.seed,
             rule="magicpig" if self.rule == "magicpig" else "fraction",
         )
+
+
+def _best(scores: NDArray[np.float32], candidates: Candidates) -> NDArray[np.float32]:
+    """The scores, or better ones that earlier blocks' questions gave the same tokens."""
+    tokens, memory = candidates.tokens, candidates.memory
+    if "laser" in memory:
+        before, known = memory["laser"]
+        at = np.minimum(np.searchsorted(before, tokens), len(before) - 1)
+        again = before[at] == tokens
+        scores = np.where(again, np.fmax(scores, known[at]), scores)
+    memory["laser"] = tokens.copy(), scores
+    return scores
 
 
 @dataclass(frozen=True)
