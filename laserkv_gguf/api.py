@@ -21,7 +21,7 @@ from laserkv_gguf.reading.reader import Progress
 from laserkv_gguf.saving import conversation as saved_conversation
 from laserkv_gguf.saving import document as saved_document
 from laserkv_gguf.saving import schema
-from laserkv_gguf.saving.schema import Saved
+from laserkv_gguf.saving.file import Saved
 
 
 class LaserKV(Engine):

@@ -184,10 +184,10 @@ REFUSED = {
     "policy no module": ("{ask} --policy no.such:Thing", "no.such:Thing"),
     "alpha 2": ("{ask} --alpha 2", "--alpha is 2", "from 0 to 1"),
     "alpha nan": ("{ask} --alpha nan", "--alpha is nan", "from 0 to 1"),
-    "pool even": ("{ask} --pool 4", "--pool is 4", "odd"),
-    "pool 0": ("{ask} --pool 0", "--pool is 0", "odd"),
-    "hash bits": ("{ask} --hash-bits 0", "--hash-bits is 0", "1 to 16"),
-    "hash tables": ("{ask} --hash-tables 0", "--hash-tables is 0", "at least 1"),
+    "pool even": ("{ask} --policy-option pool=4", "pool is 4", "odd"),
+    "pool 0": ("{ask} --policy-option pool=0", "pool is 0", "odd"),
+    "hash bits": ("{ask} --policy-option hash_bits=0", "hash_bits is 0", "1 to 16"),
+    "hash tables": ("{ask} --policy-option hash_tables=0", "hash_tables is 0", "at least 1"),
     "threads of a batch": ("{ask} -tb 1000", "-tb 1000", "1 to 512"),
     "threads too many": ("{ask} -t 100000", "-t 100000", "1 to 512"),
     "lookahead too long": ("{ask} --lookahead 100000", "--lookahead is", "0 to a block"),
@@ -600,8 +600,8 @@ def test_a_question_that_cannot_be_read_for_does_not_end_the_chat(
 ENGINE = """
 -m --model -c --ctx-size -ngl --gpu-layers -fa --flash-attn -ctk --cache-type-k
 -ctv --cache-type-v -b --batch-size -ub --ubatch-size -t --threads -tb --threads-batch -s --seed
---policy --ratio --block-size --protection-divisor --alpha --lookahead --pool --hash-bits
---hash-tables --positions --scoring --debug --document --question -n --predict
+--policy --ratio --block-size --protection-divisor --alpha --lookahead
+--positions --scoring --debug --document --question -n --predict
 """
 SAMPLING = "--temp --top-k --top-p --min-p"
 BATCH = "--input --output --parallel --read-once --fail-fast --quiet"

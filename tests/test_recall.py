@@ -84,7 +84,6 @@ class Paper:
         self.loaded, self.mode = loaded, mode
         options = settings.get("policy_options", {})
         self.policy = policies.make(settings.get("policy", "laser"), seed=0, **options)
-        self.share = settings.get("recall_share", "all")
         self.tokens = list(first_turn("", TEXT)[0])
         self.count = len(self.tokens)
         self.budget = self.policy.budget(self.count, 40, 0.3, 4)
@@ -204,21 +203,9 @@ class Paper:
         for drafts in (0, 2):
             queries = self.queries(asked, self.kept, drafts)
             votes = pool(self.votes(queries, keys), 15)
-            spans = [(anchors, end, room)]
-            if self.share == "block":
-                spans, left = [], room
-                for block in self.budget.blocks:
-                    start, stop = max(block.start, anchors), min(block.end, end)
-                    part = left * (stop - start) // (end - start) if stop > start else 0
-                    left -= part
-                    spans.append((start, stop, part))
-                assert left == 0
-            chosen: set[int] = set()
-            for start, stop, part in spans:
-                near = start + top_k(votes[start:stop], 2 * part)
-                seen = self.candidates(near, (start, stop, 0), queries, ends)
-                chosen |= {int(near[i]) for i in self.policy.select(seen, part)}
-            self.kept = ends | chosen
+            near = anchors + top_k(votes[anchors:end], 2 * room)
+            seen = self.candidates(near, (anchors, end, 0), queries, ends)
+            self.kept = ends | {int(near[i]) for i in self.policy.select(seen, room)}
         return self.kept
 
     def votes(self, queries: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[Any]:
@@ -253,7 +240,6 @@ class Paper:
         ("replay", {"policy_options": {**WHOLE, "shares": "one", "over": "sum"}}),
         ("shortlist", {}),
         ("shortlist", {"policy_options": WHOLE}),
-        ("shortlist", {"recall_share": "block"}),
     ],
     ids=str,
 )
@@ -921,7 +907,6 @@ def test_votes_of_nothing_and_of_nonsense() -> None:
         ({"recall": "tape"}, "--recall tape is unknown; use off, ram, disk"),
         ({"recall_mode": "fast"}, "--recall-mode fast is unknown; use replay or shortlist"),
         ({"recall_file": "x"}, "--recall disk"),
-        ({"recall_share": "layer"}, "all or block"),
         ({"policy": "random"}, "does not look at the question"),
         ({"policy": "lagkv"}, "does not look at the question"),
         ({"policy": "compactor"}, "laser"),

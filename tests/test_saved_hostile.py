@@ -41,7 +41,7 @@ from laserkv_gguf.planning.settings import Settings
 from laserkv_gguf.recall.disk import MAGIC, DiskStore
 from laserkv_gguf.saving import conversation as saved_talk
 from laserkv_gguf.saving import document as saved_document
-from laserkv_gguf.saving import identity
+from laserkv_gguf.saving import fields, kinds
 from laserkv_gguf.saving import schema as saved_schema
 
 READ: dict[str, Any] = {"block_size": 64, "ratio": 0.3, "lookahead": 2}
@@ -346,7 +346,7 @@ def test_only_listed_flags_come_out_of_a_file() -> None:
     changed = {f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
     assert changed == {
         *("policy", "keep", "block_size", "protection_divisor", "alpha", "lookahead"),
-        *("probe_tokens", "pool", "hash_bits", "hash_tables", "positions", "recall"),
+        *("probe_tokens", "positions", "recall"),
         *("recall_mode", "flash_attn"),
     }
 
@@ -356,14 +356,13 @@ def _names(kind: Any) -> list[str]:
 
 
 def test_what_is_written_is_what_may_be_read() -> None:
-    assert set(identity.SETTINGS) == set(saved_schema.SETTINGS)
-    assert set(identity.SETTINGS) <= set(_names(Settings))
-    saved_schema.Fields(saved_schema.SETTINGS).check(
-        {**{name: getattr(Settings(), name) for name in identity.SETTINGS}}, ""
+    assert set(fields.SETTINGS) <= set(_names(Settings))
+    kinds.Fields(fields.SETTINGS).check(
+        {**{name: getattr(Settings(), name) for name in fields.SETTINGS}}, ""
     )
     for name in policies.available():  # defaults of every policy can be carried
         options = policies._options(policies.find(name))
-        saved_schema.Options().check(options, "policy_options")
+        fields.Options().check(options, "policy_options")
 
 
 def test_what_no_file_can_hold_is_not_saved(scene: Scene, tmp_path: Path) -> None:
@@ -501,7 +500,7 @@ CONTENTS: dict[str, tuple[str, Any, str]] = {
     # and what is parked of it
     "no document": ("recalling", _say("parked", 0, "number", value=2), "is no document"),
     "offset": ("recalling", _say("parked", 1, "offset", value=0), "stands in the wrong place"),
-    "first": ("recalling", _say("parked", 1, "first", value=True), "two first documents"),
+    "first": ("recalling", _say("parked", 1, "first", value=True), "wrong place"),
     "most": ("recalling", _say("parked", 0, "most", value=10**6), "most is 1000000, not"),
     "least": ("recalling", _say("parked", 0, "most", value=0), "most is 0, not"),
     "where": ("recalling", _set("parked 1.where", 0, 3), "where"),

@@ -658,9 +658,9 @@ def never(_: object) -> None:
         ({"positions": "somewhere"}, "--positions"),
         ({"policy": "lazer"}, "laser"),
         ({"alpha": 1.5}, "--alpha"),
-        ({"pool": 2}, "--pool"),
-        ({"hash_bits": 17}, "--hash-bits"),
-        ({"hash_tables": 0}, "--hash-tables"),
+        ({"pool": 2}, "pool is 2"),
+        ({"hash_bits": 17}, "hash_bits is 17"),
+        ({"hash_tables": 0}, "hash_tables is 0"),
     ],
 )
 def test_unusable_settings_name_their_flag(

@@ -17,7 +17,7 @@ from laserkv_gguf.shown import whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.generation import Reply
-    from laserkv_gguf.saving.schema import Saved
+    from laserkv_gguf.saving.file import Saved
 
 
 @with_options(EngineOptions, SamplingOptions)

@@ -36,9 +36,6 @@ _OF_FILES = {
             "alpha",
             "lookahead",
             "probe_tokens",
-            "pool",
-            "hash_bits",
-            "hash_tables",
             "positions",
             "recall",
             "recall_mode",
@@ -136,18 +133,6 @@ class EngineOptions:
         Optional[int],  # noqa: UP045
         Option("--probe-tokens", help="Last tokens of the question that probe; 0: all (laser: 8)."),
     ] = None
-    pool: Annotated[
-        Optional[int],  # noqa: UP045
-        Option("--pool", help="Neighbours that scores are averaged over (15); 1: none."),
-    ] = None
-    hash_bits: Annotated[
-        Optional[int],  # noqa: UP045
-        Option("--hash-bits", help="Bits of a hash signature (8)."),
-    ] = None
-    hash_tables: Annotated[
-        Optional[int],  # noqa: UP045
-        Option("--hash-tables", help="Hash tables (32)."),
-    ] = None
     positions: Annotated[
         str,
         Option("--positions", help="auto, original or compact (re-rotate keys to close gaps)."),
@@ -180,8 +165,8 @@ class EngineOptions:
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
-            "policy ratio keep block_size protection_divisor alpha lookahead probe_tokens pool "
-            "hash_bits hash_tables positions scoring recall recall_mode recall_file"
+            "policy ratio keep block_size protection_divisor alpha lookahead probe_tokens "
+            "positions scoring recall recall_mode recall_file"
         )
         from laserkv_gguf import policies
         from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS
@@ -229,7 +214,11 @@ class EngineOptions:
             value = saved.get(name)
             if value is not None and getattr(self, flag) == defaults[flag]:
                 setattr(self, flag, value)
-        options = saved.get("policy_options") or {}
+        fixed = ("pool", "hash_bits", "hash_tables")  # settings from Python, options here
+        options = {
+            **{name: saved.get(name) for name in fixed},
+            **(saved.get("policy_options") or {}),
+        }
         if self.policy == saved.get("policy") and self.policy_option is None:
             self.policy_option = [
                 f"{key}={value}" for key, value in options.items() if value is not None

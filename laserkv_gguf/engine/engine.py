@@ -615,8 +615,7 @@ class Engine:
         """
         self.access.check()
         if self.settings.recall == "off":
-            names = ("recall_mode", "recall_share")
-            settings = replace(self.settings, recall="ram", **{name: saved[name] for name in names})
+            settings = replace(self.settings, recall="ram", recall_mode=saved["recall_mode"])
             settings.recalling.check_policy(self.policy)
             self.settings = settings
 

@@ -14,7 +14,6 @@ POSITIONS = ("auto", "original", "compact")
 SCORING = ("host", "device")
 WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")
-SHARES = ("all", "block")
 BITS = 128  # of a parked token's signature, per layer and kv head
 
 
@@ -26,15 +25,12 @@ class RecallSettings:
         where: "ram" or "disk" to park rows in, "off" for no recall.
         mode: "replay" or "shortlist"; None for the policy's own way.
         file: of "disk"; None for one of our own.
-        share: whether all tokens of the document compete for all room ("all"), or those of each
-            block for its own ("block").
         first: the policy a document is read with before there is a question.
     """
 
     where: str = "off"
     mode: str | None = None
     file: str | None = None
-    share: str = "all"
     first: str = "keydiff"
 
     def check(self) -> None:
@@ -49,8 +45,6 @@ class RecallSettings:
             raise UserError(f"--recall-mode {self.mode} is unknown; use {' or '.join(MODES)}")
         if self.file is not None and self.where != "disk":
             raise UserError("--recall-file is where --recall disk parks rows; give that too")
-        if self.share not in SHARES:
-            raise UserError(f"recall_share is {self.share!r}; give {' or '.join(SHARES)}")
 
     def check_policy(self, policy: policies.Policy) -> None:
         """Refuses policies that recall cannot serve, and one that is nothing without it.
@@ -113,7 +107,7 @@ class Settings:
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
             of the document for every question of a conversation; "off" to lose them.
-        recall_mode, recall_file, recall_share, recall_first: see `RecallSettings`.
+        recall_mode, recall_file, recall_first: see `RecallSettings`.
     """
 
     policy: str = "laser"
@@ -132,7 +126,6 @@ class Settings:
     recall: str = "off"
     recall_mode: str | None = None
     recall_file: str | None = None
-    recall_share: str = "all"
     recall_first: str = "keydiff"
     keep: int | None = None
 
@@ -142,7 +135,6 @@ class Settings:
             self.recall,
             self.recall_mode,
             self.recall_file,
-            self.recall_share,
             self.recall_first,
         )
 

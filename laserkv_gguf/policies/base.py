@@ -376,7 +376,7 @@ def check_pool(pool: int) -> None:
         UserError: with the remedy in one line.
     """
     if pool < 1 or pool % 2 == 0:
-        raise UserError(f"--pool is {pool}; give an odd number of neighbours, 1 for none")
+        raise UserError(f"pool is {pool}; give an odd number of neighbours, 1 for none")
 
 
 class PolicyError(LaserKVError):

@@ -14,9 +14,16 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.base import Candidates, Needs, Policy, check_pool
 
 # LASER-KV as it was published, in the terms of `settings.Settings`
-PAPER = {"alpha": 0.75, "pool": 1, "lookahead": 0, "probe_tokens": 0}
-# and in those of the policy alone
-PAPER_OPTIONS = {"values": "none", "softmax": "candidates", "over": "sum", "shares": "equal"}
+PAPER = {"alpha": 0.75, "lookahead": 0, "probe_tokens": 0}
+# and in those of the policy alone; it ranks by the theoretical probability of a collision
+PAPER_OPTIONS: dict[str, Any] = {
+    "pool": 1,
+    "rule": "analytic",
+    "values": "none",
+    "softmax": "candidates",
+    "over": "sum",
+    "shares": "equal",
+}
 VALUES = ("none", "norm", "output")
 SOFTMAX = ("candidates", "ends", "all")
 OVER = ("sum", "max")
@@ -45,7 +52,8 @@ class Laser(Policy):
         hash_tables: signatures a key has (R).
         rule: what collisions are worth. "fraction": the share of the tables that collide;
             "magicpig": 1 from two tables on, else 0 (arXiv 2410.16179); "analytic": the fraction's
-            expected value, (1 - θ/π)^b with θ the angle of query and centred key, without a hash.
+            expected value, (1 - θ/π)^b with θ the angle of query and centred key, without a hash:
+            what the LASER paper ranks by.
         values: what an attention weight counts. "norm": times ‖v‖, the length of the token's value
             in its layer and kv head; "output": times what the value adds to the stream, ‖W_o v‖
             (CriticalKV, arXiv 2502.03805); "none": itself, as in the LASER paper.
@@ -104,9 +112,9 @@ class Laser(Policy):
         )
         object.__setattr__(self, "needs", needs)
         if not 1 <= self.hash_bits <= 16:
-            raise UserError(f"--hash-bits is {self.hash_bits}; give 1 to 16 bits a table")
+            raise UserError(f"hash_bits is {self.hash_bits}; give 1 to 16 bits a table")
         if self.hash_tables < 1:
-            raise UserError(f"--hash-tables is {self.hash_tables}; give at least 1 table")
+            raise UserError(f"hash_tables is {self.hash_tables}; give at least 1 table")
         if self.rule not in RULES:
             raise UserError(f"rule is {self.rule!r}; give {', '.join(RULES)}")
         if self.residual not in RESIDUALS:

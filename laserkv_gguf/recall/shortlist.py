@@ -7,7 +7,6 @@ looks up units (pages, blocks) notes what it wants of them while the document is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -124,31 +123,11 @@ class Shortlist:
 
         assert self.signatures is not None
         votes = kernels.pool(self.signatures.votes(asked.queries), getattr(self.policy, "pool", 1))
-        chosen = []
-        for index, (start, end, part) in enumerate(self._shares(room)):
-            near = start + kernels.top_k(votes[start:end], round(SHORTLIST * part))
-            if len(near) <= part:
-                chosen.append(near)
-                continue
-            seen = self.choosing.candidates(near, (start, end, index), asked, ends, beside, {})
-            chosen.append(self.choosing.select(seen, part))
-        return np.concatenate(chosen)
-
-    def _shares(self, room: int) -> Iterator[tuple[int, int, int]]:
-        """(start, end, tokens to choose): one share for all, or one for every block."""
-        first, last = self.parked.movable
-        if self.parked.settings.share == "all" or not self.parked.budget.accumulates:
-            yield first, last, room
-            return
-        left = room
-        for block in self.parked.budget.blocks:
-            start, end = max(first, block.start), min(last, block.end)
-            if start < end:
-                # what a short block cannot use, and rounding, goes to the blocks after it
-                part = min(end - start, left * (end - start) // (last - start))
-                left -= part
-                if part:
-                    yield start, end, part
+        near = first + kernels.top_k(votes[first:last], round(SHORTLIST * room))
+        if len(near) <= room:
+            return near
+        seen = self.choosing.candidates(near, (first, last, 0), asked, ends, beside, {})
+        return self.choosing.select(seen, room)
 
     def _whole_units(self, queries: NDArray[np.float32], room: int) -> Indices:
         """The policy's best units, without what is protected; the last one is cut."""

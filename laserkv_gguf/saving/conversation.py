@@ -18,10 +18,11 @@ from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive
 from laserkv_gguf.llama import state as llama_state
+from laserkv_gguf.saving import fields, schema
 from laserkv_gguf.saving import parked as parked_rows
-from laserkv_gguf.saving import schema
+from laserkv_gguf.saving.contents import prefix_of
+from laserkv_gguf.saving.file import Saved
 from laserkv_gguf.saving.identity import made_with
-from laserkv_gguf.saving.schema import Saved
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,6 @@ def save(conversation: Conversation, path: str | Path) -> int:
             "parked": [
                 {
                     "number": one.numbers[-1],
-                    "first": len(one.numbers) > 1,
                     "budget": asdict(one.recaller.budget),
                     "offset": one.recaller.offset,
                     "most": one.recaller.limit,
@@ -78,7 +78,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
         }
         tensors = [archive.whole(name, array) for name, array in arrays.items()]
         for one in conversation.sources.parked:
-            prefix, recaller = schema.prefix_of(one.numbers[-1]), one.recaller
+            prefix, recaller = prefix_of(one.numbers[-1]), one.recaller
             tensors += parked_rows.tensors(recaller, prefix)
             tensors += [
                 archive.whole(prefix + "tokens", recaller.tokens),
@@ -86,7 +86,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
                 archive.whole(prefix + "read", recaller.kept_by_reading),
                 archive.whole(prefix + "where", recaller.position_of),
             ]
-        schema.check_about(archive.CONVERSATION, metadata)
+        fields.check_about(archive.CONVERSATION, metadata)
         return archive.write(path, archive.CONVERSATION, tensors, metadata)
 
 
@@ -187,15 +187,15 @@ def _parked(engine: Engine, run: Run, file: Saved, ledger: Ledger) -> list[Parke
         for entry in file.about.get("parked", []):
             budget, compact = Budget(**entry["budget"]), entry["compact"]
             reader = engine.reader_at(run.reader, compact)
-            number = 0 if entry["first"] else entry["number"]
+            number = entry["number"] if entry["offset"] else 0
             document = Run(budget, run.cells, reader, compact)
             recaller = engine.recaller(document, entry["offset"], number)
             if recaller is None:  # the rows' format is not known; that was said
                 break
             # what opens the conversation was read along with the document after it
-            opening = ledger.numbers(SYSTEM) if entry["first"] else []
+            opening = [] if entry["offset"] else ledger.numbers(SYSTEM)
             made.append(Parked((*opening, entry["number"]), recaller))
-            prefix = schema.prefix_of(entry["number"])
+            prefix = prefix_of(entry["number"])
             parked_rows.park(recaller, file, prefix)
             recaller.tokens = file.array(prefix + "tokens")
             recaller.kept_by_reading = file.whole(prefix + "read")

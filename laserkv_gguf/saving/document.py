@@ -25,10 +25,10 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sampler import Sampling
 from laserkv_gguf.llama.sequence import SPARE, Sequence
 from laserkv_gguf.reading.reader import Reading
+from laserkv_gguf.saving import fields, schema
 from laserkv_gguf.saving import parked as parked_rows
-from laserkv_gguf.saving import schema
+from laserkv_gguf.saving.file import Saved
 from laserkv_gguf.saving.identity import made_with
-from laserkv_gguf.saving.schema import Saved
 from laserkv_gguf.timings import STEPS, Timings
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
             tensors += parked_rows.tensors(parked[0])
         else:
             tensors += _cached(conversation, reading)
-        schema.check_about(archive.DOCUMENT, about)
+        fields.check_about(archive.DOCUMENT, about)
         return archive.write(path, archive.DOCUMENT, tensors, about)
 
 

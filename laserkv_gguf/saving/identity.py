@@ -8,28 +8,8 @@ from typing import Any
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.llama import library
 from laserkv_gguf.models.identity import size_and_samples
+from laserkv_gguf.saving.fields import SETTINGS
 from laserkv_gguf.version import VERSION
-
-# What a file says of how it was made. `schema` has their ranges; what is not listed here,
-# such as a path or where something is computed, never comes out of a file.
-SETTINGS = (
-    "policy",
-    "policy_options",
-    "ratio",
-    "keep",
-    "block_size",
-    "protection_divisor",
-    "alpha",
-    "pool",
-    "hash_bits",
-    "hash_tables",
-    "lookahead",
-    "probe_tokens",
-    "positions",
-    "recall",
-    "recall_mode",
-    "recall_share",
-)
 
 
 def made_with(engine: Engine) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from laserkv_gguf.files import archive
 from laserkv_gguf.planning.settings import BITS
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.replay import Replay
-from laserkv_gguf.saving.schema import INDEX, Saved
+from laserkv_gguf.saving.contents import INDEX
+from laserkv_gguf.saving.file import Saved
 
 
 def tensors(recaller: Recaller, prefix: str = "") -> Iterator[archive.Tensor]:
