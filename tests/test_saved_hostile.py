@@ -516,6 +516,17 @@ CONTENTS: dict[str, tuple[str, Any, str]] = {
 }
 
 
+def test_older_files_say_which_document_is_first(scene: Scene, tmp_path: Path) -> None:
+    """What the offset says, too: it is loaded as before."""
+    file = scene.files["recalling"].copy()
+    for entry in file.about["parked"]:
+        assert "first" not in entry
+        entry["first"] = entry["offset"] == 0
+    path = file.write(tmp_path / "file")
+    assert scene.meets(path) == scene.meets(scene.files["recalling"].write(tmp_path / "same"))
+    assert scene.meets(path) != "refused"
+
+
 @pytest.mark.parametrize("case", CONTENTS)
 def test_contents_that_do_not_agree(case: str, scene: Scene, tmp_path: Path) -> None:
     name, change, said = CONTENTS[case]
