@@ -44,6 +44,18 @@ def ask(
         Optional[str],  # noqa: UP045
         Option("--load", help="What --save or chat's /save kept, instead of --document."),
     ] = None,
+    report: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--report", help="Write a page of what was kept and why: FILE.html."),
+    ] = None,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        Option(
+            "--against",
+            help="With --report: show another policy or ratio beside it, such as snapkv, 0.1 or "
+            "'snapkv 0.1'. The document is read once more.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, Option("--json", help="Print one object: answer, finish_reason, account.")
     ] = False,
@@ -58,6 +70,7 @@ def ask(
             raise UserError(f"{flag} is empty; name a file")
     if save and not (document or load):
         raise UserError("--save keeps a read document; give one with --document")
+    other = _prepare_report(report, against, load, document)
     question, system = whole(question), whole(system) if system else system
     streams.check_output()
     text = documents.load(document or [])
@@ -71,7 +84,9 @@ def ask(
         try:
             with bar.shown() as on_progress:
                 if file:
-                    stream = engine.load(file, **answer_with).ask(question)
+                    talk = engine.load(file, **answer_with)
+                    talk.watches = report is not None
+                    stream = talk.ask(question)
                 else:
                     stream = engine.stream(
                         question,
@@ -80,6 +95,7 @@ def ask(
                         on_progress=on_progress,
                         **answer_with,
                     )
+                    stream.conversation.watches = report is not None
                 first = next(iter(stream), "")
             for piece in chain([first], stream):
                 if not as_json:
@@ -95,6 +111,45 @@ def ask(
         finally:  # neither the answer nor the read document is lost with the other
             if save:
                 stream.conversation.save(save)
+        if report:
+            from laserkv_gguf.retention import page, spans
+
+            shown = [spans.of(stream.conversation)]
+            if other:
+                engine.configure(**other)
+                second = engine.stream(question, document=text, system=system, **answer_with)
+                second.conversation.watches = True
+                for _ in second:
+                    pass
+                shown.append(spans.of(second.conversation))
+            page.write(report, shown)
+            terminal.progress(f"report in {report}")
+
+
+def _prepare_report(
+    report: str | None, against: str | None, load: str | None, document: list[str] | None
+) -> dict[str, Any]:
+    """Refuses a report that could not be written; returns the settings of the other side."""
+    if report is None:
+        if against is not None:
+            raise UserError("--against shows another policy in a report; add --report FILE.html")
+        return {}
+    from laserkv_gguf.files import archive
+
+    archive.check_target(report)
+    if against is None:
+        return {}
+    if load is not None or not document:
+        raise UserError("--against reads the document again; give one with --document")
+    settings: dict[str, Any] = {}
+    for word in against.split():
+        try:
+            settings["ratio"], settings["keep"] = float(word), None
+        except ValueError:
+            settings["policy"], settings["policy_options"] = word, {}
+    if not settings:
+        raise UserError("--against is empty; name a policy or a ratio, such as snapkv or 0.1")
+    return settings
 
 
 def _print(reply: Reply, as_json: bool) -> None:

@@ -130,6 +130,20 @@ def _set(loop: Loop, rest: str) -> None:
     terminal.note(f"{name} is {setting.get(loop)}{setting.when}")
 
 
+def _report(loop: Loop, rest: str) -> None:
+    """Write a page of what is kept and why: /report FILE.html."""
+    from laserkv_gguf.retention import page, spans
+
+    if not rest:
+        raise UserError("name a file: /report FILE.html")
+    path, talk = _path(rest), loop.talk
+    size = page.write(path, [spans.of(talk)])
+    terminal.note(f"written to {path} ({terminal.size(size)}); open it in a browser")
+    if not talk.watches:
+        talk.watches = True
+        terminal.note("from the next answer on, /report also shows what answers looked at")
+
+
 def _save(loop: Loop, rest: str) -> None:
     """Write the conversation to a file: /save FILE."""
     if not rest:
@@ -171,6 +185,7 @@ COMMANDS: dict[str, Callable[[Loop, str], bool | None]] = {
     "/drop": _drop,
     "/docs": _docs,
     "/kept": _kept,
+    "/report": _report,
     "/read": _read,
     "/stats": _stats,
     "/set": _set,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from laserkv_gguf.cli import terminal
-from laserkv_gguf.shown import harmless
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.conversation import Conversation
@@ -26,6 +23,8 @@ def show(talk: Conversation, name: str, ask: Callable[[str], str]) -> None:
     Args:
         ask: shows a prompt and returns what is typed.
     """
+    from laserkv_gguf.retention.spans import runs
+
     coloured = terminal.console.color_system is not None and not terminal.console.no_color
     text = Text()
     for part, pool in runs(talk, name):
@@ -39,25 +38,6 @@ def show(talk: Conversation, name: str, ask: Callable[[str], str]) -> None:
         text.append(" · ")
     text.append("evicted", "dim" if coloured else "")
     _page(text, ask)
-
-
-def runs(talk: Conversation, name: str) -> Iterator[tuple[str, int | None]]:
-    """Stretches of the document's text, and the pool that keeps them or None."""
-    number = talk.ledger.document(name)
-    assert number is not None
-    segment = talk.ledger.segments[number]
-    kept = set(talk.ledger.kept(number).tolist())
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    last = len(segment.tokens) - 1
-
-    def pieces() -> Iterator[tuple[str, int | None]]:
-        for index, token in enumerate(segment.tokens.tolist()):
-            # a character that several tokens share comes with its last
-            said = decoder.decode(talk.engine.model.piece(token), index == last)
-            yield harmless(said, running=True), int(segment.pools[index]) if index in kept else None
-
-    for pool, group in itertools.groupby(pieces(), key=lambda piece: piece[1]):
-        yield "".join(said for said, _ in group), pool
 
 
 def _page(text: Text, ask: Callable[[str], str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from laserkv_gguf.machine import human
 from laserkv_gguf.timings import OVERHEAD, STEPS
 
 if TYPE_CHECKING:
@@ -102,3 +104,38 @@ def fill(
     }
     for name, value in known.items():
         setattr(account, name, value)
+
+
+def lines(account: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """An account in words: what each line is about, and what it says.
+
+    Args:
+        account: as `Account.as_dict` has it.
+    """
+    read, kept, blocks = (account[f] for f in ("document_tokens", "kept_tokens", "blocks"))
+    said = [
+        ("policy", f"{account['policy']}, ratio {account['ratio']:g}"),
+        ("kept", f"{kept:,} of {read:,} tokens ({account['kept_fraction']:.1%})"),
+        (
+            "read in",
+            f"{blocks:,} block{'' if blocks == 1 else 's'} of up to {account['block_size']:,}",
+        ),
+        ("KV cache", f"{account['ctx_cells']:,} cells, {human(account['kv_bytes'])}"),
+        ("with all kept", human(account["full_kv_bytes"])),
+        ("first token", f"after {account['first_token_seconds']:.2f} s"),
+        (
+            "answer",
+            f"{account['generated_tokens']:,} tokens, "
+            f"{account['decode_tokens_per_second']:.1f} a second",
+        ),
+    ]
+    if account["recall"] != "off":
+        said.append(
+            (
+                "recall",
+                f"{account['recalled_tokens']:,} tokens put back in "
+                f"{account['recall_seconds']:.2f} s; {account['parked_tokens']:,} parked, "
+                f"{human(account['parked_bytes'])} ({account['recall']})",
+            )
+        )
+    return said

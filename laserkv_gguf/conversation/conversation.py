@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from laserkv_gguf.conversation.documents import Document, Documents, Parked
 from laserkv_gguf.conversation.framing import Framing
 from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
+from laserkv_gguf.conversation.looks import Looks, Watch
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
@@ -59,6 +61,21 @@ class State:
     without_document: bool
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer.
+
+    Attributes:
+        drafts: tokens of the answer that were guessed while reading, or recalling, for it.
+        looks: what the answer looked at, where that was watched.
+    """
+
+    question: str
+    reply: Reply
+    drafts: tuple[int, ...] = ()
+    looks: Looks | None = None
+
+
 class Conversation:
     """Documents and turns that share the cells of one context.
 
@@ -89,6 +106,9 @@ class Conversation:
         turns: answered so far.
         thinnings: how often turns were compressed.
         recalled: what was moved for the last question; None for nothing.
+        last: the last question with its answer; None before there was one.
+        watches: whether it is recorded what answers look at, for `last`. Off unless it is set: it
+            takes a look at every token's queries, and at all keys at the end.
 
     Raises:
         UserError: max_tokens below 1, an empty stop string.
@@ -131,6 +151,9 @@ class Conversation:
         self._compact = False
         self._without_document = False  # reading it was stopped
         self._adding: str | None = None
+        self.last: Exchange | None = None
+        self.watches = False
+        self._drafts: list[int] = []
 
     # what it is made of
 
@@ -281,6 +304,9 @@ class Conversation:
                 self.ledger.forget(number)
             where = self._read_last.where(self._compact)
             self.ledger.put(self.ledger.numbers(SYSTEM, DOCUMENT), where)
+            for number, start in self._read_parts.items():
+                segment = self.ledger.segments[number]
+                segment.scores = self._read_last.scores[start : start + len(segment.tokens)]
             return True
 
     def _wanted(self, question: str | None) -> tuple[Tokens, list[Segment], Prompt | None, int]:
@@ -360,6 +386,7 @@ class Conversation:
         self._read_last, self._cells, self._ledger = None, None, Ledger()
         self._read_parts = {}
         self.turns, self.pending, self.recalled, self._open_turn = 0, [], None, None
+        self.last = None
         self.sources.forget_parked()
 
     def _read(
@@ -393,7 +420,8 @@ class Conversation:
         recaller = None
         try:
             run.reader.forget()
-            if self.ageing.endless:  # while cells are free to try it: ageing will want to read rows
+            if self.ageing.endless or self.watches:
+                # while cells are free to try it: rows will be read later
                 engine.try_row_format(run.reader)
             recaller = engine.recaller(run)
             reader = engine.first_reader(run) if recaller and question is None else run.reader
@@ -431,9 +459,12 @@ class Conversation:
             end = start + len(segment.tokens)
             if segment.kind == DOCUMENT:
                 segment.pools = pools[start:end]
+            segment.scores = reading.scores[start:end]
+            firsts = [block.start for block in reading.budget.blocks if block.end > start]
+            segment.blocks = np.array([max(first - start, 0) for first in firsts if first < end])
             self._read_parts[ledger.new(segment)] = start
             start = end
-        self._read_last = reading
+        self._read_last, self._drafts = reading, reading.drafts
         where = recaller.position_of if recaller else reading.where(self._compact)
         ledger.put(ledger.segments, where)
         run = self.run
@@ -494,7 +525,7 @@ class Conversation:
             self._recall(asked)
         else:
             self.ageing.make_room(self, asked)
-        yield from self._answer(asked, reply, started)
+        yield from self._answer(question, asked, reply, started)
 
     def ask(self, question: str) -> Answer:
         """The next turn. An answer that is stopped half-way is dropped with its question.
@@ -510,7 +541,7 @@ class Conversation:
         self._be_there()
         asked = self._prompt(question)
         self._recall(asked)
-        yield from self._answer(asked, reply, started)
+        yield from self._answer(question, asked, reply, started)
 
     def _be_there(self) -> None:
         """Has something read and in the cache.
@@ -542,7 +573,7 @@ class Conversation:
         opening = self.framing.opening(self.engine, question, system=self.system, document=document)
         return opening.after
 
-    def _answer(self, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
+    def _answer(self, question: str, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
         cells, engine = self.cells, self.engine
         prompt = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
         room = self._room_left() - len(prompt)
@@ -561,12 +592,14 @@ class Conversation:
             ignore_end=engine.ignore_end,
             reply=reply,
         )
+        watch = Watch(cells.context) if self.watches else None
         try:
             with generation:
                 number = self._open_turn
                 if number is None:
                     number = self.ledger.new(Segment(TURN))
-                cells.decode(prompt.astype(np.int32), number, outputs=1)
+                with watch.last_of(len(prompt)) if watch else nullcontext():
+                    cells.decode(prompt.astype(np.int32), number, outputs=1)
                 self.pending, self._open_turn = [], None
                 first = time.perf_counter()
                 while True:
@@ -576,7 +609,8 @@ class Conversation:
                         yield text
                     if generation.ended:
                         break
-                    cells.decode(np.array([generation.last], np.int32), number, outputs=1)
+                    with watch.last_of(1) if watch else nullcontext():
+                        cells.decode(np.array([generation.last], np.int32), number, outputs=1)
         except BaseException:
             # the turn is dropped, the documents and earlier turns stay
             self.pending, self._open_turn = before
@@ -587,6 +621,11 @@ class Conversation:
             self.pending = [generation.last]
         self.turns += 1
         self.fill(reply, len(prompt), started, first)
+        looks = None
+        if watch:
+            looks = watch.looks(cells, mark.rows + len(prompt), len(reply.tokens))
+        self.last = Exchange(question, reply, tuple(self._drafts), looks)
+        self._drafts = []
 
     def _room_left(self) -> int:
         """Cells that the next question and its answer may take.
@@ -745,6 +784,13 @@ class Conversation:
             for recaller, kept in zip(recallers[: len(done)], before, strict=False):
                 recaller.go_back(kept)
             raise
+        self._drafts = recallers[-1].drafts
+        for parked in self.sources.parked:
+            segments = [self.ledger.segments[number] for number in parked.numbers]
+            ends = np.cumsum([len(segment.tokens) for segment in segments])
+            parts = np.split(parked.recaller.scores, ends[:-1])
+            for segment, scores in zip(segments, parts, strict=True):
+                segment.scores = scores
         starts = np.cumsum([0, *(recaller.budget.tokens for recaller in recallers)])
         self.recalled = Recalled(
             np.concatenate([one.kept + start for one, start in zip(done, starts, strict=False)]),
@@ -916,7 +962,9 @@ class Conversation:
                 cells.revert(mark)
             raise
         with uninterrupted():
-            number = self.ledger.new(Segment(DOCUMENT, tokens, name, reading.all_pools))
+            segment = Segment(DOCUMENT, tokens, name, reading.all_pools, scores=reading.scores)
+            segment.blocks = np.array([block.start for block in budget.blocks])
+            number = self.ledger.new(segment)
             where = recaller.position_of if recaller else reading.where(compact, start)
             self.ledger.put([number], where)
             if recaller:

@@ -24,6 +24,9 @@ class Segment:
         pools: for a document, (n,) int8: the part of the budget every token would be kept by, 0
             (anchor), 1 (long-term pool) or 2 (window); empty for others.
         aged: whether a turn has been thinned.
+        scores: (n,) float32, what the policy last scored each token, NaN where it scored none;
+            empty where nothing was scored, or it is not known any more (files do not hold it).
+        blocks: (blocks,) int64, the first token of each block that it was read in; empty likewise.
     """
 
     kind: str
@@ -31,6 +34,8 @@ class Segment:
     name: str = ""
     pools: NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
     aged: bool = False
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    blocks: Indices = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class Ledger:

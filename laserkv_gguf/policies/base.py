@@ -167,6 +167,7 @@ class Candidates:
         held: see Held; None where nothing but the candidates is known.
         asked_at: (probe tokens,) int64, the positions of `queries`; None where there are none.
         rotation: of the model's RoPE; None if not asked for, or not known.
+        scores: (tokens of the sequence,) float32: where `noted` writes; None where nobody reads it.
     """
 
     tokens: NDArray[np.int64]
@@ -185,6 +186,23 @@ class Candidates:
     held: Held | None = None
     asked_at: NDArray[np.int64] | None = None
     rotation: Rotation | None = None
+    scores: NDArray[np.float32] | None = None
+
+    def noted(self, scores: NDArray[Any]) -> NDArray[Any]:
+        """Writes down what the candidates score, for reports of what was kept and why.
+
+        A policy that does not call it is reported without scores. Nothing that is chosen depends
+        on it.
+
+        Args:
+            scores: (C,), the higher the sooner kept.
+
+        Returns:
+            The same scores.
+        """
+        if self.scores is not None:
+            self.scores[self.tokens] = scores
+        return scores
 
     @property
     def around(self) -> Held:

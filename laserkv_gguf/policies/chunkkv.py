@@ -65,6 +65,7 @@ class ChunkKV(Policy):
         starts = np.arange(0, candidates.count, self.chunk)
         sizes = np.diff(np.append(starts, candidates.count))
         means = np.add.reduceat(scores.astype(np.float64), starts) / sizes
+        candidates.noted(means[np.arange(candidates.count) // self.chunk])
         order = np.argsort(-means, kind="stable")  # best first, equals by position, NaN last
         ranks = np.argsort(order)[np.arange(candidates.count) // self.chunk]
         return np.argsort(ranks, kind="stable")[:budget]

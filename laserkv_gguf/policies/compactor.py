@@ -122,7 +122,7 @@ class Compactor(Policy):
                 plain = candidates.turned(keys, -candidates.positions[:, None])
                 scores = geometry.leverage_scores(plain[None], sketch=self.sketch, seed=self.seed)
                 total += blending * scores
-        return top_k(total, budget)
+        return top_k(candidates.noted(total), budget)
 
     def _note(self, block: Candidates, first: int, end: int, *, whole: bool) -> Noted:
         """Scores the tokens up to `end` that are not yet; the first one ever scored is `first`.

@@ -62,6 +62,7 @@ class DBudgetKV(Policy):
         assert candidates.queries is not None
         assert candidates.keys is not None
         scores = kernels.attention_consensus(candidates.queries, candidates.keys)
+        candidates.noted(scores)
         return np.argsort(-scores, kind="stable")  # NaN comes last
 
     def _norms(self, candidates: Candidates, ranked: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -40,4 +40,4 @@ class Finch(Policy):
         from laserkv_gguf import kernels
 
         scores = candidates.attention(softmax="all")
-        return kernels.top_k(scores, budget)
+        return kernels.top_k(candidates.noted(scores), budget)

@@ -54,7 +54,7 @@ class H2O(Policy):
         self.observe(candidates)
         first = candidates.around.first
         sums = candidates.memory["h2o"][1][first : first + candidates.count]
-        return kernels.top_k(sums, budget)
+        return kernels.top_k(candidates.noted(sums), budget)
 
 
 def causal_attention(

@@ -63,6 +63,7 @@ class InfLLM(Policy):
         if candidates.asked_at is not None:
             queries = candidates.turned(queries, -candidates.asked_at[:, None])
         relevance = self.look_up(queries, self.index(candidates))
+        candidates.noted(np.repeat(relevance, self.size)[: candidates.count])
         units = np.argsort(-relevance, kind="stable")  # NaN comes last
         tokens = (units[:, None] * self.size + np.arange(self.size)).ravel()
         return tokens[tokens < candidates.count][:budget]

@@ -37,4 +37,5 @@ class KeyDiff(Policy):
         held = candidates.around
         assert held.keys is not None
         scores = geometry.keydiff_scores(held.keys)
-        return top_k(scores[held.first : held.first + candidates.count], budget)
+        own = scores[held.first : held.first + candidates.count]
+        return top_k(candidates.noted(own), budget)

@@ -68,7 +68,7 @@ class LagKV(Policy):
             size = part.stop - part.start
             scores[part] = score * size
             place[part.start + np.argsort(-score, kind="stable")] = np.arange(size) / size
-        return np.lexsort((-scores, place))[:budget]
+        return np.lexsort((-candidates.noted(scores), place))[:budget]
 
     def _partitions(self, first: int, end: int) -> list[slice]:
         starts = list(range(first, end - self.lag + 1, self.lag)) or [first]

@@ -141,13 +141,14 @@ class Laser(Policy):
             scores = kernels.pool(scores, self.pool, candidates.tokens)
             if self.shares == "best":
                 scores = _best(scores, candidates)
-            kept[kernels.top_k(scores, exact)] = True
+            kept[kernels.top_k(candidates.noted(scores), exact)] = True
         if exact < budget:
             assert candidates.queries is not None
             assert candidates.keys is not None
             scores = self._residual(candidates.queries, candidates.keys)
             rest = np.flatnonzero(~kept)
-            scores = kernels.pool(scores, self.pool, candidates.tokens)[rest]
+            scores = kernels.pool(scores, self.pool, candidates.tokens)
+            scores = (scores if exact else candidates.noted(scores))[rest]
             kept[rest[kernels.top_k(scores, budget - exact)]] = True
         return np.flatnonzero(kept)
 

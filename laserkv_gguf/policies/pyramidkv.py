@@ -51,6 +51,7 @@ class PyramidKV(SnapKV):
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         scores = np.stack(list(self.by_layer(candidates)))
+        candidates.noted(scores.sum(axis=0))
         scores = np.where(np.isnan(scores), -np.inf, scores)
         places = np.full(candidates.count, np.inf)
         for layer, share in zip(scores, self.shares(len(scores), budget, places.size), strict=True):

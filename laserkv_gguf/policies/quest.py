@@ -49,6 +49,7 @@ class Quest(Policy):
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         assert candidates.queries is not None
         scores = self.look_up(candidates.queries, self.index(candidates))
+        candidates.noted(np.repeat(scores, self.page)[: candidates.count])
         pages = np.argsort(-scores, kind="stable")
         tokens = (pages[:, None] * self.page + np.arange(self.page)).ravel()
         return tokens[tokens < candidates.count][:budget]

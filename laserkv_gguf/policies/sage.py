@@ -59,4 +59,4 @@ class Sage(Policy):
         from laserkv_gguf import kernels
 
         scores = candidates.attention(last=1, softmax="all")
-        return kernels.top_k(scores, budget)
+        return kernels.top_k(candidates.noted(scores), budget)

@@ -55,7 +55,7 @@ class SnapKV(Policy):
         scores = np.zeros(candidates.count)
         for layer in self.by_layer(candidates):
             scores += layer
-        return kernels.top_k(scores, budget)
+        return kernels.top_k(candidates.noted(scores), budget)
 
     def by_layer(self, candidates: Candidates) -> Iterator[NDArray[Any]]:
         """Pooled scores (C,) of every layer, summed over its heads."""

@@ -36,4 +36,4 @@ class TOVA(Policy):
         from laserkv_gguf import kernels
 
         scores = candidates.attention(last=1, softmax="all")
-        return kernels.top_k(scores, budget)
+        return kernels.top_k(candidates.noted(scores), budget)

@@ -53,6 +53,8 @@ class Reading:
         kept: (kept,) int64, ascending indices into `tokens` of those in the cache.
         next_position: where the next token goes.
         pools: for every kept token 0 (anchor), 1 (long-term pool) or 2 (window).
+        scores: (tokens,) float32, what the policy last scored each token; NaN where it scored none.
+        drafts: of the answer, as they were guessed with the last block.
     """
 
     tokens: Tokens
@@ -61,6 +63,8 @@ class Reading:
     next_position: int
     timings: Timings
     kept_per_block: list[int] = field(default_factory=list)
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def pools(self) -> NDArray[np.int8]:
@@ -106,11 +110,17 @@ class _State:
     # what the model would have answered, had the document ended with the block before
     drafts: Drafts = field(default_factory=Drafts)
     asked: Asked | None = None  # the last probe
+    # (tokens,) what the policy last scored each of them
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     # keys (layers, n, kv_heads, head_dim) of what stands before the first token, in parts
     before: list[NDArray[Any]] = field(default_factory=list)
     kept_per_block: list[int] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.tokens):
+            self.scores = np.full(len(self.tokens), np.nan, np.float32)
 
     def last(self, block: Block) -> bool:
         return block.end == self.budget.tokens
@@ -249,6 +259,8 @@ class Reader:
             self._position(state),
             state.timings,
             state.kept_per_block,
+            state.scores,
+            list(state.drafts.tokens),
         )
 
     def forget(self) -> None:
@@ -296,6 +308,7 @@ class Reader:
             budget=budget,
             memory=dict(before.memory),
             kept_per_block=list(before.kept_per_block),
+            scores=before.scores.copy(),
             timings=Timings(),
             started=time.perf_counter(),
         )
@@ -478,6 +491,7 @@ class Reader:
             held=self._held(state, first),
             asked_at=None if asked is None else asked.at,
             rotation=self._rotation if self.policy.needs.unrotated else None,
+            scores=state.scores,
             **views,
         )
 

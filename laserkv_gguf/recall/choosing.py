@@ -92,6 +92,7 @@ class Choosing:
             memory=memory,
             value_norms=norms,
             outside=outside,
+            scores=self.parked.scores,
         )
 
     def select(self, seen: Candidates, budget: int) -> Indices:

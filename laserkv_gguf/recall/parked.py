@@ -54,6 +54,9 @@ class Parked:
             the room.
         kept_by_reading: (kept,) which tokens the reading kept, before any question.
         state_calls: calls into llama.cpp that put rows in, so far.
+        scores: (tokens,) float32, what the policy scored each token for the last question, NaN
+            where it scored none.
+        drafts: of the answer, as they were guessed for the last question.
 
     Raises:
         UserError: memory or disk cannot hold the rows, or these keys cannot be compacted.
@@ -93,6 +96,8 @@ class Parked:
         self._rows: Rows | None = None
         self._numbers: list[int] = []
         self.state_calls = 0
+        self.scores = np.full(budget.tokens, np.nan, np.float32)
+        self.drafts: list[int] = []
 
     def follow(self, rows: Rows, numbers: list[int]) -> None:
         """From now on the ledger says where tokens stand, and is told of changes.

@@ -120,6 +120,7 @@ class Recaller(Parked):
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt: the cache holds what it held.
         """
         started, before, calls = time.perf_counter(), self.kept, self.state_calls
+        self.scores, self.drafts = np.full_like(self.scores, np.nan), []
         try:
             kept = self.way.choose(question, position, cells, tuple(hidden))
         except BaseException:

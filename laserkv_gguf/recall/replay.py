@@ -83,6 +83,7 @@ class Replay:
                 taken = others + int(np.count_nonzero(parked.position_of >= 0))
                 room = reader.available - taken
                 asked = reader.asker.ask(question, position, drafts, shared=True, room=room)
+                parked.drafts = list(drafts.tokens)
                 tokens = first + np.flatnonzero(inside[first:last])
                 others_seen = inside.copy()
                 if not parked.policy.needs.outside_kept:

@@ -17,7 +17,7 @@ from laserkv_gguf.llama import rope
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.planning.settings import BITS
 from laserkv_gguf.policies import Candidates, Held
-from laserkv_gguf.reading.asking import Asked
+from laserkv_gguf.reading.asking import Asked, Drafts
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.recall.choosing import Choosing
 from laserkv_gguf.recall.parked import Parked
@@ -99,7 +99,9 @@ class Shortlist:
         ends = ends[(ends < first) | (ends >= last)]
         kept, beside = parked.kept, self.choosing.beside(position, ())
         for lookahead in (0, asker.lookahead) if asker.lookahead else (0,):
-            asked = asker.ask(question, position, lookahead=lookahead, room=room)
+            drafts = Drafts()
+            asked = asker.ask(question, position, drafts, lookahead=lookahead, room=room)
+            parked.drafts = list(drafts.tokens)
             if self._rope is not None and asked.at is not None:
                 self._rope.turn(asked.queries, -asked.at[:, None])
             kept = np.sort(np.concatenate((ends, self._choose(asked, ends, beside))))
@@ -134,6 +136,7 @@ class Shortlist:
         first, last = self.parked.movable
         scores = self.policy.look_up(queries, self.index)
         ends = np.append(self.units[1:], self.parked.budget.tokens)
+        self.parked.scores[self.units[0] :] = np.repeat(scores, ends - self.units)
         chosen: list[NDArray[np.int64]] = []
         for unit in np.argsort(-scores, kind="stable"):  # NaN comes last
             tokens = np.arange(max(self.units[unit], first), min(ends[unit], last))[:room]
