@@ -630,7 +630,7 @@ def test_numbers_are_looked_at_before_sampling(scene: Scene, monkeypatch: Any) -
     context = scene.engine._context
     assert context is not None
     scene.likelihood()
-    with Sampler(Sampling()) as sampler:
+    with Sampler(Sampling(), scene.engine.model) as sampler:
         context.decode(np.array([5], np.int32), 0, 6, outputs=1)
         try:
             assert 0 <= sampler.sample(context.handle) < SPEC.vocab

@@ -180,6 +180,20 @@ class Cells:
         Raises:
             UserError: there is no room for them.
         """
+        found = np.empty((len(following), self.context.model.vocab_size), np.float32)
+        for number, logits in enumerate(self.logits_of(prompt, following, room)):
+            scores = logits.astype(np.float64)
+            scores -= scores.max()
+            found[number] = scores - np.log(np.exp(scores).sum())
+        return found
+
+    def logits_of(
+        self, prompt: NDArray[Any], following: Tokens, room: int
+    ) -> Iterator[NDArray[np.float32]]:
+        """(vocab,) logits of what stands at the place of each following token, one at a time.
+
+        Arguments, and what is raised, as of `log_probabilities`.
+        """
         room = room - len(prompt) + 1
         if len(following) > room:
             raise UserError(
@@ -188,23 +202,19 @@ class Cells:
             )
         context, begin = self.context, self.position
         tokens = np.concatenate((prompt, following[:-1])).astype(np.int32)
-        found = np.empty((len(following), context.model.vocab_size), np.float32)
         most = min(context.options.outputs, context.batch_size)
         start, done = 0, 0  # of the tokens, of the rows
         try:
-            while done < len(found):
-                count = min(most, len(found) - done)
+            while done < len(following):
+                count = min(most, len(following) - done)
                 end = len(prompt) - 1 + done + count
                 context.decode(tokens[start:end], begin + start, self.main.number, outputs=count)
                 for index in range(-count, 0):
-                    logits = context.logits(index).astype(np.float64)
-                    logits -= logits.max()
-                    found[done + count + index] = logits - np.log(np.exp(logits).sum())
+                    yield context.logits(index)
                 start, done = end, done + count
         finally:
             self.main.remove(begin, -1)
-        self.settled = True
-        return found
+            self.settled = True
 
 
 @contextmanager

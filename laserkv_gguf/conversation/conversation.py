@@ -28,7 +28,7 @@ from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
 from laserkv_gguf.llama.model import Tokens
-from laserkv_gguf.llama.sampler import Sampling
+from laserkv_gguf.llama.sampler import Likelihood, Sampling, likelihood
 from laserkv_gguf.reading.reader import Progress, Reader, Reading
 from laserkv_gguf.recall.recaller import Recalled, Recaller
 from laserkv_gguf.timings import Timings
@@ -701,6 +701,39 @@ class Conversation:
                 self.cells.main.remove(self.cells.position, -1)  # what others decoded there
                 self.pending, self.turns, self._open_turn = [], 0, None
 
+    @property
+    def said(self) -> Tokens:
+        """All tokens of the turns, questions and answers as they were decoded, int32."""
+        turns = [self.ledger.segments[number].tokens for number in self.ledger.numbers(TURN)]
+        return np.concatenate([*turns, np.array(self.pending, np.int32)]).astype(np.int32)
+
+    def keep_said(self, tokens: int) -> None:
+        """Forgets what was said after the first so many tokens of `said`.
+
+        Raises:
+            UserError: the conversation's cells are lost.
+        """
+        with self.engine.access.alone():
+            self._be_there()
+            ledger, left = self.ledger, tokens
+            stays = np.ones(len(ledger), bool)
+            lengths = {}
+            for number in ledger.numbers(TURN):
+                lengths[number] = min(left, len(ledger.segments[number].tokens))
+                left -= lengths[number]
+                stays &= (ledger.segment != number) | (ledger.index < lengths[number])
+            with uninterrupted():
+                self.cells.evict(stays)
+                for number, length in lengths.items():
+                    segment = ledger.segments[number]
+                    segment.tokens = segment.tokens[:length]
+                    if not length:
+                        ledger.forget(number)
+                self.cells.main.remove(self.cells.position, -1)  # what others decoded there
+                self.pending = self.pending[:left]
+                self.turns = len(ledger.numbers(TURN))
+                self._open_turn = None
+
     # likelihoods
 
     def log_likelihood(self, question: str, answer: str) -> float:
@@ -739,6 +772,24 @@ class Conversation:
             self._be_there()
             prompt = np.concatenate((self.pending, prompt))
             return self.cells.log_probabilities(prompt, following, self._room_left())
+
+    def likelihoods(self, following: Tokens, top: int) -> list[Likelihood]:
+        """As `log_probabilities`, but of each token only its own and those of the likeliest.
+
+        The first token is decoded right after what was read and said; the list begins with the
+        second one's.
+
+        Raises:
+            UserError: the context cannot hold them.
+        """
+        with self.engine.access.alone():
+            self._be_there()
+            prompt = np.concatenate((self.pending, following[:1]))
+            rows = self.cells.logits_of(prompt, following[1:], self._room_left())
+            return [
+                likelihood(row, int(token), top)
+                for row, token in zip(rows, following[1:], strict=True)
+            ]
 
     # recall
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.model import PieceDecoder
-from laserkv_gguf.llama.sampler import Sampler
+from laserkv_gguf.llama.sampler import Likelihood, Sampler
 
 if TYPE_CHECKING:
     from laserkv_gguf.llama.model import Model
@@ -26,12 +26,15 @@ class Reply:
             limit ended it.
         account: what it cost.
         tokens: the generated tokens.
+        likelihoods: of each of them, where `Sampling.top_logprobs` asks for them; and of the token
+            that ended the answer.
     """
 
     text: str = ""
     finish_reason: str = ""
     account: Account = field(default_factory=Account)
     tokens: list[int] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
 
 
 class Generation:
@@ -63,7 +66,7 @@ class Generation:
         self._model, self._ignore_end = model, ignore_end
         self._decoder = PieceDecoder(model)
         self._held = ""  # text that may be the beginning of a stop string
-        self._sampler = Sampler(sampling)
+        self._sampler = Sampler(sampling, model)
 
     @property
     def ended(self) -> bool:
@@ -81,7 +84,10 @@ class Generation:
             handle: of the context that has decoded the last token.
             row: of its logits.
         """
-        return self.take(self._sampler.sample(handle, row))
+        token = self._sampler.sample(handle, row)
+        if self._sampler.last is not None:
+            self.reply.likelihoods.append(self._sampler.last)
+        return self.take(token)
 
     def take(self, token: int) -> str:
         """Adds a token to the answer, or ends it; returns the text that is certain now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_DOCUMENT, _QUESTION, _ANSWER, _SYSTEM = (f"\u2063{name}\u2063" for name in "DQAS")
+_MARK = "\u2063"
+_DOCUMENT, _QUESTION, _ANSWER, _SYSTEM = (f"{_MARK}{name}{_MARK}" for name in "DQAS")
 MESSAGE = 300  # most characters of a template's error that are passed on
 SEPARATOR = "\n\n"  # between document and question, inside the user's turn
 
@@ -48,6 +50,20 @@ class Opening:
 
     before: Tokens
     after: Prompt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered conversation.
+
+    Attributes:
+        tokens: int32 ids.
+        message, part: which message it is of, and which part of that; -1 for the template's own.
+    """
+
+    tokens: Tokens
+    message: int = -1
+    part: int = -1
 
 
 class ChatTemplate:
@@ -103,6 +119,66 @@ class ChatTemplate:
             ]
         )
         return self._prompt(_cut(rendered, _ANSWER)[1], question)
+
+    def messages(self, messages: Sequence[tuple[str, Sequence[str]]]) -> list[Piece]:
+        """A whole conversation up to where the next answer begins, in pieces.
+
+        Every part of a message is tokenised by itself, so that what stands before it has the same
+        tokens whatever comes after.
+
+        Args:
+            messages: of each its role and its text, in parts that follow one another.
+
+        Raises:
+            UserError: the template fails, or leaves one of the messages out.
+        """
+        marks = {
+            f"{_MARK}{at}.{number}{_MARK}": (at, number)
+            for at, (_, parts) in enumerate(messages)
+            for number in range(len(parts))
+        }
+        names = iter(marks)
+        marked = [
+            {"role": role, "content": "".join(next(names) for _ in parts)}
+            for role, parts in messages
+        ]
+        rendered = self._render_all(marked)
+        pieces, rest = [], rendered
+        for mark, (at, number) in marks.items():
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise UserError(
+                    f"the chat template of {self.model.path.name} leaves out message {at + 1}, "
+                    f"of the {messages[at][0]}"
+                )
+            if before:
+                pieces.append(Piece(self.model.tokenize(before, special=True)))
+            text = messages[at][1][number]
+            pieces.append(Piece(self.model.tokenize(text), at, number))
+        pieces.append(Piece(self.model.tokenize(rest, special=True)))
+        bos, first = self.model.bos, pieces[0].tokens
+        if self.model.adds_bos and bos >= 0 and (not len(first) or first[0] != bos):
+            pieces.insert(0, Piece(np.array([bos], np.int32)))
+        return pieces
+
+    def _render_all(self, messages: list[dict[str, str]]) -> str:
+        """Some templates know no system role: then the first turn says what it would."""
+        system = messages[0]["role"] == "system" and len(messages) > 1
+        said: Exception | None = None
+        try:
+            rendered = self._format(messages)
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            said = error
+        else:
+            if not system or messages[0]["content"] in rendered:
+                return rendered
+        if not system:
+            raise UserError(
+                f"the chat template of {self.model.path.name} fails: {_said(said or ValueError())}"
+            ) from said
+        rest = [dict(message) for message in messages[1:]]
+        rest[0]["content"] = messages[0]["content"] + SEPARATOR + rest[0]["content"]
+        return self._render_all(rest)
 
     def _prompt(self, rendered: str, question: str) -> Prompt:
         before, ending = (self._tokens(part, None) for part in _cut(rendered, _QUESTION))

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of documents of any length (extra `serve`)."""
