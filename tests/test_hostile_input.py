@@ -31,9 +31,10 @@ from rich.text import Text
 from laserkv_gguf import shown
 from laserkv_gguf.cli import commands, documents, streams, terminal
 from laserkv_gguf.cli import loop as looping
-from laserkv_gguf.cli import pdf as pdfs
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.files import pdf as pdfs
+from laserkv_gguf.files import texts
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.template import NODES, SOURCE, ChatFormatter, TemplateLimit
@@ -244,8 +245,8 @@ def test_a_document_s_size_has_a_limit() -> None:
 
 def test_where_memory_is_short_the_limit_is_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, limit in ((None, 64), (1 << 40, 64), (750 << 20, 10), (0, 1)):
-        monkeypatch.setattr(documents, "free_ram", lambda free=free: free)
-        assert documents.limit() == limit << 20
+        monkeypatch.setattr(texts, "free_ram", lambda free=free: free)
+        assert texts.limit() == limit << 20
     Path("a.txt").write_bytes(b"x" * (1 << 20))
     assert len(documents.read("a.txt")) == 1 << 20
     Path("a.txt").write_bytes(b"x" * ((1 << 20) + 1))
@@ -269,7 +270,7 @@ def test_standard_input_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     stdin = Stdin(b"")
     stdin.buffer = io.BufferedReader(Endless())  # type: ignore[assignment]
     monkeypatch.setattr(sys, "stdin", stdin)
-    monkeypatch.setattr(documents, "MOST", 2 << 20)
+    monkeypatch.setattr(texts, "MOST", 2 << 20)
     with pytest.raises(UserError, match=r"standard input has more than 2\.0 MiB"):
         documents.read("-")
 

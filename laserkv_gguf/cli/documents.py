@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import stat
 import sys
@@ -10,16 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from laserkv_gguf.cli import pdf, streams
+from laserkv_gguf.cli import streams
 from laserkv_gguf.cli.terminal import size as human
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.machine import free_ram
+from laserkv_gguf.files import texts
 
-STANDARD_INPUT, PDF = "-", b"%PDF-"
-# Making tokens of English took 28 times a text's size, of Chinese 75 times (SmolLM2, 8 to 32 MiB).
-MEMORY = 75
-MOST, LEAST = 64 << 20, 1 << 20  # bytes of text
-MOST_PDF = 256 << 20  # bytes; most of a large PDF are pictures
+STANDARD_INPUT = "-"
 
 
 def load(names: Sequence[str]) -> str | None:
@@ -40,16 +35,7 @@ def read(name: str) -> str:
     """The text of one document; `-` is standard input."""
     data = _bytes(name)
     said = "standard input" if name == STANDARD_INPUT else name
-    text = _pdf(said, data) if data.startswith(PDF) else _text(said, data)
-    if not text.strip():
-        raise UserError(f"{said} is empty; there is nothing to read")
-    return text
-
-
-def limit() -> int:
-    """Most bytes of text that are read: `MOST`, or less where memory is short."""
-    free = free_ram()
-    return MOST if free is None else max(min(MOST, free // MEMORY), LEAST)
+    return texts.of_bytes(said, data)
 
 
 def _bytes(name: str) -> bytes:
@@ -94,39 +80,17 @@ def _limited(name: str, file: IO[bytes], size: int) -> bytes:
     Raises:
         UserError: they are more than what is read.
     """
-    head = file.read(len(PDF)) or b""  # None where a file of the system has nothing to say yet
-    most = MOST_PDF if head == PDF else limit()
+    head = (
+        file.read(len(texts.PDF)) or b""
+    )  # None where a file of the system has nothing to say yet
+    most = texts.MOST_PDF if head == texts.PDF else texts.limit()
     data = head if size > most else head + (file.read(most + 1 - len(head)) or b"")
     if max(size, len(data)) > most:
         has = f"has {human(size)}" if size > most else f"has more than {human(most)}"
-        if head == PDF:
-            raise UserError(f"{name} {has}; at most {human(MOST_PDF)} of a PDF are read")
+        if head == texts.PDF:
+            raise UserError(f"{name} {has}; at most {human(texts.MOST_PDF)} of a PDF are read")
         raise UserError(
-            f"{name} {has}; at most {human(most)} of text are read, for {MEMORY} times as much "
-            "memory goes into making tokens of it: give a part of it"
+            f"{name} {has}; at most {human(most)} of text are read, for {texts.MEMORY} times as "
+            "much memory goes into making tokens of it: give a part of it"
         )
     return data
-
-
-def _text(said: str, data: bytes) -> str:
-    if b"\0" in data:
-        raise UserError(f"{said} is binary; documents are UTF-8 text, Markdown or PDF")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{said} is not UTF-8 (byte {error.start}); "
-            "convert it, for example with iconv -f latin1 -t utf-8"
-        ) from error
-
-
-def _pdf(said: str, data: bytes) -> str:
-    if importlib.util.find_spec("pypdf") is None:
-        raise UserError(f"{said} is a PDF; install the reader with pip install 'laserkv-gguf[pdf]'")
-    try:
-        text = pdf.text(data, limit())
-    except pdf.Unreadable as error:
-        raise UserError(f"{said} is a PDF that cannot be read: {error}") from error
-    if not text.strip():
-        raise UserError(f"{said} is a PDF without text (scanned pages?); run OCR over it first")
-    return text

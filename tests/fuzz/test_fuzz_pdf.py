@@ -15,7 +15,7 @@ from test_documents import pdf
 from test_hostile_input import OBEYED, compressed
 
 from fuzz import budget
-from laserkv_gguf.cli import pdf as pdfs
+from laserkv_gguf.files import pdf as pdfs
 
 pypdf: Any = pytest.importorskip("pypdf")
 

@@ -42,7 +42,7 @@ def text(data: bytes, most: int) -> str:
     """
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
-        "from laserkv_gguf.cli import pdf; "
+        "from laserkv_gguf.files import pdf; "
         f"sys.exit(pdf.main({most}, {PAGE_SECONDS}, {MEMORY + MEMORY_PER_BYTE * len(data)}))"
     )
     try:
