@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 import typer
 
-from laserkv_gguf.cli import ask, batch, bench, chat, doctor, plan, pull, streams, terminal
+from laserkv_gguf.cli import (
+    ask,
+    batch,
+    bench,
+    chat,
+    doctor,
+    plan,
+    pull,
+    serve,
+    streams,
+    terminal,
+)
 from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.shown import one_line
@@ -25,6 +36,7 @@ app = typer.Typer(
 app.command()(chat.chat)
 app.command()(ask.ask)
 app.command()(batch.batch)
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.command("eval")(evaluation.evaluate)
 app.command()(plan.plan)

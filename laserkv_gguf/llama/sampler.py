@@ -165,7 +165,8 @@ def _samplers(sampling: Sampling, vocab: int) -> list[Any]:
     made = []
     if sampling.logit_bias:
         count = len(sampling.logit_bias)
-        biases = (L.llama_logit_bias * count)(*sampling.logit_bias)
+        pairs = [L.llama_logit_bias(token, bias) for token, bias in sampling.logit_bias]
+        biases = (L.llama_logit_bias * count)(*pairs)
         made.append(L.llama_sampler_init_logit_bias(vocab, count, biases))
     if sampling.penalises:
         made.append(

@@ -86,5 +86,7 @@ def of(error: BaseException) -> ApiError:
     if isinstance(error, LaserKVError):
         return ApiError(500, str(error), kind=SERVER)
     return ApiError(
-        500, f"something went wrong here ({type(error).__name__}); see the server's log", kind=SERVER
+        500,
+        f"something went wrong here ({type(error).__name__}); see the server's log",
+        kind=SERVER,
     )

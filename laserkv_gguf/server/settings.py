@@ -45,7 +45,7 @@ class ServerSettings:
     model_name: str = ""
     workers: int = 4
     queue: int = 64
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 1024
     body: int = 64 << 20
     body_seconds: float = 60.0

@@ -24,6 +24,7 @@ from laserkv_gguf.server.store import Place, Store
 
 log = logging.getLogger(__name__)
 
+_PROGRESS = 0.25  # seconds between two lines about reading
 PLANNED = 2048  # tokens of an answer that cells are set aside for; a longer one makes others age
 
 
@@ -200,21 +201,22 @@ class Works:
 
     # answering
 
-    def answer(self, job: Job, order: Order) -> None:
-        """Answers a request, in a thread."""
+    def answer(self, job: Job, order: Order, *, first: int = 0) -> None:
+        """Answers a request, in a thread.
+
+        Args:
+            first: the number of its first answer.
+        """
         with self.store.place(
             order.request, order.salt, lambda: job.wanted, anew=order.anew
         ) as place:
             for choice in range(order.choices):
-                done = self._one(job, order, place, choice)
-                if choice == order.choices - 1 and not order.anew:
-                    # the client has its answer; the document is safe before it is asked again
-                    job.put(done)
-                    self.store.keep(place.entry)
-                else:
-                    job.put(done)
+                job.put(self._one(job, order, place, choice, first + choice))
+            if not order.anew:
+                # the client has its answer; the document is safe before it is asked again
+                self.store.keep(place.entry)
 
-    def _one(self, job: Job, order: Order, place: Place, choice: int) -> Done:
+    def _one(self, job: Job, order: Order, place: Place, choice: int, number: int) -> Done:
         job.check()
         started, entry, request = time.perf_counter(), place.entry, order.request
         conversation, there = entry.conversation, place.there
@@ -231,7 +233,9 @@ class Works:
         conversation.max_tokens, conversation.stop = order.max_tokens, order.stop
         seed = order.sampling.seed + choice - conversation.turns  # the turn's number is added again
         conversation.sampling = replace(order.sampling, seed=seed)
-        answer = conversation.begin("", on_progress=job.put) if first else conversation.ask("")
+        answer = (
+            conversation.begin("", on_progress=_thinned(job.put)) if first else conversation.ask("")
+        )
         job.answer = answer
         job.check()
         told, since = 0, 0.0
@@ -239,14 +243,14 @@ class Works:
             for piece in answer:
                 since = since or time.perf_counter()
                 likelihoods = answer.reply.likelihoods
-                job.put(Text(choice, piece, tuple(likelihoods[told:])))
+                job.put(Text(number, piece, tuple(likelihoods[told:])))
                 told = len(likelihoods)
         job.check()
         now = time.perf_counter()
         if rest := tuple(answer.reply.likelihoods[told:]):
-            job.put(Text(choice, "", rest))
+            job.put(Text(number, "", rest))
         return Done(
-            choice,
+            number,
             answer.reply,
             place.there if not choice else there,
             place.found,
@@ -319,3 +323,17 @@ class Works:
                 self.engine.leave(conversation)
                 conversation.lose_cells()
         return found
+
+
+def _thinned(put: Callable[[Event], None]) -> Callable[[Progress], None]:
+    """Tells how far reading is, but not after every micro-batch."""
+    last = 0.0
+
+    def tell(state: Progress) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= _PROGRESS or state.read >= state.total:
+            last = now
+            put(state)
+
+    return tell

@@ -1,0 +1,342 @@
+"""The server, asked by OpenAI's own client, against answers of the library and of NumPy."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from serving import PATIENCE, Served, call
+from test_session import TEMPLATE
+from tiny import Tiny, TinySpec, forward, make
+
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.llama.context import ContextOptions
+
+SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
+BLOCK = 128
+FLAGS = ["--block-size", str(BLOCK), "-n", "8", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+DOCUMENT = " ".join(f"The number of house {n} is {n * 37 % 101}." for n in range(24))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make(tmp_path_factory.mktemp("served"), spec=SPEC)
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("cache")
+    with Served(tiny.path, *FLAGS, "--cache-dir", str(folder)) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return client_of(served)
+
+
+def client_of(served: Served, key: str = "any") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def ask(client: openai.OpenAI, *messages: dict[str, Any], **more: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=list(messages), **more)
+
+
+def account(answer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = answer.model_extra["laserkv"]
+    return found
+
+
+def cached(answer: Any) -> int:
+    return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def test_a_short_question_is_answered_as_by_the_library(tiny: Tiny, client: openai.OpenAI) -> None:
+    options = ContextOptions(type_k="f32", type_v="f32", flash_attn="off", threads=1)
+    with LaserKV(tiny.path, context=options, block_size=BLOCK) as engine:
+        expected = engine.ask("What is ore?", system="Be brief.", max_tokens=8)
+    system = {"role": "system", "content": "Be brief."}
+    answer = ask(client, system, user("What is ore?"))
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.usage.completion_tokens == len(expected.tokens)
+    assert account(answer)["kept_fraction"] == 1
+    chunks = list(
+        ask(client, system, user("What is ore?"), stream=True,
+            stream_options={"include_usage": True})
+    )  # fmt: skip
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == expected.text
+    assert chunks[-1].usage.completion_tokens == len(expected.tokens)
+
+
+def test_a_conversation_goes_on_from_what_is_there(client: openai.OpenAI) -> None:
+    first = ask(client, user("Which metal is it?"), temperature=1.0, seed=5)
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    alone = ask(
+        client, user("Which metal is it?"), said, user("And why?"),
+        extra_body={"cache_prompt": False},
+    )  # fmt: skip
+    assert cached(alone) == 0
+    second = ask(client, user("Which metal is it?"), said, user("And why?"))
+    assert cached(second) >= first.usage.prompt_tokens
+    assert second.choices[0].message.content == alone.choices[0].message.content
+
+
+def test_documents_are_read_once(client: openai.OpenAI) -> None:
+    first = ask(client, user(f"{DOCUMENT}\n\nWhich number has house 3?"))
+    assert account(first)["found"] == "new"
+    assert account(first)["kept_tokens"] < account(first)["document_tokens"]
+    assert cached(first) == 0
+    second = ask(client, user(f"{DOCUMENT}\n\nWhich number has house 17?"))
+    assert cached(second) == account(first)["document_tokens"]
+    assert account(second)["found"] == "cache"
+    parts = [{"type": "text", "text": DOCUMENT}, {"type": "text", "text": "House 5?"}]
+    third = ask(client, {"role": "user", "content": parts})
+    assert cached(third) == cached(second)
+    other = ask(client, user("A word in between."))
+    assert cached(other) == 0
+    again = ask(client, user(f"{DOCUMENT}\n\nWhich number has house 17?"))
+    assert cached(again) == cached(second)
+    assert again.choices[0].message.content == second.choices[0].message.content
+    salted = ask(client, user(f"{DOCUMENT}\n\nHouse 17?"), extra_body={"cache_salt": "mine"})
+    assert cached(salted) == 0
+
+
+def test_documents_survive_a_kill(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--cache-dir", str(tmp_path)]
+    with Served(tiny.path, *flags) as one:
+        client = client_of(one)
+        ask(client, user(f"{DOCUMENT}\n\nWhich number has house 3?"))
+        second = ask(client, user(f"{DOCUMENT}\n\nWhich number has house 17?"))
+        one.wait_for("laserkv_running", 0)
+    files = list(tmp_path.glob("documents/*/*.laserkv"))
+    assert len(files) == 1
+    with Served(tiny.path, *flags) as one:
+        found = ask(client_of(one), user(f"{DOCUMENT}\n\nWhich number has house 17?"))
+        assert account(found)["found"] == "disk"
+        assert cached(found) == cached(second)
+        assert found.choices[0].message.content == second.choices[0].message.content
+        one.wait_for("laserkv_running", 0)
+    # a damaged file is left out, and the document read again
+    files[0].write_bytes(files[0].read_bytes()[:-9] + b"something")
+    with Served(tiny.path, *flags) as one:
+        found = ask(client_of(one), user(f"{DOCUMENT}\n\nWhich number has house 17?"))
+        assert account(found)["found"] == "new"
+        assert one.end() == 0
+
+
+def test_sampling_is_each_request_s_own(client: openai.OpenAI) -> None:
+    hot = {"temperature": 1.5, "top_p": 1.0, "extra_body": {"top_k": 0, "min_p": 0.0}}
+    one, two = (ask(client, user("Say a word"), seed=7, **hot) for _ in range(2))
+    assert one.choices[0].message.content == two.choices[0].message.content
+    many = ask(client, user("Say a word"), seed=7, n=3, **hot)
+    assert [c.index for c in many.choices] == [0, 1, 2]
+    assert many.choices[0].message.content == one.choices[0].message.content
+    assert len({c.message.content for c in many.choices}) > 1
+    biased = ask(client, user("Say a word"), logit_bias={"300": 100}, max_tokens=4)
+    assert biased.choices[0].message.content == "I" * 4
+    stopped = ask(client, user("Say a word"), logit_bias={"300": 100}, stop=["II"])
+    assert stopped.choices[0].message.content == ""
+    assert stopped.choices[0].finish_reason == "stop"
+    tired = ask(
+        client, user("Say a word"), logit_bias={"300": 20}, frequency_penalty=2.0,
+        extra_body={"repeat_penalty": 10.0},
+    )  # fmt: skip
+    assert tired.choices[0].message.content[:2] != "II"
+
+
+def test_answers_follow_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["ore", "tin"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    for heat in (0.0, 1.5):
+        answer = ask(client, user("What?"), response_format=form, max_tokens=64, temperature=heat)
+        assert json.loads(answer.choices[0].message.content)["kind"] in ("ore", "tin")
+    answer = ask(client, user("What?"), extra_body={"grammar": 'root ::= "yes" | "no"'})
+    assert answer.choices[0].message.content in ("yes", "no")
+
+
+def test_log_probabilities_are_the_model_s(tiny: Tiny, client: openai.OpenAI) -> None:
+    text = "ore and tin"
+    answer = client.completions.create(
+        model="tiny", prompt=text, echo=True, logprobs=3, max_tokens=1
+    )
+    found = answer.choices[0].logprobs
+    tokens = call(f"{client.base_url}".removesuffix("v1/") + "tokenize",
+                  {"prompt": text, "add_special_tokens": True})[1]["tokens"]  # fmt: skip
+    logits = forward(tiny.weights, SPEC, tokens).logits
+    scores = logits - logits.max(axis=1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    assert found.token_logprobs[0] is None
+    expected = scores[np.arange(len(tokens) - 1), tokens[1:]]
+    np.testing.assert_allclose(found.token_logprobs[1 : len(tokens)], expected, atol=1e-3)
+    assert len(found.tokens) == len(tokens) + 1
+    best = [max(top.values()) for top in found.top_logprobs[1:]]
+    np.testing.assert_allclose(best, scores.max(axis=1), atol=1e-3)
+    assert "".join(found.tokens) == answer.choices[0].text
+    by_ids = client.completions.create(
+        model="tiny", prompt=[tokens, tokens], echo=True, logprobs=1, max_tokens=1
+    )
+    assert len(by_ids.choices) == 2
+    assert by_ids.choices[1].logprobs.token_logprobs[1:] == pytest.approx(
+        found.token_logprobs[1:], abs=1e-3
+    )
+    chat = ask(client, user("ore"), logprobs=True, top_logprobs=2, max_tokens=3)
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 3
+    for one in content:  # greedy
+        assert one.logprob == pytest.approx(one.top_logprobs[0].logprob)
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"foo": 1}, "foo"),
+        ({"temperature": 9}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"ratio": 0.5}, "ratio"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {"$ref": "http://x"}}}, "$ref"),
+        ({"grammar": "root ::= ("}, "grammar"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         "last message"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(
+    served: Served, more: dict[str, Any], name: str
+) -> None:
+    body = {"model": "tiny", "messages": [user("What?")], **more}
+    status, reply = call(f"{served.url}/v1/chat/completions", body)
+    assert status == 400
+    assert set(reply) == {"error"}
+    error = reply["error"]
+    assert name in f"{error['message']} {error['param']}"
+    assert "\n" not in error["message"]
+
+
+def test_too_long_is_said_as_clients_know_it(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--ctx-size", "512", "--parallel", "2", "--cache-dir", str(tmp_path)]
+    with Served(tiny.path, *flags, "--ratio", "1", "--api-key", "k1", "--api-key", "k2") as one:
+        client = client_of(one, "k1")
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(client, user(f"{DOCUMENT}\n\nWhat?"))
+        assert refused.value.code == "context_length_exceeded"
+        body: Any = refused.value.body
+        assert body["n_ctx"] == 256
+        assert body["n_prompt_tokens"] > len(DOCUMENT)
+        # keys
+        with pytest.raises(openai.AuthenticationError):
+            ask(client_of(one, "k3"), user("What?"))
+        assert call(f"{one.url}/v1/models")[0] == 401
+        assert call(f"{one.url}/health")[0] == 200
+        mine = client.files.create(
+            file=("../a\\b/tin.txt", b"Tin is a metal."), purpose="user_data"
+        )
+        assert mine.filename == "tin.txt"
+        assert [file.id for file in client.files.list()] == [mine.id]
+        other = client_of(one, "k2")
+        assert not list(other.files.list())
+        with pytest.raises(openai.NotFoundError):
+            other.files.content(mine.id)
+        asked: Any = [{"type": "file", "file": {"file_id": mine.id}}, {"type": "text", "text": "?"}]
+        with pytest.raises(openai.NotFoundError):
+            ask(other, {"role": "user", "content": asked})
+        assert one.end() == 0
+    with Served(tiny.path, *flags, "--api-key", "k1") as one:  # files stay
+        client = client_of(one, "k1")
+        assert client.files.content(mine.id).text == "Tin is a metal."
+        answer = ask(client, {"role": "user", "content": asked})
+        sent = len("[user]Tin is a metal.\n\n?\n[assistant]") + 1
+        assert answer.usage.prompt_tokens == sent
+        client.files.delete(mine.id)
+        assert not list(client.files.list())
+
+
+# ---- clients that go away, and the end ----------------------------------------------------------
+
+
+def stream_of(served: Served, body: dict[str, Any]) -> socket.socket:
+    """Sends a request, and reads no more than the head of what comes back."""
+    data = json.dumps({"model": "tiny", "stream": True, **body}).encode()
+    made = socket.create_connection(served.address, PATIENCE)
+    host = ":".join(map(str, served.address))
+    made.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
+    return made
+
+
+def _some(made: socket.socket) -> bytes:
+    data = made.recv(4096)
+    assert data, "the server has closed the connection"
+    return data
+
+
+def test_who_goes_away_is_cancelled_while_reading(served: Served) -> None:
+    long = " ".join(f"Line {n} of a long book." for n in range(400))
+    made = stream_of(served, {"messages": [user(f"{long}\n\nWhat?")]})
+    head = b""
+    while b": read " not in head:  # it is being read
+        head += _some(made)
+    made.close()
+    served.wait_for("laserkv_running", 0)
+    assert call(f"{served.url}/health")[0] == 200
+
+
+def test_the_queue_has_an_end_and_so_has_the_server(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--parallel", "1", "--queue", "1", "--cache-dir", str(tmp_path)]
+    with Served(tiny.path, *flags, "--grace", str(PATIENCE)) as one:
+        body = {"messages": [user("Go on.")], "max_tokens": 3000, "logit_bias": {"300": 100}}
+        first = stream_of(one, body)
+        while b"content" not in _some(first):
+            pass
+        second = stream_of(one, body)
+        one.wait_for("laserkv_waiting", 1)
+        status, reply = call(f"{one.url}/v1/chat/completions", {"messages": [user("What?")]})
+        assert status == 503
+        assert reply["error"]["code"] == "queue_full"
+        second.close()
+        one.wait_for("laserkv_waiting", 0)
+        ended: list[int] = []
+        thread = threading.Thread(target=lambda: ended.append(one.end(signal.SIGTERM)))
+        thread.start()
+        said = b""
+        while part := first.recv(1 << 16):
+            said += part
+        assert said.rstrip().endswith(b"0")  # the last chunk of the body
+        assert b"[DONE]" in said
+        thread.join()
+        assert ended == [0]
