@@ -50,7 +50,7 @@ def _defined(tree: ast.AST) -> set[str]:
     """All names that a file gives to something."""
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
