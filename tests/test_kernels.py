@@ -16,6 +16,7 @@ from laserkv_gguf.kernels import (
     analytic_collisions,
     attention_by_layer,
     attention_consensus,
+    attention_peaks,
     collision_scores,
     planes,
     pool,
@@ -111,6 +112,28 @@ def test_attention_is_plain_attention(shape: tuple[int, ...], half: bool) -> Non
     want = plain_attention(queries, keys, 0.3)
     close(attention_by_layer(queries, keys, scale=0.3), want)
     close(attention_consensus(queries, keys, scale=0.3), want.sum(0))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_peaks_are_the_largest_of_a_group(shape: tuple[int, ...], half: bool) -> None:
+    """In parts, beside other keys; a softmax that is no number takes no part."""
+    layers, tokens, heads, kv_heads, candidates, dim = shape
+    queries, keys = make(shape)
+    keys = keys.astype(np.float16 if half else np.float32)
+    beside = np.random.default_rng(5).normal(size=queries.shape[:3]).astype(np.float32)
+    logits = np.einsum("lthd,lchd->lthc", queries.astype(float), spread(keys, heads)) / dim**0.5
+    weights = np.exp(logits) / (np.exp(beside)[..., None] + np.exp(logits).sum(-1, keepdims=True))
+    want = weights.reshape(layers, tokens, kv_heads, -1, candidates).max(axis=(1, 3))
+    got = np.zeros((layers, kv_heads, candidates), np.float32)
+    cut = tokens // 2
+    for part in (slice(cut), slice(cut, tokens)):
+        assert attention_peaks(queries[:, part], keys, got, outside=beside[:, part]) is got
+    close(got, want)
+    bad = np.full((layers, 1, heads, dim), np.nan, np.float32)
+    close(attention_peaks(bad, keys, got), want)
+    with pytest.raises(ValueError, match="out must be"):
+        attention_peaks(queries, keys, got[:, :, :-1])
 
 
 def test_attention_over_many_blocks_of_rows() -> None:

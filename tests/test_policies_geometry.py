@@ -28,12 +28,14 @@ BACK = 20  # candidates before the block
 WINDOW = 10  # tokens after the candidates
 SHAPES = [(1, 90, 2, 1, 16), (2, 70, 4, 4, 8), (3, 200, 6, 2, 32)]  # layers, C, heads, kv, dim
 SEEDS = range(3)
-NAMES = ["lagkv", "keydiff", "quest", "compactor", "dbudgetkv", "laser"]
+NAMES = ["lagkv", "keydiff", "quest", "compactor", "dbudgetkv", "laser", "kvzip", "expected"]
 SMALL: dict[str, dict[str, Any]] = {  # options that make partitions of few candidates
     "lagkv": {"lag": 16},
     "quest": {"page": 8},
     "compactor": {"chunk": 32, "sketch": 8},
     "dbudgetkv": {"threshold": 0.1},
+    "kvzip": {"values": "norm", "chunk": 20},
+    "expected": {"future": 10, "queries": 20},
 }
 
 Array = NDArray[Any]
@@ -58,6 +60,8 @@ def seen(
         values=values[:, :count],
         block_queries=rng.normal(size=(layers, block[1] - block[0], heads, dim)).astype(dtype),
         held=Held(tokens, tokens, 0, keys, values),
+        value_norms=np.linalg.norm(values[:, :count].astype(np.float32), axis=3),
+        repeated=rng.random((layers, count, kv_heads)).astype(np.float32),
     )
 
 
@@ -454,7 +458,7 @@ def test_numbers_that_are_none(name: str, bad: float, where: str) -> None:
         assert_fits(name, changed(one, **{where: array}), budget, **SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("name", ["lagkv", "keydiff", "compactor"])
+@pytest.mark.parametrize("name", ["lagkv", "keydiff", "compactor", "expected"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_bad_key_loses_and_spoils_no_other(name: str, bad: float) -> None:
     """The others are chosen nearly as if it were not there; here: all of them, before it."""
@@ -534,6 +538,19 @@ def test_only_what_is_needed_is_looked_at(name: str) -> None:
         ("dbudgetkv", {"threshold": -0.01}),
         ("dbudgetkv", {"threshold": np.nan}),
         ("dbudgetkv", {"order": "newest"}),
+        ("kvzip", {"values": "length"}),
+        ("kvzip", {"shares": "some"}),
+        ("kvzip", {"chunk": 0}),
+        ("kvzip", {"sinks": -1}),
+        ("kvzip", {"recent": 0}),
+        ("expected", {"values": "length"}),
+        ("expected", {"shares": "some"}),
+        ("expected", {"epsilon": -0.1}),
+        ("expected", {"epsilon": np.nan}),
+        ("expected", {"future": 0}),
+        ("expected", {"queries": -1}),
+        ("expected", {"sinks": -1}),
+        ("expected", {"recent": 0}),
         ("laser", {"rule": "simhash"}),
         ("laser", {"residual": "hash"}),
     ],
@@ -564,6 +581,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     [
         *((name, SMALL.get(name, {})) for name in NAMES if name != "laser"),
         ("dbudgetkv", {"threshold": 0.6, "order": "attention"}),
+        ("kvzip", {"shares": "equal", "chunk": 20}),
+        ("kvzip", {"shares": "whole", "values": "output", "pool": 3}),
+        ("expected", {"shares": "equal", "values": "output"}),
+        ("expected", {"shares": "whole", "values": "none", "covariance": False}),
         ("laser", {"rule": "analytic", "alpha": 0.5}),
         ("laser", {"rule": "magicpig", "alpha": 0.5}),
         ("laser", {"residual": "keydiff", "alpha": 0.5}),

@@ -27,6 +27,7 @@ from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.rope import Rotation
 from laserkv_gguf.policies import Candidates, Held
 from laserkv_gguf.reading.reader import Reader
+from laserkv_gguf.reading.repeating import RepeatPrompt
 from laserkv_gguf.recall.recaller import Recaller
 
 Array = NDArray[Any]
@@ -115,6 +116,8 @@ class Moment:
     values: Array
     block: Chunk
     asked: Chunk | None
+    tiny: Tiny
+    ids: Array  # of the whole document
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -129,6 +132,12 @@ class Moment:
     @property
     def keys(self) -> Array:
         return turn(self.spec, self.plain, self.positions)
+
+    def behind(self, ids: Array) -> Array:
+        """What tokens read behind it pay what is in the cache: (layers, heads, n, cached)."""
+        at = self.positions[-1] + 1 + np.arange(len(ids))
+        read_on = read(self.tiny, ids, at, self.plain, self.values, self.positions)
+        return read_on.attention[..., : len(self.tokens)]
 
     def question(self, count: int) -> Array:
         """What the last so many tokens of the question pay what is in the cache."""
@@ -158,7 +167,20 @@ def run(
         at = np.arange(len(kept)) if compact else kept
         asked = read(tiny, question, at[-1] + 1 + np.arange(len(question)), plain, values, at)
         moment = Moment(
-            spec, ratio, len(ids), start, end, kept, at, plain, values, block, asked, notes
+            spec,
+            ratio,
+            len(ids),
+            start,
+            end,
+            kept,
+            at,
+            plain,
+            values,
+            block,
+            asked,
+            tiny,
+            ids,
+            notes,
         )
         stays = np.isin(kept, method(moment))
         kept, plain, values = kept[stays], plain[:, stays], values[:, stays]
@@ -378,6 +400,65 @@ def streamingllm(m: Moment, sinks: int = 4) -> Array:
     return np.concatenate((m.tokens[:sinks], m.tokens[sinks:][-(m.kept - sinks) :]))
 
 
+WHOLE, PART, ANSWER = np.array([270, 271, 272]), np.array([273, 274]), np.array([275])
+
+
+def kvzip(m: Moment, chunk: int = 20, sinks: int = 4, recent: int = 6) -> Array:
+    """Section 3: every chunk is repeated once, and its keys keep the most they got by that.
+
+    In groups of heads that share a key, over prompt and repetition; summed over layers and groups.
+    """
+    if len(m.tokens) <= m.kept:
+        return m.tokens
+    scores = m.notes.setdefault("scores", {})
+    first = max(sinks, m.notes.get("repeated", 0))
+    for start in range(first, m.end - recent, chunk):
+        part = np.arange(start, min(start + chunk, m.end - recent))
+        quoting = np.concatenate((PART, m.ids[start - 8 : start], ANSWER))
+        prompt = quoting if start > 8 else np.concatenate((WHOLE, ANSWER))
+        paid = m.behind(np.concatenate((prompt, m.ids[part])))
+        groups = paid.reshape(len(paid), m.spec.kv_heads, -1, *paid.shape[2:]).max(axis=(2, 3))
+        own = groups[..., np.searchsorted(m.tokens, part)] * value_lengths(m, part)
+        scores.update(zip(part.tolist(), own.sum(axis=(0, 1)), strict=True))
+    m.notes["repeated"] = m.end - recent
+    middle = m.tokens[sinks:-recent]
+    heavy = best(np.array([scores[int(t)] for t in middle]), m.kept - sinks - recent)
+    return np.concatenate((m.tokens[:sinks], middle[heavy], m.tokens[-recent:]))
+
+
+def value_lengths(m: Moment, tokens: Array) -> Array:
+    """(layers, kv_heads, tokens) of tokens in the cache."""
+    values = m.values[:, np.searchsorted(m.tokens, tokens)]
+    return np.linalg.norm(values, axis=-1).transpose(0, 2, 1)
+
+
+def expected(m: Moment, sinks: int = 4, recent: int = 6) -> Array:
+    """Equations 7 to 10, every position to come turned to on its own: last 30 queries, 40 ahead."""
+    if len(m.tokens) <= m.kept:
+        return m.tokens
+    plain = turn(m.spec, m.block.queries[:, -30:], -m.positions[-30:])
+    ahead = m.positions[-1] + 1 + np.arange(40)
+    total = np.zeros(len(m.tokens) - sinks)
+    root, axes = np.sqrt(m.spec.head_dim), np.eye(m.spec.head_dim)[None, :, None]
+    turned = [turn(m.spec, axes, np.full(m.spec.head_dim, at))[0, :, 0] for at in ahead]
+    mean_turn = np.mean(turned, axis=0).T  # its columns are the axes, turned
+    for layer in range(m.spec.layers):
+        for head in range(m.spec.heads):
+            kv = head * m.spec.kv_heads // m.spec.heads
+            asked = plain[layer, :, head]
+            mean = mean_turn @ asked.mean(axis=0)
+            spread = mean_turn @ np.cov(asked.T, bias=True) @ mean_turn.T
+            logits = [
+                k @ mean / root + k @ spread @ k / (2 * root**2) for k in m.keys[layer, sinks:, kv]
+            ]
+            paid = softmax(np.array(logits)) * m.spec.kv_heads / m.spec.heads
+            lengths = np.linalg.norm(m.values[layer, sinks:, kv], axis=-1)
+            # epsilon once a kv head, not once a head
+            total += (paid + 0.01 * m.spec.kv_heads / m.spec.heads) * lengths
+    middle = sinks + best(total[:-recent], m.kept - sinks - recent)
+    return np.concatenate((m.tokens[:sinks], m.tokens[middle], m.tokens[-recent:]))
+
+
 @dataclass(frozen=True)
 class Case:
     method: Method
@@ -395,6 +476,10 @@ CASES = {
     "keydiff": Case(keydiff, ratio=0.3),
     "chunkkv": Case(chunkkv),
     "compactor": Case(compactor, {"chunk": 32, "sketch": 8}),
+    "kvzip": Case(kvzip, {"chunk": 20, "recent": 6, "values": "norm"}, ratio=0.3),
+    "expected": Case(
+        expected, {"queries": 30, "future": 40, "epsilon": 0.01, "recent": 6}, ratio=0.3
+    ),
     "lagkv": Case(lagkv, {"lag": 8}, ratio=0.7),
     "quest": Case(quest, {"page": 8}, ratio=0.3),
     "streamingllm": Case(streamingllm, ratio=0.3),
@@ -417,24 +502,32 @@ def precise(policy: policies.Policy) -> policies.Policy:
     return policy
 
 
-@every
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "compact", "seed"),
+    [
+        *((name, name in COMPACT, seed) for name in CASES for seed in (0, 1)),
+        ("kvzip", True, 0),
+        ("expected", True, 0),
+    ],
+)
 def test_a_run_keeps_what_the_authors_would(
-    name: str, seed: int, loaded: tuple[Tiny, Model]
+    name: str, compact: bool, seed: int, loaded: tuple[Tiny, Model]
 ) -> None:
     tiny, model = loaded
     case = CASES[name]
     ids = random_tokens(TOKENS + QUESTION, tiny.spec, seed=seed).astype(np.int32)
-    truth = run(tiny, ids[:TOKENS], ids[TOKENS:], case.method, case.ratio, name in COMPACT)
+    truth = run(tiny, ids[:TOKENS], ids[TOKENS:], case.method, case.ratio, compact)
     policy = precise(policies.make(name, **case.options))
     budget = policy.budget(TOKENS, SIZE, case.ratio, 4)
     with Context(model, 512, OPTIONS) as context:
-        reader = Reader(context, policy, compact=policy.positions == "compact")
+        repeating = RepeatPrompt(*(part.astype(np.int32) for part in (WHOLE, PART, ANSWER)))
+        reader = Reader(context, policy, compact=compact, repeating=repeating)
         reading = reader.read(ids[:TOKENS], budget, Prompt(ids[TOKENS:], ENDING))
+    assert (policy.positions == "compact") == (name in COMPACT)
     assert reading.kept_per_block == [len(kept) for kept in truth]
     assert reading.kept.tolist() == truth[-1]
     assert any(len(kept) < TOKENS for kept in truth)
-    assert reading.next_position == (len(truth[-1]) if name in COMPACT else TOKENS)
+    assert reading.next_position == (len(truth[-1]) if compact else TOKENS)
 
 
 # ---- what stands for infllm's units ------------------------------------------------------------

@@ -27,6 +27,7 @@ from laserkv_gguf.planning.demand import Demand
 from laserkv_gguf.planning.settings import Settings
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
+from laserkv_gguf.reading.repeating import RepeatPrompt
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.signatures import warm_up
 
@@ -195,7 +196,8 @@ class Engine:
     @property
     def demand(self) -> Demand:
         """How documents are read, as it is counted."""
-        settings = self.settings
+        settings, first = self.settings, self._first_policy
+        repeating = self._repeating(first) or self._repeating(self.policy)
         return Demand(
             self.policy,
             settings.block_size,
@@ -207,6 +209,8 @@ class Engine:
             movable=rope.movable(self.model, self.options),
             exact_keys=self.options.type_k in ("f16", "f32"),
             any_cells=self.ctx_size is None,
+            first=first,
+            repeat_prompt=0 if repeating is None else len(repeating),
         )
 
     @property
@@ -544,6 +548,7 @@ class Engine:
                 compact=place.compact,
                 scoring=self.settings.scoring,
                 sequence=place.sequence,
+                repeating=self._repeating(self.policy),
             )
         reader = self._readers[key]
         reader.limit = self._context.cells if self.residents.most == 1 else place.cells
@@ -551,16 +556,28 @@ class Engine:
 
     def first_reader(self, run: Run) -> Reader:
         """The reader of a document before there is a question, where recall comes later."""
-        if self.policy.needs.recall:
+        policy = self._first_policy
+        if policy is self.policy:
             return run.reader
-        policy = policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
         return Reader(
             run.reader.context,
             policy,
             self.probe_settings,
             compact=run.compact,
             sequence=run.reader.main.number,
+            repeating=self._repeating(policy),
         )
+
+    @property
+    def _first_policy(self) -> policies.Policy:
+        """Reads before there is a question, where recall comes later."""
+        if self.settings.recall == "off" or self.policy.needs.recall:
+            return self.policy
+        return policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
+
+    def _repeating(self, policy: policies.Policy) -> RepeatPrompt | None:
+        """What asks for a repetition, if the policy wants one."""
+        return RepeatPrompt.of(self.template) if policy.needs.repeat else None
 
     def warm_up_beside(self) -> None:
         """Compiles the policy's kernels in a thread, while the first block is decoded."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from laserkv_gguf.kernels._jit import set_threads, threads
-from laserkv_gguf.kernels.attention import attention_by_layer, attention_consensus, log_sums
+from laserkv_gguf.kernels.attention import (
+    attention_by_layer,
+    attention_consensus,
+    attention_peaks,
+    log_sums,
+)
 from laserkv_gguf.kernels.select import max_pool, pool, top_k
 from laserkv_gguf.kernels.simhash import (
     analytic_collisions,
@@ -17,6 +22,7 @@ __all__ = [
     "analytic_collisions",
     "attention_by_layer",
     "attention_consensus",
+    "attention_peaks",
     "collision_scores",
     "log_sums",
     "max_pool",

@@ -134,6 +134,10 @@ class _Emit:
         # Not maxnum: the operand order lets a NaN in ``a`` through instead of hiding it.
         return self.b.select(self.b.fcmp_unordered(">", a, b), a, b)
 
+    def larger(self, a: Any, b: Any) -> Any:
+        """The larger one; `b` where `a` is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
     def exp(self, x: Any) -> Any:
         """e**x for x <= 0, relative error below 1e-5, exactly 0 below -80."""
         b = self.b
@@ -149,16 +153,23 @@ class _Emit:
         scaled = b.bitcast(b.add(b.bitcast(y, _IVEC), exponent), _VEC)
         return b.select(small, self.constant(0.0), scaled)
 
-    def sum(self, value: Any) -> Any:
-        """Horizontal sum, halves first: one order on every machine with these lanes."""
+    def folded(self, value: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """All lanes joined, halves first: one order on every machine with these lanes."""
         undef = ir.Constant(_VEC, ir.Undefined)
         width = LANES // 2
         while width:
             lanes = [_I32(i + width if i < width else i) for i in range(LANES)]
             moved = self.b.shuffle_vector(value, undef, ir.Constant(_IVEC, lanes))
-            value = self.b.fadd(value, moved)
+            value = join(value, moved)
             width //= 2
         return self.b.extract_element(value, _I32(0))
+
+    def sum(self, value: Any) -> Any:
+        return self.folded(value, self.b.fadd)
+
+    def highest(self, value: Any) -> Any:
+        """The largest lane; of lanes that are no NaN."""
+        return self.folded(value, self.larger)
 
 
 def _define(arguments: int, emit: Callable[[_Emit, Sequence[Any]], None], name: str) -> Any:
@@ -249,6 +260,22 @@ def _gather(e: _Emit, args: Sequence[Any]) -> None:
         pointer = e.pointer(out, row.index)
         added = b.fadd(b.load(pointer, align=_BYTES), e.sum(b.load(total)))
         b.store(added, pointer, align=_BYTES)
+
+
+def _raise_to(e: _Emit, args: Sequence[Any]) -> None:
+    table, pitch, n, vectors, weights, out = args
+    b = e.b
+    top = cgutils.alloca_once(b, _VEC)
+    with cgutils.for_range(b, n, intp=_I64) as row:
+        start = b.mul(row.index, pitch)
+        b.store(e.constant(0.0), top)
+        with cgutils.for_range(b, vectors, intp=_I64) as loop:
+            at = b.mul(loop.index, _I64(LANES))
+            value = b.fmul(e.load(table, b.add(start, at)), e.load(weights, at))
+            b.store(e.larger(value, b.load(top)), top)
+        pointer = e.pointer(out, row.index)
+        highest = e.larger(e.highest(b.load(top)), b.load(pointer, align=_BYTES))
+        b.store(highest, pointer, align=_BYTES)
 
 
 def _spread(e: _Emit, args: Sequence[Any]) -> None:
@@ -455,6 +482,9 @@ soften = _define(6, _soften, "soften")
 weigh = _define(4, _weigh, "weigh")
 # gather(table, pitch, n, vectors, weights, out): out[i] += table[i, :] . weights
 gather = _define(6, _gather, "gather")
+# raise_to(table, pitch, n, vectors, weights, out): out[i] = the largest of out[i], where it stands,
+# and of table[i, :] * weights; a NaN is none of them.
+raise_to = _define(6, _raise_to, "raise_to")
 # spread(table, pitch, n, vectors, heads, weights, factors, out): with h heads of so many vectors
 # side by side, out[i, :] += factors[i] * sum over h of table[i, h, :] * weights[h, :]; the rows of
 # out are one head wide. Without factors (0) they are 1.

@@ -29,7 +29,7 @@ from laserkv_gguf.kernels._tiles import (
     round_of_tasks,
     round_up,
 )
-from laserkv_gguf.kernels._vector import LANES, gather, get, put, soften, spread, weigh
+from laserkv_gguf.kernels._vector import LANES, gather, get, put, raise_to, soften, spread, weigh
 
 # A block of rows' scores is written once and read once: it should stay in a core's L2.
 _SCORE_BYTES = 1 << 20
@@ -115,6 +115,55 @@ def attention_by_layer(
     """
     tensors = check(queries, keys)
     return _by_layer(tensors, scale, _factors(tensors, weights), _beside(tensors, outside))
+
+
+def attention_peaks(
+    queries: NDArray[np.float32],
+    keys: NDArray[Any],
+    out: NDArray[np.float32],
+    *,
+    scale: float | None = None,
+    outside: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """The largest attention weight that any query of a group pays each key.
+
+    With ``p`` as in :func:`attention_consensus`, ``out[l, k, c]`` becomes the largest of itself and
+    of ``p[l, t, h, c]`` over all tokens and the heads that read kv head ``k`` (KVzip, arXiv
+    2505.23416). So the queries may come in parts. A softmax that is no number counts for nothing.
+
+    Args:
+        queries, keys, scale, outside: as in attention_consensus.
+        out: (layers, kv_heads, candidates) float32, not negative; changed, and returned.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+        TypeError: Another dtype.
+    """
+    tensors = check(queries, keys)
+    shape = tensors.layers, tensors.kv_heads, tensors.candidates
+    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"out must be {shape} of float32, contiguous; got {out.shape}")
+    if out.size == 0 or tensors.tokens == 0:
+        return out
+    beside = _beside(tensors, outside)
+    workers = threads_in_use()
+    rows = block_rows(tensors.rows, tensors.candidates, _SCORE_BYTES)
+    per_worker = _scratch(tensors, rows)
+    scratch = aligned(workers * per_worker)
+    with native_lock:
+        _attend_peaks(
+            tensors.addresses,
+            tensors.sizes,
+            tensors.half,
+            _scale(tensors, scale),
+            rows,
+            workers,
+            scratch.ctypes.data,
+            per_worker,
+            0 if beside is None else beside.ctypes.data,
+            out.ctypes.data,
+        )
+    return out
 
 
 def log_sums(
@@ -354,6 +403,7 @@ def _attend(
                     scratch + worker * per_worker * FLOAT,
                     0 if outside == 0 else outside + first * FLOAT,
                     partial.ctypes.data + i * candidates * FLOAT,
+                    False,
                 )
         # In the tasks' order, whoever did them: the same sum for every number of threads.
         for i in range(count):
@@ -427,8 +477,12 @@ def _attend_head(
     scratch: int,
     outside: int,
     out: int,
+    peaks_only: bool,
 ) -> None:
-    """One kv head of one layer: its rows' softmax over the candidates, summed into ``out``."""
+    """One kv head of one layer: its rows' softmax over the candidates, summed into ``out``.
+
+    With ``peaks_only`` ``out`` holds the largest weights so far, and may be raised.
+    """
     tiles = (candidates + KEYS_PER_TILE - 1) // KEYS_PER_TILE
     packed = scratch
     tile = packed + block * dim * FLOAT
@@ -438,8 +492,9 @@ def _attend_head(
     total = peak + block * FLOAT
     inverse = total + block * FLOAT
     weight = inverse + block * FLOAT
-    for c in range(candidates):
-        put(out + c * FLOAT, np.float32(0.0))
+    if not peaks_only:
+        for c in range(candidates):
+            put(out + c * FLOAT, np.float32(0.0))
     for first in range(0, rows, block):
         n = min(block, rows - first)
         vectors = (n + LANES - 1) // LANES
@@ -475,7 +530,49 @@ def _attend_head(
             width = min(KEYS_PER_TILE, candidates - c)
             for v in range(0, pitch * FLOAT, LANES * FLOAT):
                 weigh(peaks + t * pitch * FLOAT + v, peak + v, inverse + v, weight + v)
-            gather(scores + c * pitch * FLOAT, pitch, width, vectors, weight, out + c * FLOAT)
+            if peaks_only:
+                raise_to(scores + c * pitch * FLOAT, pitch, width, vectors, weight, out + c * FLOAT)
+            else:
+                gather(scores + c * pitch * FLOAT, pitch, width, vectors, weight, out + c * FLOAT)
+
+
+@jit(parallel=True)
+def _attend_peaks(
+    addresses: tuple[int, int, int, int, int],
+    sizes: tuple[int, int, int, int, int, int],
+    half: bool,
+    scale: float,
+    block: int,
+    workers: int,
+    scratch: int,
+    per_worker: int,
+    outside: int,
+    out: int,
+) -> None:
+    queries, keys, layer_stride, key_stride, head_stride = addresses
+    layers, tokens, heads, kv_heads, candidates, dim = sizes
+    group = heads // kv_heads
+    for worker in prange(workers):
+        for i in range(worker, layers * kv_heads, workers):
+            layer, kv_head = divmod(i, kv_heads)
+            first = layer * tokens * heads + kv_head * group
+            _attend_head(
+                queries + first * dim * FLOAT,
+                keys + layer * layer_stride + kv_head * head_stride,
+                key_stride,
+                tokens,
+                heads,
+                group * tokens,
+                candidates,
+                dim,
+                half,
+                scale,
+                block,
+                scratch + worker * per_worker * FLOAT,
+                0 if outside == 0 else outside + first * FLOAT,
+                out + i * candidates * FLOAT,
+                True,
+            )
 
 
 @jit(parallel=True)

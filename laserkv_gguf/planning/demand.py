@@ -26,6 +26,8 @@ class Demand:
         recall_mode: "replay" or "shortlist", where there is recall.
         movable: whether llama.cpp can turn cached keys to other positions.
         exact_keys: whether cached keys are float16 or float32.
+        first: reads before there is a question, where that recalls later; None for `policy`.
+        repeat_prompt: tokens that ask for a repetition, where a policy wants one.
         any_cells: whether there will be as many cells as are needed; of a cache of given size the
             drafts that are copied take what is left.
     """
@@ -40,6 +42,8 @@ class Demand:
     movable: bool = True
     exact_keys: bool = True
     any_cells: bool = True
+    first: Policy | None = None
+    repeat_prompt: int = 32
 
     def budget(self, tokens: int, ratio: float, protected: int = 0) -> Budget:
         """What of so many tokens is kept.
@@ -88,9 +92,23 @@ class Demand:
         later = budget.kept + self.recall_cells(budget) + reply
         if is_read:
             return later
-        asks = question_known and self.policy.needs.queries
-        drafts = self.drafts if asks and prompt else 0
-        return max(budget.cells(prompt if asks else 0, drafts, reply), later)
+        probing = self.probing(budget, prompt, question_known=question_known)
+        return max(budget.cells(probing, 0, reply), later)
+
+    def probing(self, budget: Budget, prompt: int = 0, *, question_known: bool = False) -> int:
+        """Cells that are taken behind a whole block: a question and drafts, or its repetition.
+
+        Args:
+            prompt, question_known: as of `cells`.
+        """
+        first = self.first is not None and not question_known and self.parks(budget)
+        needs = (self.first or self.policy).needs if first else self.policy.needs
+        asking = repeating = 0
+        if question_known and needs.queries and prompt:
+            asking = prompt + self.drafts
+        if needs.repeat:
+            repeating = min(needs.repeat, budget.block_size, budget.tokens) + self.repeat_prompt
+        return max(asking, repeating)
 
     def compacts(self, budget: Budget, positions: int, trained: int) -> bool:
         """Whether positions are moved together.

@@ -202,7 +202,12 @@ def capture_bytes(header: Header, run: Run, budget: Budget) -> int:
     if needs.queries and needs.outside:
         total += (run.question + run.drafts) * per_key * FLOAT  # of the question and drafts
     if needs.block_queries:
-        total += min(run.block_size, budget.tokens) * per_query * item
+        asked = min(run.block_size, budget.tokens)
+        total += min(needs.recent_queries or asked, asked) * per_query * item
+    if needs.repeat:
+        own = min(needs.repeat, budget.block_size, budget.tokens) + run.repeat_prompt
+        total += own * per_key * FLOAT + run.ubatch * per_query * FLOAT
+        total += rows * header.layers * max(header.kv_heads) * FLOAT
     return total
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -46,6 +46,10 @@ class Needs:
         observation: where no question is known, the last tokens read ask instead (SnapKV, arXiv
             2404.14469).
         recall: evicted tokens that can come back (`--recall`), without which it is not the method.
+        recent_queries: of the block queries, only the last so many tokens'; 0 for all of them.
+        repeat: `Candidates.repeated`: the text is decoded once more behind itself, in parts of so
+            many tokens but no more than a block, which need cells for as long; 0 for no repetition.
+            Wants `visible`.
         every_block: `Policy.observe` is called with the blocks after which nothing is evicted.
         unrotated: `Candidates.rotation`, to take RoPE back; `Policy.look_up` gets queries without.
     """
@@ -65,6 +69,8 @@ class Needs:
     reach: int = 0
     observation: int = 32
     recall: bool = False
+    recent_queries: int = 0
+    repeat: int = 0
     every_block: bool = False
     unrotated: bool = False
 
@@ -149,12 +155,16 @@ class Candidates:
         index: number of the block, from 0.
         queries: (layers, probe tokens, heads, head_dim) float32, or None if not asked for.
         keys, values: (layers, C, kv_heads, head_dim) float16 or float32, or None.
-        block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None.
+        block_queries: (layers, end - start, heads, head_dim) float16 or float32, or None; of
+            `Needs.recent_queries` the block's last tokens only.
         memory: a policy's own notes; empty at the start of a sequence, kept from block to block.
         scorer: attention of queries over the candidates' keys where these are (see
             `DeviceAttention`); None on the host.
         value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate; of "output" the
             root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
+        repeated: (layers, C, kv_heads) float32, or None: the most attention that a token paid each
+            candidate when the text was decoded again, over these tokens and over the heads that
+            share its key. Every candidate has it of the part that repeats itself.
         outside: (layers, probe tokens, heads) float32, or None: log-sum-exp of q · k / √head_dim
             over all that the query sees and that is no candidate: anchors, what was kept (unless
             `Needs.outside_kept` says no), the window, what stands before the sequence, and of the
@@ -180,6 +190,7 @@ class Candidates:
     memory: dict[str, Any] = field(default_factory=dict)
     scorer: DeviceAttention | None = None
     value_norms: NDArray[np.float32] | None = None
+    repeated: NDArray[np.float32] | None = None
     outside: NDArray[np.float32] | None = None
     visible: NDArray[np.int64] | None = None
     visible_keys: NDArray[Any] | None = None
@@ -348,6 +359,13 @@ class Policy(ABC):
             from laserkv_gguf import kernels
 
             kernels.log_sums(asked, seen)
+        if needs.repeat:
+            from laserkv_gguf import kernels
+
+            beside = kernels.log_sums(asked, seen, visible=np.arange(1, count + 1))
+            kernels.attention_peaks(
+                asked, seen, np.zeros((1, 1, count), np.float32), outside=beside
+            )
         self.select(
             Candidates(
                 np.arange(count),
@@ -357,6 +375,7 @@ class Policy(ABC):
                 values=seen if needs.values else None,
                 block_queries=seen if needs.block_queries else None,
                 value_norms=None if needs.value_norms == "none" else asked[..., 0],
+                repeated=asked[..., 0] if needs.repeat else None,
                 outside=asked[..., 0] if needs.outside else None,
                 visible=np.arange(count) if needs.visible else None,
                 visible_keys=seen if needs.visible else None,
@@ -385,6 +404,26 @@ def checked(
     if len(kept) and (kept[0] < 0 or kept[-1] >= candidates.count):
         raise PolicyError(f"policy {policy.name!r} chose a token that is no candidate")
     return kept
+
+
+SHARES = ("one", "equal", "whole")
+
+
+def shared_budget(budget: Budget, shares: str, sinks: int, recent: int) -> Budget:
+    """The budget of a method that scores tokens one by one and may share what is kept in any way.
+
+    Args:
+        budget: of equation (1).
+        shares: "equal" for that; "one" for one pool, chosen anew with every block; "whole" for one
+            choice after everything was read.
+        sinks, recent: first and last tokens that always stay where shares are not equal, no more
+            of each than 1/n of what is kept.
+    """
+    if shares == "equal":
+        return budget
+    whole = replace(budget, shape="recursive" if shares == "one" else "one-shot")
+    most = max(whole.total // budget.divisor, 1)
+    return replace(whole, sinks=min(sinks, most), recent=min(recent, most))
 
 
 def check_pool(pool: int) -> None:

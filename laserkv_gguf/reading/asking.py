@@ -144,6 +144,10 @@ def _all_after(text: Tokens, words: list[int]) -> NDArray[np.int64]:
     return ends
 
 
+# arrays that have the shape of others
+_LIKE = {"block_queries": "queries", "own_keys": "keys", "repeated": "value_norms"}
+
+
 class Arrays:
     """Arrays that captured tensors are copied to; each is made once and grows only when it must.
 
@@ -162,7 +166,7 @@ class Arrays:
         if array is None or array.shape[1] < tokens:
             precise = kind in ("queries", "own_keys") or self.precise
             array = self.held[kind] = self.context.probe.new(
-                {"block_queries": "queries", "own_keys": "keys"}.get(kind, kind),
+                _LIKE.get(kind, kind),
                 tokens,
                 np.float32 if precise else np.float16,
             )

@@ -27,6 +27,7 @@ from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.policies import Candidates, Held, Policy, checked
 from laserkv_gguf.reading.asking import Arrays, Asked, Asker, Drafts, ProbeSettings
+from laserkv_gguf.reading.repeating import Repeater, RepeatPrompt
 from laserkv_gguf.timings import Timings
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class _State:
     asked: Asked | None = None  # the last probe
     # (tokens,) what the policy last scored each of them
     scores: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    repeated: int = 0  # the first token that has not been repeated yet
     # keys (layers, n, kv_heads, head_dim) of what stands before the first token, in parts
     before: list[NDArray[Any]] = field(default_factory=list)
     kept_per_block: list[int] = field(default_factory=list)
@@ -144,6 +146,7 @@ class Reader:
         scoring: "host", or "device" to compute attention where the cache is (llama/scorer.py);
             a device that cannot is told once, and the host scores.
         sequence: number of the sequence that is read into.
+        repeating: what asks for a repetition where the policy needs one; None for nothing.
     """
 
     def __init__(
@@ -155,12 +158,14 @@ class Reader:
         compact: bool = False,
         scoring: str = "host",
         sequence: int = MAIN,
+        repeating: RepeatPrompt | None = None,
     ) -> None:
         self.context, self.policy = context, policy
         self.limit = context.cells  # cells that the sequence may take; fewer where others have some
         self.compact = compact
         self.main = Sequence(context, sequence)
         self.asker = Asker(context, self.main, policy.needs, probe or ProbeSettings())
+        self.repeater = Repeater(context, self.main, repeating)
         self.spare = Sequence(context, SPARE)
         self._all: tuple[_State, Asked | None] | None = None
         self._rotation: rope.Rotation | None = None
@@ -210,7 +215,8 @@ class Reader:
         if not budget.keeps_all:
             self.use_factors()
         state = _State(tokens, budget, question, on_progress, start)
-        if start and self.policy.needs.outside and not budget.keeps_all:
+        looks_past = self.policy.needs.outside or self.policy.needs.repeat
+        if start and looks_past and not budget.keeps_all:
             if self.compact:
                 moving.settle(self.context)
             state.before = list(rows.keys_between(self.main, [(0, start)]))
@@ -223,6 +229,7 @@ class Reader:
                         park(block, self._position(state) - block.tokens)
                 if block.evicts:
                     asked = self._probe(state, block)  # 2
+                    self._repeat(state, block)
                     if keep_all_cells and budget.shape == "one-shot" and not self.compact:
                         self._keep_all(state, asked)
                     candidates = self._candidates(state, block, asked)  # 3
@@ -333,7 +340,8 @@ class Reader:
                 wanted[kind] = (array[:, held : held + block.tokens], 0)
             state.held = np.concatenate((state.held, np.arange(block.start, block.end)))
         if needs.block_queries and (block.evicts or self._observes(state, block)):
-            wanted["queries"] = (self.block_queries(block), 0)
+            queries = self.block_queries(block)
+            wanted["queries"] = (queries, block.tokens - queries.shape[1])
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
             wanted["queries"] = (queries, block.tokens - queries.shape[1])
@@ -396,8 +404,12 @@ class Reader:
         return self.policy.needs.rows(budget)
 
     def block_queries(self, block: Block) -> NDArray[Any]:
-        """Where the queries of a block's tokens are captured: (layers, tokens, heads, head_dim)."""
-        return self._arrays.of("block_queries", block.tokens)
+        """Where queries of a block's last tokens are captured: (layers, tokens, heads, head_dim).
+
+        As many as the policy wants; of most policies all.
+        """
+        wanted = self.policy.needs.recent_queries or block.tokens
+        return self._arrays.of("block_queries", min(wanted, block.tokens))
 
     def _observes_own(self, wanted: Mapping[str, Any]) -> bool:
         """Whether keys of the block's last tokens are needed that are on the device only."""
@@ -434,6 +446,27 @@ class Reader:
                 )
         return state.asked
 
+    def _repeat(self, state: _State, block: Block) -> None:
+        """Repeats what has become a candidate, and notes the most attention that each of it gets.
+
+        Tokens that were candidates before keep what they got then.
+        """
+        needs = self.policy.needs
+        if not needs.repeat:
+            return
+        first, end = max(state.repeated, block.candidates[0]), block.candidates[1]
+        keys = self._arrays.of("keys", self._rows(state.budget))[:, : len(state.held)]
+        got = self._arrays.of("repeated", self._rows(state.budget))
+        free, position = self.limit - state.start - len(state.kept), self._position(state)
+        size = self.repeater.size(min(needs.repeat, state.budget.block_size), free, position)
+        for start in range(first, end, size):
+            span = start, min(start + size, end)
+            with state.timings.spent("probe"):
+                found = self.repeater.paid(state.tokens, span, position, keys, state.before)
+            rows = slice(*np.searchsorted(state.held, span))
+            got[:, rows] = np.swapaxes(found[:, :, rows], 1, 2)
+        state.repeated = end
+
     def use_factors(self) -> None:
         """Makes the norms that the policy asks for possible.
 
@@ -464,6 +497,9 @@ class Reader:
             views["block_queries"] = self.block_queries(block)[:]
         if needs.visible:
             views["visible_keys"] = held["keys"][:]
+        if needs.repeat:
+            rows = self._arrays.of("repeated", self._rows(state.budget))
+            views["repeated"] = rows[:, first:last]
         for view in views.values():
             view.flags.writeable = False
         if "output_norms" in views:
@@ -629,7 +665,7 @@ class Reader:
         taken = np.searchsorted(state.held, held)
         # what was kept before stays where it is
         stays = int(np.count_nonzero(taken == np.arange(len(taken))))
-        for kind in self._seen():
+        for kind in (*self._seen(), *(["repeated"] if needs.repeat else [])):
             array = self._arrays.of(kind, self._rows(state.budget))
             if stays < len(taken):
                 array[:, stays : len(taken)] = array[:, taken[stays:]]
