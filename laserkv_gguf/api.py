@@ -33,6 +33,7 @@ class LaserKV(Engine):
         ctx_size: cells of the KV cache; None for what each run needs.
         context: types, batch sizes, threads and flash attention of the context.
         seed: of the sampler and of the policy's randomness.
+        placement: which devices are used and what goes where; see `llama.placement.Placement`.
         residents: conversations that stand in the cache at a time; with `ctx_size` each may take
             an equal part of the cells.
         aside: bytes of memory for conversations whose cells others want: they are put aside, the

@@ -714,6 +714,7 @@ def test_a_name_that_is_not_here_is_pulled(
     """And what there is of a download will do."""
     for name in ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refusal(capsys, ["plan", "-m", "llama-3.1-8b-instruct"])
     assert "python -m laserkv_gguf pull llama-3.1-8b-instruct" in line
     entry = models.entries()["llama-3.1-8b-instruct"]
@@ -783,3 +784,62 @@ def test_refused_in_one_line(
     line = refusal(capsys, fill(f"plan {model}{arguments}", files))
     for pattern in patterns:
         assert pattern in line
+
+
+# ---- several devices ---------------------------------------------------------------------------
+
+
+def planned_on(capsys: pytest.CaptureFixture[str], large: Path, *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    run(["plan", "-m", str(large), "--tokens", "60000", "--ratio", "0.25", "--json", *flags])
+    out, err = capsys.readouterr()
+    assert err == "", err
+    said: dict[str, Any] = json.loads(out)
+    return said
+
+
+def test_devices_share_layers_weights_and_cache(
+    large: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = planned_on(capsys, large[0], "--vram", "24G")
+    two = planned_on(capsys, large[0], "--vram", "12G,12G", "--tensor-split", "3,1")
+    alone, beside = one["devices"][0], two["devices"]
+    assert [share["name"] for share in beside] == ["GPU0", "GPU1", "RAM"]
+    assert [share["layers"] for share in beside] == [25, 8, 0]  # 33 with the output layer
+    for name in ("weights_bytes", "kv_bytes"):
+        assert sum(share[name] for share in beside[:2]) == alone[name]
+    assert beside[0]["kv_bytes"] == alone["kv_bytes"] * 25 // 32
+    assert beside[2]["weights_bytes"] == one["devices"][1]["weights_bytes"]  # the embedding
+    assert two["device_bytes"] == sum(share["bytes"] for share in beside[:2])
+
+
+def test_what_stays_in_ram(large: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache that is not offloaded, and the matrices that a pattern names."""
+    plain = planned_on(capsys, large[0], "--vram", "24G")["devices"]
+    kept = planned_on(capsys, large[0], "--vram", "24G", "--no-kv-offload")["devices"]
+    assert kept[0]["kv_bytes"] == 0
+    assert kept[1]["kv_bytes"] == plain[0]["kv_bytes"]
+    down = planned_on(capsys, large[0], "--vram", "24G", "-ot", r"blk\.[0-9]\.ffn_=CPU")["devices"]
+    header = Header(large[0])
+    moved = sum(t.size for t in header.tensors if re.match(r"blk\.[0-9]\.ffn_", t.name))
+    assert plain[0]["weights_bytes"] - down[0]["weights_bytes"] == moved
+    assert down[1]["weights_bytes"] - plain[1]["weights_bytes"] == moved
+
+
+def test_the_device_that_is_too_small_is_named(
+    large: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "-m", str(large[0]), "--vram", "2G,24G", "--tensor-split", "1,1"]
+    assert run([*asked, "--tokens", "60000"]) == 1
+    out, _ = capsys.readouterr()
+    assert re.search(r"does not fit: GPU0 gets 17 layers that need [\d.]+ GiB, and has 1.88", out)
+    assert refusal(capsys, [*asked, "-ts", "1,1,1"]).startswith("error: --tensor-split 1,1,1 has 3")
+    assert "--main-gpu 2: there are 2" in refusal(capsys, [*asked[:5], "-sm", "none", "-mg", "2"])
+
+
+def test_scaled_positions_take_longer_documents(
+    tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--rope-scaling", "yarn", "--rope-freq-scale", "0.5", "--vram", "8G", "--json")
+    run(["plan", "-m", str(tiny["plain"]), *flags])
+    assert json.loads(capsys.readouterr().out)["document_tokens"] == 2 * 8192 - 512 - 64

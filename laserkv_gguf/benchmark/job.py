@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.placement import Placement
 from laserkv_gguf.machine import peak_rss
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def of_length(model: Model, text: str, tokens: int) -> str:
 
 def loaded(job: Job) -> Model:
     """A job's model; close it, or use `with`."""
-    return Model(job["model"], gpu_layers=job["gpu_layers"], extra_buffers=job["extra_buffers"])
+    return Model(
+        job["model"],
+        gpu_layers=job["gpu_layers"],
+        extra_buffers=job["extra_buffers"],
+        placement=Placement.of(job["placement"]),
+    )
 
 
 def opening_of(model: Model, question: str) -> Opening:

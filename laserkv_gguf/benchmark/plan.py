@@ -59,6 +59,7 @@ class Plan:
         predict: tokens to generate.
         repeats: runs of each configuration and length.
         warmup: short runs before each that is measured.
+        placement: fields of `Placement`.
         context: fields of `ContextOptions` for the engine.
         tune: search llama.cpp's fastest settings for the full cache; else it gets the engine's.
         generation: answers compared with a bare loop; 0 for none.
@@ -74,6 +75,7 @@ class Plan:
     repeats: int = 3
     warmup: int = 1
     gpu_layers: int | None = None
+    placement: dict[str, Any] = field(default_factory=dict)
     ctx_size: int | None = None
     context: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -192,6 +194,7 @@ class Benchmark:
                 "kind": kind,
                 "model": plan.model,
                 "gpu_layers": plan.gpu_layers,
+                "placement": plan.placement,
                 "extra_buffers": self.extra_buffers,
                 "text": plan.text,
                 "question": plan.question,

@@ -194,6 +194,7 @@ def _identity(
         "document": document and digest_of(document),
         "model": fingerprint(model),
         **settings,
+        **options.placement().changes(),
         **{name: getattr(options, name) for name in names},
         **asdict(sampling),
         "system": system,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
@@ -94,6 +94,7 @@ def bench(
         repeats=repeats,
         warmup=warmup,
         gpu_layers=options.gpu_layers if options.gpu_layers >= 0 else None,
+        placement=asdict(options.placement()),
         ctx_size=options.ctx_size or None,
         context=options.context(),
         seed=options.seed,

@@ -7,11 +7,12 @@ import logging
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
+from laserkv_gguf.cli.placing import PlacementOptions
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import Formatter
 
@@ -45,7 +46,7 @@ _OF_FILES = {
 
 
 @dataclass
-class EngineOptions:
+class EngineOptions(PlacementOptions):
     """Model, context and compression."""
 
     model: Annotated[
@@ -262,6 +263,7 @@ class EngineOptions:
         return LaserKV(
             model,
             gpu_layers=self.gpu_layers if self.gpu_layers >= 0 else None,
+            placement=self.placement(),
             ctx_size=self.ctx_size or None,
             context=context,
             seed=self.seed,
@@ -299,13 +301,16 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
             made = [
                 group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups
             ]
+            if any(isinstance(one, PlacementOptions) and one.instead() for one in made):
+                return 0
             return command(*made, **values)
 
         own = inspect.signature(command, eval_str=True).parameters
         parameters = list(own.values())[len(groups) :]
         for group in groups:
             hints = typing.get_type_hints(group, include_extras=True)
-            for item in fields(group):
+            inherited = {item.name for base in group.__bases__ for item in _fields(base)}
+            for item in sorted(fields(group), key=lambda item: item.name in inherited):
                 parameters.append(
                     inspect.Parameter(
                         item.name,
@@ -323,6 +328,10 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
         return run
 
     return decorate
+
+
+def _fields(group: type[Any]) -> tuple[Field[Any], ...]:
+    return fields(group) if is_dataclass(group) else ()
 
 
 def log_to_stderr(debug: bool) -> None:

@@ -15,7 +15,8 @@ from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, with_options
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
-    from laserkv_gguf.planning.fits import Memory, Plan, Run
+    from laserkv_gguf.llama.placement import Placement
+    from laserkv_gguf.planning.fits import Memory, Plan, Run, Share
 
 _MOST_GIB = 4096  # no card has as much: whoever writes more means another unit
 _DIGITS = 16
@@ -34,7 +35,7 @@ def plan(
     ] = None,
     vram: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--vram", help="Memory of the card: 8 (GiB), 8G, 6000MB; without it what there is."),
+        Option("--vram", help="Memory of the card, or of each: 8 (GiB), 8G,6000MB; else what is."),
     ] = None,
     predict: Annotated[
         int, Option("-n", "--predict", "--n-predict", help="Most tokens of an answer.")
@@ -46,7 +47,6 @@ def plan(
 ) -> int:
     """Say what fits, from a model's header alone; the exit code is 1 where it does not."""
     log_to_stderr(options.debug)
-    from laserkv_gguf import models
     from laserkv_gguf.budget import ratio_keeping
     from laserkv_gguf.models.header import Header
     from laserkv_gguf.planning import fits as planning
@@ -55,14 +55,19 @@ def plan(
         raise UserError("-n and --question-tokens must be at least 1")
     if tokens < 0 or (tokens and document):
         raise UserError("give the document's --tokens, a number above 0, or a --document to count")
-    path = models.find(options.model, begun=True)
+    path = _header_file(options.model)
     header = Header(path)
-    memory = _card(vram) if vram is not None else _this_machine(options.gpu_layers)
+    placement = options.placement()
+    if vram is not None:
+        memory = _cards(vram, placement)
+    else:
+        memory = _this_machine(options.gpu_layers, placement)
     run = _run(options, memory.card, predict, question_tokens)
     if document:
         tokens = _count(path, document)
     elif not tokens:
-        tokens = min(max(header.context - run.reply, 1), planning.most_tokens(run.block_size))
+        room = planning.positions_of(header, run) - run.reply
+        tokens = min(max(room, 1), planning.most_tokens(run.block_size))
     ratio = options.ratio
     if options.keep is not None:
         if options.keep > tokens:
@@ -75,6 +80,20 @@ def plan(
     else:
         _print(made, memory.card, ratio is None, run.recall)
     return 0 if made.fits else 1
+
+
+def _header_file(model: str | None) -> Path:
+    """A file with the model's header: its own, or what the hub sends of one that is not here."""
+    from laserkv_gguf import models
+    from laserkv_gguf.models import hub
+
+    try:
+        return models.find(model, begun=True)
+    except UserError:
+        entry = models.entries().get((model or models.EMBEDDED).lower())
+        if entry is None or entry.package or hub.is_offline():
+            raise
+    return hub.header(entry)
 
 
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
@@ -121,6 +140,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         recall=recalling.where,
         recall_mode=recalling.mode_for(policy),
         signature_bits=BITS if recalling.votes_for(policy) else 0,
+        placement=options.placement(),
     )
 
 
@@ -153,30 +173,63 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _card(vram: str) -> Memory:
-    from laserkv_gguf.planning.fits import Memory
+def _by_device(shares: list[Share]) -> Table:
+    """What each device gets."""
+    table, size = Table("", "layers", "weights", "KV cache", "compute", "in all"), terminal.size
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for share in shares:
+        whole = size(share.bytes)
+        table.add_row(
+            share.name,
+            str(share.layers),
+            size(share.weights_bytes),
+            size(share.kv_bytes),
+            size(share.compute_bytes),
+            f"{whole} of {size(share.memory_bytes)}" if share.memory_bytes else whole,
+        )
+    return table
 
-    size, said = parse_size(vram), vram.strip()
-    return Memory(size, True, f"a card of {said}{'' if said[-1].isalpha() else ' GiB'}")
+
+def _cards(vram: str, placement: Placement) -> Memory:
+    """Cards of given sizes, one or several with commas between them."""
+    from laserkv_gguf.planning.fits import Card, Memory
+
+    said = [part.strip() for part in vram.split(",")]
+    sizes = [parse_size(part) for part in said]
+    names = [f"{part}{'' if part[-1].isalpha() else ' GiB'}" for part in said]
+    if placement.device and len(placement.device) != len(sizes):
+        raise UserError(f"--vram {vram:.40}: give the memory of each --device, one after the other")
+    devices = placement.device or tuple(f"GPU{number}" for number in range(len(sizes)))
+    placement.check_devices(devices, wanted=True)
+    cards = tuple(Card(name, size) for name, size in zip(devices, sizes, strict=True))
+    if placement.split_mode == "none":
+        cards = (cards[placement.main_gpu],)
+        names = [names[placement.main_gpu]]
+    a_card = "a card" if len(names) == 1 else "cards"
+    return Memory(
+        sum(card.size for card in cards), True, f"{a_card} of {' and '.join(names)}", cards
+    )
 
 
-def _this_machine(gpu_layers: int) -> Memory:
-    """The memory of the GPUs that llama.cpp can use here, else the RAM that is free."""
+def _this_machine(gpu_layers: int, placement: Placement) -> Memory:
+    """The memory of the devices that llama.cpp can use here, else the RAM that is free."""
     from laserkv_gguf.llama import devices
     from laserkv_gguf.machine import free_ram
-    from laserkv_gguf.planning.fits import Memory
+    from laserkv_gguf.planning.fits import Card, Memory
 
-    found = devices.listed()
-    if gpu_layers != 0 and devices.can_offload():
-        cards = [device for device in found if device.kind in ("gpu", "igpu")]
-        names = ", ".join(device.description for device in cards)
-        return Memory(sum(device.free for device in cards), True, f"free on {names}")
+    found = devices.used(placement)
+    if gpu_layers != 0 and found:
+        host = free_ram() or 0
+        cards = tuple(Card(one.name, one.device.free or host) for one in found)
+        names = ", ".join(one.device.description for one in found)
+        return Memory(sum(card.size for card in cards), True, f"free on {names}", cards)
     if gpu_layers > 0:
         raise UserError(
             f"--gpu-layers {gpu_layers} asks for a GPU, and llama.cpp finds none here; "
             "say what card to plan for with --vram 8GiB"
         )
-    free = free_ram() or max((device.total for device in found), default=0)
+    free = free_ram() or max((device.total for device in devices.listed()), default=0)
     return Memory(free, False, "free RAM")
 
 
@@ -200,13 +253,16 @@ def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
     table.add_row("to choose by", size(made.capture_bytes), "keys and queries, in RAM")
     if made.parked_bytes:
         table.add_row("parked", size(made.parked_bytes), "in RAM" if recall == "ram" else "on disk")
-    where = "on the card" if card else "in RAM"
+    where = ("on the cards" if len(made.devices) > 2 else "on the card") if card else "in RAM"
     table.add_row(f"in all, {where}", size(made.device_bytes), f"of {size(made.memory_bytes)}")
     console.print(table)
+    if len(made.devices) > 2:
+        console.print(_by_device(made.devices))
     if card:
         most = made.layers + 1
         fit = "all layers fit" if made.gpu_layers == most else f"{made.gpu_layers} of {most} fit"
-        console.print(f"layers on the card: {fit} (-ngl {made.gpu_layers})")
+        where = "the card" if len(made.devices) <= 2 else "the cards"
+        console.print(f"layers on {where}: {fit} (-ngl {made.gpu_layers})")
     longest = made.longest_document_tokens
     said = f"{longest:,} tokens" if longest else "none"
     console.print(f"longest document that fits at --ratio {made.ratio:g}: {said}")

@@ -22,6 +22,7 @@ from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.placement import Placement
 from laserkv_gguf.llama.sequence import Sequence
 from laserkv_gguf.planning.demand import Demand
 from laserkv_gguf.planning.settings import Settings
@@ -74,6 +75,7 @@ class Engine:
         ctx_size: int | None = None,
         context: ContextOptions | None = None,
         seed: int = 0,
+        placement: Placement | None = None,
         residents: int = 1,
         aside: int | None = None,
         parallel: int = 1,
@@ -107,7 +109,12 @@ class Engine:
         self.model = (
             model
             if isinstance(model, Model)
-            else Model(model, gpu_layers=gpu_layers, extra_buffers=trial.extra_buffers_work())
+            else Model(
+                model,
+                gpu_layers=gpu_layers,
+                extra_buffers=trial.extra_buffers_work(),
+                placement=placement,
+            )
         )
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None

@@ -226,6 +226,7 @@ class Runner:
             **_files(squad=source.squad, hotpotqa=source.hotpotqa),
             "prompts": dict(source.prompts),
             "context": {**options, "cells": self.engine.ctx_size},
+            **model.placement.changes(),
         }
 
     def notes(self, config: Mapping[str, Any]) -> list[str]:

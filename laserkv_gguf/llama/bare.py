@@ -16,7 +16,7 @@ import numpy as np
 
 from laserkv_gguf.budget import padded
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import devices, library
+from laserkv_gguf.llama import devices, library, placing
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 from laserkv_gguf.llama.state import State, restore, save
 
@@ -88,6 +88,8 @@ class Bare:
         params.type_k, params.type_v = CACHE_TYPES[settings.type_k], CACHE_TYPES[settings.type_v]
         flash = settings.flash_attn
         params.flash_attn_type = L.LLAMA_FLASH_ATTN_TYPE_AUTO if flash is None else int(flash)
+        params.offload_kqv = model.placement.kv_offload
+        placing.scale_positions(params, model.placement.rope)
         params.no_perf = True
         if probe:
             params.cb_eval = L.ggml_backend_sched_eval_callback(probe.callback)
@@ -98,6 +100,7 @@ class Bare:
         if not self.handle:
             detail = lines[-1].split(": ", 1)[-1] if lines else "no reason given"
             raise UserError(f"llama.cpp makes no full cache of {cells} cells: {detail}")
+        placing.use_adapters(self.handle, model.adapters)
         self.buffers = library.buffers()
         self.memory = L.llama_get_memory(self.handle)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from laserkv_gguf.budget import PADDING, padded
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
-from laserkv_gguf.llama import devices, library
+from laserkv_gguf.llama import devices, library, placing
 from laserkv_gguf.llama.capture import AbortFlag, Probe
 from laserkv_gguf.llama.handle import closed_at_exit
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
@@ -163,7 +163,7 @@ class Context:
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()
-        self.ubatch_size = options.micro_batch(devices.can_offload())
+        self.ubatch_size = options.micro_batch(bool(model.devices))
         # On a GPU the number hardly matters; flash attention adds up by threads, so that trying
         # would change the last bits of an answer.
         plain = options.flash_type(False) == L.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -191,8 +191,11 @@ class Context:
                 self._handle = L.llama_init_from_model(address, self._params())
             if not self._handle:
                 raise self._why_not_made(lines)
+            placing.use_adapters(self._handle, model.adapters)
             self._worker = Worker("llama-decode")
         except BaseException:
+            if self._handle:
+                L.llama_free(self._handle)
             model.memory.__exit__()
             raise
         _open.add(self)
@@ -226,6 +229,8 @@ class Context:
         params.flash_attn_type = options.flash_type(self.model.gpu_layers != 0)
         params.cb_eval = L.ggml_backend_sched_eval_callback(self.probe.callback)
         params.cb_eval_user_data = ctypes.c_void_p(self.probe.user_data)
+        params.offload_kqv = self.model.placement.kv_offload
+        placing.scale_positions(params, self.model.placement.rope)
         params.no_perf = True
         return params
 
@@ -233,7 +238,7 @@ class Context:
         """Asks before allocating: Linux grants more than there is and kills the process later."""
         if padded(self.cells) > MAX_CELLS:  # the number would not arrive whole
             raise OutOfMemory(self._out_of_memory())
-        if self.model.gpu_layers != 0:
+        if self.model.gpu_layers != 0 and self.model.placement.kv_offload:
             return
         total = sum(device.total for device in devices.listed() if device.kind == "cpu")
         if total and self.kv_bytes > total:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import llama_cpp
 
+from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
+from laserkv_gguf.llama.placement import NO_DEVICE, Placement
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,153 @@ def can_offload() -> bool:
     return bool(llama_cpp.llama_supports_gpu_offload()) and any(
         device.kind in ("gpu", "igpu") for device in listed()
     )
+
+
+def _addresses() -> list[int]:
+    library.start()
+    count, get, *_ = _functions()
+    return [int(get(index)) for index in range(count())]
+
+
+# ---- choosing ----------------------------------------------------------------------------------
+
+RPC = "RPC"
+
+
+class _Props(ctypes.Structure):
+    """struct ggml_backend_dev_props; `caps` with room to spare."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("free", ctypes.c_size_t),
+        ("total", ctypes.c_size_t),
+        ("kind", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("caps", ctypes.c_uint8 * 16),
+    )
+
+
+_P = ctypes.c_void_p
+_BASE: dict[str, tuple[Any, list[Any]]] = {
+    "backend_dev_buffer_type": (_P, [_P]),
+    "backend_buft_name": (ctypes.c_char_p, [_P]),
+    "backend_dev_backend_reg": (_P, [_P]),
+    "backend_reg_name": (ctypes.c_char_p, [_P]),
+    "backend_dev_get_props": (None, [_P, ctypes.POINTER(_Props)]),
+}
+
+
+@cache
+def _function(name: str) -> Any:
+    result, arguments = _BASE[name]
+    function = library.ggml_base()[f"ggml_{name}"]  # an object of our own
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+@dataclass(frozen=True)
+class Found:
+    """A device that layers can go to.
+
+    Attributes:
+        address: llama.cpp's pointer.
+        backend: such as "CUDA" or "RPC".
+        buffer: the name of its memory, as --override-tensor has it.
+        same_as: tells a card that two backends see; empty where unknown.
+    """
+
+    device: Device
+    address: int
+    backend: str
+    buffer: str
+    same_as: str
+
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+
+def _found(device: Device, address: int) -> Found:
+    kind = _function("backend_dev_buffer_type")(address)
+    registry = _function("backend_dev_backend_reg")(address)
+    props = _Props()
+    _function("backend_dev_get_props")(address, ctypes.byref(props))
+    return Found(
+        device,
+        address,
+        _function("backend_reg_name")(registry).decode(),
+        _function("backend_buft_name")(kind).decode() if kind else "",
+        (props.device_id or b"").decode("utf-8", "replace"),
+    )
+
+
+def present() -> list[Found]:
+    """All devices but the CPU and what helps it."""
+    pairs = zip(listed(), _addresses(), strict=True)
+    return [_found(device, at) for device, at in pairs if device.kind in ("gpu", "igpu")]
+
+
+def buffers() -> dict[str, int]:
+    """llama.cpp's pointers to the devices' kinds of memory, by name.
+
+    Also by what stands in front of an RPC device's address.
+    """
+    found: dict[str, int] = {}
+    for address in _addresses():
+        if kind := _function("backend_dev_buffer_type")(address):
+            name = _function("backend_buft_name")(kind).decode()
+            found.setdefault(name, kind)
+            found.setdefault(name.partition("[")[0], kind)
+    return found
+
+
+def used(placement: Placement) -> list[Found]:
+    """The devices that llama.cpp will use for a placement, in its order.
+
+    As `llama_prepare_model_devices` has it: RPC servers first, then GPUs, each once, and GPUs that
+    share the host's memory only where there are no others.
+
+    Raises:
+        UserError: there is no device of that name, or --main-gpu is none.
+    """
+    here = present()
+    if placement.device:
+        chosen = [] if placement.device == (NO_DEVICE,) else _named(placement.device, here)
+    else:
+        servers = [one for one in here if one.backend == RPC]
+        servers = [one for one in servers if one.device.description in placement.rpc]
+        cards: list[Found] = []
+        for one in here:
+            if one.device.kind == "gpu" and one.backend != RPC:
+                known = {card.same_as for card in cards if card.same_as}
+                cards += [one] if one.same_as not in known else []
+        shared = [one for one in here if one.device.kind == "igpu"]
+        shared = [one for one in shared if one.backend == shared[0].backend]
+        chosen = [*servers, *(cards or shared)]
+    placement.check_devices([one.name for one in chosen], wanted=True)
+    if placement.split_mode == "none" and chosen:
+        chosen = [chosen[placement.main_gpu]]
+    return chosen
+
+
+def _named(names: Sequence[str], here: Iterable[Found]) -> list[Found]:
+    by_name = {one.name.lower(): one for one in here}
+    for name in names:
+        if name.lower() not in by_name:
+            there = ", ".join(one.name for one in by_name.values()) or "no device but the CPU"
+            raise UserError(
+                f"there is no device {name}; --list-devices shows {there}; "
+                "name one of these, or none"
+            )
+    return [by_name[name.lower()] for name in names]
+
+
+def table() -> str:
+    """The devices, one a line, as llama.cpp's programs list them."""
+    lines = [
+        f"  {one.name}: {one.device.description} "
+        f"({one.device.total >> 20} MiB, {one.device.free >> 20} MiB free)"
+        for one in present()
+    ]
+    return "\n".join(["Available devices:", *(lines or ["  (none)"])])

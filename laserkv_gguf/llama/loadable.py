@@ -40,11 +40,14 @@ _ATTENTION = re.compile(r"blk\.(\d{1,4})\.attn_([qkv])\.weight")
 _VECTORS = ("norm.weight", ".bias", "rope_freqs.weight")  # ggml wants them in F32
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> list[str]:
     """Refuses a GGUF that llama.cpp would abort on.
 
     Args:
         path: of the file, or of the first of a split model's.
+
+    Returns:
+        The names of its tensors.
 
     Raises:
         UserError: in one line; also for what is missing, incomplete or no GGUF.
@@ -55,9 +58,13 @@ def check(path: Path) -> None:
         shape.check()
         _check_vocabulary(contents, data)
         _check_tensors(contents, shape)
+    names = [tensor.name for tensor in contents.tensors]
     for part in parts(path, contents.metadata):
         with opened(part) as data:
-            _check_tensors(data.header(), shape)
+            more = data.header()
+            _check_tensors(more, shape)
+            names += [tensor.name for tensor in more.tensors]
+    return names
 
 
 class _Shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import logging
 import os
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.errors import LaserKVError, UserError
-from laserkv_gguf.llama import devices, library, loadable
+from laserkv_gguf.llama import devices, library, loadable, placing
 from laserkv_gguf.llama.handle import Handle, closed_at_exit
+from laserkv_gguf.llama.placement import Placement
 from laserkv_gguf.models.header import check_plain, short
 
 log = logging.getLogger(__name__)
@@ -58,39 +60,54 @@ class Model:
         gpu_layers: layers to put on the GPU; None or a negative number for all where the build and
             the machine can, else none.
         extra_buffers: llama.cpp's `use_extra_bufts` (repacked weights, AMX); see `trial`.
+        placement: which devices, and what goes where; None for what llama.cpp does by itself.
+
+    Attributes:
+        devices: names of the devices that it may use, also where no layer is on them.
+        remote: whether one of them belongs to an RPC server.
+        adapters: llama.cpp's pointers to the LoRA adapters that every context adds.
 
     Raises:
         UserError: not a usable GGUF (see `loadable`), or an architecture whose cache is not one key
-            and value a token, or GPU layers asked of a build without.
+            and value a token, GPU layers asked of a build without, a placement that cannot be, or
+            an adapter of another model.
     """
 
     def __init__(
-        self, path: str | Path, *, gpu_layers: int | None = None, extra_buffers: bool = True
+        self,
+        path: str | Path,
+        *,
+        gpu_layers: int | None = None,
+        extra_buffers: bool = True,
+        placement: Placement | None = None,
     ) -> None:
         self.path = Path(path)
+        self.placement = placement = placement or Placement()
+        placement.check()
         check_file(self.path)
-        loadable.check(self.path)
-        library.start()
-        offload = devices.can_offload()
-        if gpu_layers and gpu_layers > 0 and not offload:
-            raise UserError(
-                f"--gpu-layers {gpu_layers} asks for a GPU, but this build of llama-cpp-python or "
-                "this machine has none; drop the flag, or install a build with CUDA"
-            )
-        params = L.llama_model_default_params()
-        self.gpu_layers = 0 if not offload else (-1 if gpu_layers is None else gpu_layers)
-        params.n_gpu_layers = self.gpu_layers
-        params.use_extra_bufts = extra_buffers
+        names = loadable.check(self.path)
+        placing.check_adapters(placement, self.path)
+        loading = placing.loading(placement, gpu_layers, names)
+        self.devices = tuple(one.name for one in loading.devices)
+        self.remote = any(one.backend == devices.RPC for one in loading.devices)
+        self.gpu_layers = int(loading.params.n_gpu_layers)
+        loading.params.use_extra_bufts = extra_buffers
         with library.recorded() as lines:
-            address = L.llama_model_load_from_file(os.fsencode(self.path), params)
+            address = L.llama_model_load_from_file(os.fsencode(self.path), loading.params)
         if not address:
             raise UserError(_why_not_loaded(self.path, lines))
+        if placement.mlock and any("failed to mlock" in line for line in lines):
+            log.warning(
+                "--mlock: the system refuses to keep so much memory; raise ulimit -l, or leave "
+                "--mlock out"
+            )
         self.memory = Handle(address, L.llama_model_free, f"the model {self.path.name}")
         _open.add(self)
         self.buffers, self.offloaded_layers = library.buffers(), library.offloaded()
         try:
             self.vocab = L.llama_model_get_vocab(address)
             self._check_architecture()
+            self.adapters = placing.adapters(placement, address)
         except BaseException:
             self.close()
             raise
@@ -186,7 +203,19 @@ class Model:
 
     @cached_property
     def trained_context(self) -> int:
-        return int(self._ask(L.llama_model_n_ctx_train))
+        """Positions the model takes: those it was trained for, more where they are scaled."""
+        trained = int(self._ask(L.llama_model_n_ctx_train))
+        return self.placement.rope.positions(trained, self.rope_scale)
+
+    @cached_property
+    def rope_scale(self) -> float:
+        """What the header says frequencies are scaled by; 1 for not at all."""
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            value = self.metadata(f"{self.architecture}.{key}")
+            if value is not None:
+                with contextlib.suppress(ValueError, ZeroDivisionError):
+                    return 1 / float(value)
+        return 1.0
 
     @cached_property
     def vocab_size(self) -> int:

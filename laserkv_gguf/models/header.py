@@ -193,6 +193,15 @@ class Header:
         return self._number("context_length")
 
     @cached_property
+    def rope_scale(self) -> float:
+        """What frequencies are scaled by; 1 for not at all."""
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            value = self.metadata.get(f"{self.architecture}.{key}")
+            if isinstance(value, float | int) and value > 0:
+                return 1 / float(value)
+        return 1.0
+
+    @cached_property
     def vocab(self) -> int:
         for tensor in self.tensors:
             if tensor.name == "token_embd.weight" and tensor.dims:
@@ -216,6 +225,39 @@ class Header:
             if found and int(found[1]) < self.layers:
                 sizes[int(found[1])] += tensor.size
         return tuple(sizes)
+
+    def place(
+        self,
+        where: Sequence[int | None],
+        overrides: Sequence[tuple[str, str]],
+        devices: Mapping[str, int],
+    ) -> dict[int | None, int]:
+        """Bytes of weights by place, as llama.cpp puts them there.
+
+        Args:
+            where: of every layer, the output layer last; None for RAM.
+            overrides: (pattern, device) of tensors that go elsewhere; the first that matches.
+            devices: places by name; what is none of these is RAM.
+        """
+        found: dict[int | None, int] = {}
+        tied = not any(tensor.name == "output.weight" for tensor in self.tensors)
+        for tensor in self.tensors:
+            place, copy = self._layer_of(tensor, where), None
+            if tensor.name == "token_embd.weight" and tied:
+                copy = where[-1]  # the output layer has a copy of its own, if it is elsewhere
+            for pattern, device in overrides:
+                if re.search(pattern, tensor.name):
+                    place = copy = devices.get(device)
+                    break
+            for one in {place, place if copy is None else copy}:
+                found[one] = found.get(one, 0) + tensor.size
+        return found
+
+    def _layer_of(self, tensor: Tensor, where: Sequence[int | None]) -> int | None:
+        layer = re.match(r"blk\.(\d{1,9})\.", tensor.name)
+        if layer:
+            return where[int(layer[1])] if int(layer[1]) < self.layers else None
+        return where[-1] if tensor.name.startswith("output") else None
 
     @cached_property
     def output_weights(self) -> int:
@@ -308,9 +350,13 @@ def opened(path: Path) -> Iterator[Cursor]:
     except Impossible as error:
         raise UserError(f"{path.name} is damaged: {error}; download it again") from None
     except (struct.error, IndexError, KeyError, OverflowError) as error:
-        raise UserError(
+        raise Incomplete(
             f"the header of {path.name} is incomplete or damaged; download more of it, or it again"
         ) from error
+
+
+class Incomplete(UserError):
+    """A header that ends too early, or holds what cannot be."""
 
 
 class Impossible(Exception):

@@ -12,14 +12,20 @@ import os
 import re
 import shutil
 import sys
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import platformdirs
+
 from laserkv_gguf import models
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.models import Entry
+from laserkv_gguf.models.header import Header, Incomplete
 
+_FIRST, _MOST_OF_HEADER = 4 << 20, 1 << 30  # bytes asked for at first, and at most
+_PARTIAL = 206  # HTTP's status
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,9 +50,93 @@ def pull(entry: Entry, *, offline: bool = False) -> tuple[Path, bool]:
         return place, False
     if entry.package:
         models.find(entry.name)  # says how to install it
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if offline or is_offline():
         raise UserError(f"{entry.name} is in no cache of this machine; pull it without --offline")
     return _download(entry), True
+
+
+def header(entry: Entry) -> Path:
+    """A file that holds a model's header and little more, fetched by range requests.
+
+    It is kept in the cache of this project, so that the next plan needs no network.
+
+    Raises:
+        UserError: gated or missing, or a file that is no GGUF.
+        LaserKVError: no network, or a hub that sends no parts of files.
+    """
+    place = _headers() / f"{(entry.sha256 or entry.source.replace('/', '--'))[:64]}-{entry.file}"
+    if place.is_file():
+        try:
+            Header(place)
+        except UserError:
+            place.unlink()
+        else:
+            return place
+    hub = _hub()
+    metadata = _metadata(hub, entry, os.environ.get("HF_ENDPOINT") or None)
+    size, have = metadata.size or _MOST_OF_HEADER, b""
+    beside = place.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            end = min(max(_FIRST, 2 * len(have)), size, _MOST_OF_HEADER)
+            have += _part(hub, entry, metadata, len(have), end)
+            beside.write_bytes(have)
+            try:
+                Header(beside)
+            except Incomplete:
+                if end < min(size, _MOST_OF_HEADER):
+                    continue
+                raise UserError(
+                    f"the header of {entry.file} on the hub is damaged; see {page(entry)}"
+                ) from None
+            except UserError as error:
+                raise UserError(str(error).replace(beside.name, entry.file)) from None
+            beside.replace(place)
+            return place
+    except OSError as error:
+        raise _cannot_write(error, place.parent) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _headers() -> Path:
+    return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "headers"
+
+
+def _part(hub: Any, entry: Entry, metadata: Any, start: int, end: int) -> bytes:
+    """Bytes start … end - 1 of a file."""
+    headers = {**_credentials(hub, entry, metadata), "range": f"bytes={start}-{end - 1}"}
+    try:
+        with _stream(hub, metadata.location, headers) as answer:
+            answer.raise_for_status()
+            if answer.status_code != _PARTIAL:
+                raise LaserKVError(
+                    f"{urlparse(metadata.location).netloc} sends no parts of files; "
+                    f"pull {entry.name}, and plan then"
+                )
+            data: bytes = answer.read() if hasattr(answer, "read") else answer.content
+            return data
+    except LaserKVError:
+        raise
+    except Exception as error:  # which classes there are has changed between releases
+        raise LaserKVError(
+            f"the header of {entry.file} did not come ({_line(error)}); check the network"
+        ) from error
+
+
+def _stream(hub: Any, url: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
+    """An answer whose body has not been read; httpx's since huggingface_hub 1.0, else requests'."""
+    stream: Any = getattr(hub.utils, "http_stream_backoff", None)
+    if stream is not None:
+        answer: AbstractContextManager[Any] = stream("GET", url, headers=headers)
+        return answer
+    return closing(hub.utils.http_backoff("GET", url, headers=headers, stream=True))
+
+
+def is_offline() -> bool:
+    """Whether the hub is not to be asked (HF_HUB_OFFLINE)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def page(entry: Entry) -> str:
@@ -170,11 +260,7 @@ def _fetch(hub: Any, entry: Entry, metadata: Any, part: Path) -> None:
         )
     if size is not None and have == size:
         return
-    headers = hub.utils.build_hf_headers()
-    url = hub.hf_hub_url(entry.source, entry.file, endpoint=os.environ.get("HF_ENDPOINT") or None)
-    if urlparse(metadata.location).netloc != urlparse(url).netloc:
-        # the token is for the hub, not for the store it sends us to
-        headers.pop("authorization", None)
+    headers = _credentials(hub, entry, metadata)
     try:
         with part.open("ab", buffering=0) as file:  # what came is there, however we end
             http_get(
@@ -191,6 +277,16 @@ def _fetch(hub: Any, entry: Entry, metadata: Any, part: Path) -> None:
         raise _broken(entry, error) from error
     except Exception as error:
         raise _broken(entry, error) from error
+
+
+def _credentials(hub: Any, entry: Entry, metadata: Any) -> dict[str, str]:
+    """The hub's headers for a request to where the file lies."""
+    headers: dict[str, str] = hub.utils.build_hf_headers()
+    url = hub.hf_hub_url(entry.source, entry.file, endpoint=os.environ.get("HF_ENDPOINT") or None)
+    if urlparse(metadata.location).netloc != urlparse(url).netloc:
+        # the token is for the hub, not for the store it sends us to
+        headers.pop("authorization", None)
+    return headers
 
 
 def _broken(entry: Entry, error: Exception) -> LaserKVError:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from laserkv_gguf.budget import LOW_RATIO, RATIO, Budget, padded
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.placement import AS_IT_COMES, Placement, assigned
 from laserkv_gguf.models.header import Header
 from laserkv_gguf.planning.demand import Demand
 
@@ -24,23 +26,69 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What there is, in bytes.
+class Card:
+    """A device with memory of its own, or the RAM; `size` in bytes."""
 
-    Attributes:
-        size: of the card, or the free RAM.
-        card: whether it is a GPU's own.
-        said: where that is known from.
-    """
-
+    name: str
     size: int
-    card: bool
-    said: str = ""
 
     @property
     def usable(self) -> int:
         """Without what driver and process take for themselves: a sixteenth, at most 512 MiB."""
         return self.size - min(self.size // 16, 512 << 20)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What there is, in bytes.
+
+    Attributes:
+        size: of all cards, or the free RAM.
+        card: whether it is devices' own.
+        said: where that is known from.
+        cards: the devices, in the order in which layers go to them; () for one of that size.
+    """
+
+    size: int
+    card: bool
+    said: str = ""
+    cards: tuple[Card, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Card, ...]:
+        """The devices, or the RAM alone."""
+        return self.cards or (Card("the card" if self.card else "RAM", self.size),)
+
+    @property
+    def usable(self) -> int:
+        """What a run may take of all of them."""
+        return sum(card.usable for card in self.parts)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a device gets, or the RAM beside devices; sizes in bytes.
+
+    Attributes:
+        layers: of the model, the output layer counted as one.
+        kv_bytes: of the cache.
+        compute_bytes: estimated.
+        capture_bytes: of keys and queries that are held to choose by, and parked rows; in RAM only.
+        bytes: all of it.
+        memory_bytes: what there is; 0 where that is not known.
+    """
+
+    name: str
+    layers: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    capture_bytes: int
+    memory_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.capture_bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +104,7 @@ class Run(Demand):
         gpu_layers: None for as many as fit.
         probe_tokens: None for the policy's own.
         signature_bits: of a parked token, per layer and kv head.
+        placement: what goes where.
     """
 
     type_k: str = "f16"
@@ -69,6 +118,7 @@ class Run(Demand):
     gpu_layers: int | None = None
     probe_tokens: int | None = None
     signature_bits: int = 0
+    placement: Placement = AS_IT_COMES
 
     @property
     def reply(self) -> int:
@@ -102,7 +152,8 @@ class Plan:
             without what `quest` and `infllm` note to find pages and chunks by.
         gpu_layers: layers that fit on the card, counted as llama.cpp counts them: the output layer
             is one more; 0 without a card.
-        device_bytes: of all that, what must fit into `memory_bytes`; with a card what lies on it.
+        device_bytes: of all that, what must fit into `memory_bytes`; with cards what lies on them.
+        devices: what each device gets, in order, and the RAM last where there are devices.
         largest_ratio: the largest ratio that fits; 0 for none.
         longest_document_tokens: the longest document that fits at `ratio`; 0 for none.
         fits: whether all of it fits, with all layers (or --gpu-layers of them) on the card.
@@ -142,9 +193,16 @@ class Plan:
     fits: bool
     reason: str = ""
     notes: list[str] = field(default_factory=list)
+    devices: list[Share] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        shares = [{**asdict(share), "bytes": share.bytes} for share in self.devices]
+        return {**asdict(self), "devices": shares}
+
+
+def positions_of(header: Header, run: Run) -> int:
+    """Positions that the model takes, scaled as the flags say."""
+    return run.placement.rope.positions(header.context, header.rope_scale)
 
 
 def most_tokens(block_size: int) -> int:
@@ -244,6 +302,9 @@ class _Planner:
     header: Header
     run: Run
     memory: Memory
+    _placings: dict[int, tuple[list[int | None], dict[int | None, int]]] = field(
+        default_factory=dict
+    )
 
     def plan(self, tokens: int, ratio: float | None) -> Plan:
         header, run = self.header, self.run
@@ -278,6 +339,7 @@ class _Planner:
             gpu_layers=layers,
             layers=header.layers,
             device_bytes=self.device_bytes(budget, layers),
+            devices=self.shares(budget, layers) if self.memory.card else [],
             memory_bytes=self.memory.size,
             memory=self.memory.said,
             largest_ratio=largest,
@@ -296,11 +358,11 @@ class _Planner:
 
     def _compacts(self, budget: Budget) -> bool:
         run = self.run
-        return run.compacts(budget, budget.tokens + run.reply, self.header.context)
+        return run.compacts(budget, budget.tokens + run.reply, self._positions)
 
     def _beyond(self, budget: Budget) -> bool:
         """Whether positions pass what the model was trained for, unless they are compacted."""
-        return budget.tokens + self.run.reply > self.header.context > 0
+        return budget.tokens + self.run.reply > self._positions > 0
 
     def _parked(self, budget: Budget) -> int:
         """What is parked: a cell a token, its signatures, and the lengths of its values."""
@@ -323,9 +385,14 @@ class _Planner:
             return False
         if self._compacts(budget) or (run.positions != "original" and self._beyond(budget)):
             positions = budget.tokens + run.reply if budget.keeps_all else cells
-            if positions > self.header.context:
+            if positions > self._positions:
                 return False
         return run.ctx_size is None or cells <= run.ctx_size
+
+    @property
+    def _positions(self) -> int:
+        """That the model takes."""
+        return positions_of(self.header, self.run)
 
     @property
     def _all_layers(self) -> int:
@@ -336,34 +403,83 @@ class _Planner:
         return most if self.run.gpu_layers is None else min(self.run.gpu_layers, most)
 
     def device_bytes(self, budget: Budget, layers: int) -> int:
-        """What must fit: on a card that of `layers` layers, the last ones first."""
+        """What must fit: all of it, or on cards that of `layers` layers, the last ones."""
+        if self.memory.card:
+            return sum(share.bytes for share in self.shares(budget, layers)[:-1])
         header, run = self.header, self.run
-        cells = run.run_cells(budget)
-        by_layer, compute = header.cell_bytes(run.type_k, run.type_v), self._compute(cells)
-        if not self.memory.card:
-            kv = self._allocated(cells) * sum(by_layer)
-            parked = self._parked(budget) if run.recall == "ram" else 0
-            return header.weights + kv + compute + capture_bytes(header, run, budget) + parked
-        if layers <= 0:
-            return 0
-        first = max(header.layers + 1 - layers, 0)
-        weights = sum(header.layer_weights[first:]) + header.output_weights
-        kv = self._allocated(cells) * sum(by_layer[first:])
-        # a micro-batch's products with weights that stay in RAM are computed on the card as well
-        visiting = header.largest_matrix if first else 0
-        return weights + kv + compute + visiting
+        kv = self._allocated(run.run_cells(budget)) * sum(self._by_layer)
+        compute = self._compute(run.run_cells(budget))
+        parked = self._parked(budget) if run.recall == "ram" else 0
+        return header.weights + kv + compute + capture_bytes(header, run, budget) + parked
+
+    @cached_property
+    def _by_layer(self) -> tuple[int, ...]:
+        return self.header.cell_bytes(self.run.type_k, self.run.type_v)
+
+    def shares(self, budget: Budget, layers: int) -> list[Share]:
+        """What every card gets with so many layers on cards, and the RAM."""
+        header, run, cards = self.header, self.run, self.memory.parts
+        where, weights = self._placed(layers)
+        cells = self._allocated(run.run_cells(budget))
+        kv: dict[int | None, int] = {}
+        for place, size in zip(where, self._by_layer, strict=False):
+            place = place if run.placement.kv_offload else None
+            kv[place] = kv.get(place, 0) + size * cells
+        compute = self._compute(run.run_cells(budget))
+        busy = {place for place in where if place is not None}
+        # a micro-batch's products with weights that stay in RAM are computed on the first card
+        visits = min(busy, default=-1) if None in where[:-1] else -1
+        found = [
+            Share(
+                card.name,
+                where.count(number),
+                weights.get(number, 0),
+                kv.get(number, 0),
+                (compute if number in busy else 0)
+                + (header.largest_matrix if number == visits else 0),
+                0,
+                card.size,
+            )
+            for number, card in enumerate(cards)
+        ]
+        held = capture_bytes(header, run, budget)
+        held += self._parked(budget) if run.recall == "ram" else 0
+        here = 0 if busy and None not in where[:-1] else compute
+        return [
+            *found,
+            Share("RAM", where.count(None), weights.get(None, 0), kv.get(None, 0), here, held, 0),
+        ]
+
+    def _placed(self, layers: int) -> tuple[list[int | None], dict[int | None, int]]:
+        """Where every layer goes (the output layer last), and the bytes of weights by place."""
+        if layers not in self._placings:
+            run, header, cards = self.run, self.header, self.memory.parts
+            shares = run.placement.tensor_split or tuple(card.size for card in cards)
+            where = assigned(header.layers, layers, shares)
+            names = {card.name: number for number, card in enumerate(cards)}
+            placed = header.place(where, run.placement.overrides, names)
+            self._placings[layers] = where, placed
+        return self._placings[layers]
 
     def layers(self, budget: Budget) -> int:
-        """How many of the wanted layers fit on the card."""
+        """How many of the wanted layers fit on the cards."""
         for layers in range(self._all_layers, 0, -1):
-            if self.device_bytes(budget, layers) <= self.memory.usable:
+            if self._holds(budget, layers):
                 return layers
         return 0
 
+    def _holds(self, budget: Budget, layers: int) -> bool:
+        """Whether every card has room for what it gets."""
+        if not self.memory.card:
+            return self.device_bytes(budget, layers) <= self.memory.usable
+        shares = self.shares(budget, layers)
+        return all(
+            share.bytes <= card.usable
+            for share, card in zip(shares, self.memory.parts, strict=False)
+        )
+
     def fits(self, budget: Budget) -> bool:
-        if not self._cells_fit(budget):
-            return False
-        return self.device_bytes(budget, self._all_layers) <= self.memory.usable
+        return self._cells_fit(budget) and self._holds(budget, self._all_layers)
 
     def largest_ratio(self, tokens: int) -> float:
         run = self.run
@@ -393,10 +509,18 @@ class _Planner:
         if not self._cells_fit(budget):
             positions = budget.tokens + run.reply if budget.keeps_all else cells
             return (
-                f"it needs {positions:,} positions, more than the {self.header.context:,} "
+                f"it needs {positions:,} positions, more than the {self._positions:,} "
                 "the model was trained for"
             )
         needed, there = self.device_bytes(budget, self._all_layers), self.memory.usable
+        shares = self.shares(budget, self._all_layers)
+        cards = self.memory.cards
+        for share, card in zip(shares, cards, strict=False) if len(cards) > 1 else ():
+            if share.bytes > card.usable:
+                return (
+                    f"{card.name} gets {share.layers} layers that need {_gib(share.bytes)}, "
+                    f"and has {_gib(card.usable)} for them"
+                )
         layers = f" with {self._all_layers} layers" if self.memory.card else ""
         return (
             f"it needs {_gib(needed)}{layers}, and {self.memory.said or 'the memory'} "

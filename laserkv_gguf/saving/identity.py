@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from laserkv_gguf.llama import library
 from laserkv_gguf.models.identity import size_and_samples
 from laserkv_gguf.saving.fields import SETTINGS
 from laserkv_gguf.version import VERSION
+
+_SHORT = 100  # characters
 
 
 def made_with(engine: Engine) -> dict[str, Any]:
@@ -20,10 +23,21 @@ def made_with(engine: Engine) -> dict[str, Any]:
         "version": VERSION,
         "model": {"name": engine.model.name, "bytes": size, "samples": samples},
         "build": library.version(),
-        "cache": options.said(engine.model.gpu_layers != 0),
+        "cache": options.said(engine.model.gpu_layers != 0) + _changed(engine),
         "settings": {name: _plain(getattr(engine.settings, name)) for name in SETTINGS},
         "context": {name: getattr(options, name) for name in ("type_k", "type_v", "flash_attn")},
     }
+
+
+def _changed(engine: Engine) -> str:
+    """What beside the model file the rows depend on: scaled positions and adapters, by contents."""
+    said = "".join(
+        f" --{name.replace('_', '-')} {value}"
+        for name, value in engine.model.placement.changes().items()
+    )
+    if len(said) <= _SHORT:
+        return said
+    return f" and --rope-…, --lora #{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def _plain(value: Any) -> Any:
