@@ -60,3 +60,12 @@ def human(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name} ({size} bytes)"
     return f"{size} bytes"
+
+
+def size(number: float) -> str:
+    """Bytes as people read them, without their exact number."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"

@@ -161,12 +161,13 @@ def sample(text: str = HOSTILE, count: int = 0) -> Retention:
     pieces = tuple(text) * (count // len(text) + 1) if count else tuple(text)
     count = len(pieces)
     generator = np.random.default_rng(0)
+    states = generator.integers(0, 4, count).astype(np.uint8)
     return Retention(
         title="laser, 25 % kept",
         pieces=pieces,
-        states=generator.integers(0, 4, count).astype(np.uint8),
+        states=states,
         scores=generator.random(count, np.float32),
-        positions=np.arange(count, dtype=np.int32),
+        positions=np.where(states == EVICTED, -1, np.arange(count)).astype(np.int32),
         looked=generator.random(count, np.float32),
         parts=(spans.Part(text, 0, count, tuple(range(0, count, 4096))),),
         question=text,

@@ -15,6 +15,7 @@ from rich.segment import Segment
 
 from laserkv_gguf.cli import streams
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.machine import size as size
 from laserkv_gguf.shown import harmless, one_line
 
 if TYPE_CHECKING:
@@ -109,15 +110,6 @@ def account_line(account: Account) -> str:
 def printable(text: str) -> str:
     """An answer for standard output: filtered on a terminal, in a pipe or a file as it is."""
     return harmless(text, running=True) if sys.stdout.isatty() else text
-
-
-def size(number: float) -> str:
-    """Bytes as people write them."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
 
 
 def dim(text: str) -> None:

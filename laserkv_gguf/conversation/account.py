@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from laserkv_gguf.machine import human
+from laserkv_gguf.machine import size
 from laserkv_gguf.timings import OVERHEAD, STEPS
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def lines(account: Mapping[str, Any]) -> list[tuple[str, str]]:
             "read in",
             f"{blocks:,} block{'' if blocks == 1 else 's'} of up to {account['block_size']:,}",
         ),
-        ("KV cache", f"{account['ctx_cells']:,} cells, {human(account['kv_bytes'])}"),
-        ("with all kept", human(account["full_kv_bytes"])),
+        ("KV cache", f"{account['ctx_cells']:,} cells, {size(account['kv_bytes'])}"),
+        ("with all kept", size(account["full_kv_bytes"])),
         ("first token", f"after {account['first_token_seconds']:.2f} s"),
         (
             "answer",
@@ -135,7 +135,7 @@ def lines(account: Mapping[str, Any]) -> list[tuple[str, str]]:
                 "recall",
                 f"{account['recalled_tokens']:,} tokens put back in "
                 f"{account['recall_seconds']:.2f} s; {account['parked_tokens']:,} parked, "
-                f"{human(account['parked_bytes'])} ({account['recall']})",
+                f"{size(account['parked_bytes'])} ({account['recall']})",
             )
         )
     return said

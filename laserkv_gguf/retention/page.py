@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from laserkv_gguf.conversation.account import lines
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import text
-from laserkv_gguf.retention.spans import Retention, same_text
+from laserkv_gguf.retention.spans import BEFORE, Retention, same_text
 from laserkv_gguf.version import VERSION
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def render(reports: Sequence[Retention]) -> str:
     template = environment.from_string((folder / "report.html.j2").read_text("utf-8"))
     from markupsafe import Markup
 
-    named = [part.name for part in reports[0].parts if part.blocks or len(reports[0].parts) == 1]
+    named = [part.name for part in reports[0].parts if part.name != BEFORE]
     accounts = [report.account for report in reports]
     return template.render(
         name=", ".join(named[-3:]) or "no document",
@@ -118,7 +118,7 @@ def _times(account: Mapping[str, Any]) -> tuple[str, list[Step]]:
     spent.append((_ANSWER, generated / speed if speed else 0.0))
     total = sum(seconds for _, seconds in spent)
     steps = [
-        Step(label, _seconds(seconds), f"{seconds / total:.6f}", kind % 8)
+        Step(label, _seconds(seconds), f"{seconds / total:.6f}", kind)
         for kind, (label, seconds) in enumerate(spent)
         if seconds > 0
     ]

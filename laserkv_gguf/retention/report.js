@@ -336,10 +336,11 @@
         let kept = 0, level = 0, looks = 0;
         for (let i = from; i < to; i++) {
           if (report.states[i] !== EVICTED) kept++;
-          level = Math.max(level, report.levels[i]);
+          level += report.levels[i];
           looks += seen[i];
         }
         const left = 3 + which * side;
+        level = Math.min(7, Math.round(level / (to - from) * 1.6));
         if (level) { canvas.fillStyle = colour("--s" + level); canvas.fillRect(left, y, side - 2, step); }
         canvas.fillStyle = ink;
         canvas.globalAlpha = 0.75;
@@ -347,7 +348,7 @@
         canvas.globalAlpha = 1;
         if (looks) { canvas.fillStyle = mark; canvas.fillRect(left, y - 1, side - 2, step + 2); }
       });
-      for (let i = from; i < to; i++) if (hits[i]) { canvas.fillStyle = found; canvas.fillRect(0, y - 1, width, step + 1); break; }
+      for (let i = from; i < to; i++) if (hits[i]) { canvas.fillStyle = found; canvas.fillRect(width - 10, y, 10, step); break; }
     }
     canvas.strokeStyle = mark;
     canvas.lineWidth = 2;
