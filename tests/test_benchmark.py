@@ -575,7 +575,7 @@ def test_a_run_goes_on_where_it_was(
         file.write('{"key": "cut o')  # killed while it wrote
     monkeypatch.setattr(processes, "run", lambda job: {"number": 10})
     assert results() == [{"number": 1}, {"number": 2}, {"number": 10}]
-    monkeypatch.setattr(processes, "_identity", lambda: "other code")
+    monkeypatch.setattr(processes, "_code", lambda: "other code")
     assert results() == [{"number": 10}] * 3
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.models.identity import identity
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = "llama-3.2-1b-instruct"
@@ -247,3 +248,21 @@ def test_the_embedded_model_is_what_the_list_says() -> None:
         while part := data.read(1 << 20):
             digest.update(part)
     assert digest.hexdigest() == entry.sha256
+
+
+def test_a_model_file_is_known_wherever_it_lies(tmp_path: Path) -> None:
+    """By its name, its size, and its bytes, those in the middle too."""
+    content = bytes(range(256)) * 4000
+    (one := tmp_path / "a.gguf").write_bytes(content)
+    (tmp_path / "sub").mkdir()
+    (moved := tmp_path / "sub" / "a.gguf").write_bytes(content)
+    assert identity(one) == identity(moved)
+    assert identity(one).bytes == len(content)
+    (named := tmp_path / "b.gguf").write_bytes(content)
+    assert identity(named).samples == identity(one).samples
+    assert str(identity(named)) != str(identity(one))
+    for place in (0, len(content) // 2, len(content) - 1):
+        other = bytearray(content)
+        other[place] ^= 1
+        moved.write_bytes(other)
+        assert identity(moved) != identity(one)

@@ -13,6 +13,7 @@ from typing import Any
 
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files.journal import Journal
+from laserkv_gguf.models.identity import identity
 
 Job = dict[str, Any]
 
@@ -92,17 +93,12 @@ def _ended(code: int) -> str:
 
 
 def _key(job: Job) -> str:
-    text = json.dumps([job, _identity(), _file(job["model"])], sort_keys=True)
+    text = json.dumps([job, _code(), str(identity(Path(job["model"])))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _file(model: str) -> list[int]:
-    state = Path(model).stat()
-    return [state.st_size, state.st_mtime_ns]
-
-
 @cache
-def _identity() -> str:
+def _code() -> str:
     """A digest of this package's code, llama.cpp's libraries and the processor."""
     from laserkv_gguf.llama import library
 

@@ -182,7 +182,7 @@ def _identity(
     from laserkv_gguf import models
     from laserkv_gguf.batch.questions import digest_of
     from laserkv_gguf.llama.model import check_file
-    from laserkv_gguf.models.identity import fingerprint
+    from laserkv_gguf.models.identity import identity
 
     model = models.find(options.model)
     check_file(model)
@@ -192,7 +192,7 @@ def _identity(
     return {
         "input": questions,
         "document": document and digest_of(document),
-        "model": fingerprint(model),
+        "model": str(identity(model)),
         **settings,
         **options.placement().changes(),
         **{name: getattr(options, name) for name in names},

@@ -23,6 +23,7 @@ from laserkv_gguf.evaluation.results import Results, Row
 from laserkv_gguf.evaluation.samples import Sample, Source
 from laserkv_gguf.evaluation.tasks import Task
 from laserkv_gguf.evaluation.tasks.fidelity import Fidelity
+from laserkv_gguf.models.identity import identity
 
 _SPEED_ONLY = ("threads", "threads_batch", "batch_size", "outputs")  # of the context's options
 Cell = tuple[str, str, int, float]
@@ -205,11 +206,7 @@ class Runner:
         for name in _SPEED_ONLY:
             del options[name]
         return {
-            "model": {
-                "name": model.name,
-                "file": model.path.name,
-                "bytes": model.path.stat().st_size,
-            },
+            "model": {"name": model.name, **asdict(identity(model.path))},
             "tasks": [task.name for task in plan.tasks],
             "lengths": list(plan.lengths),
             "samples": plan.samples,

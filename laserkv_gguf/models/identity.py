@@ -1,16 +1,35 @@
-"""Tells one model file from another."""
+"""Tells one model file from another: for saved files, batches, measurements and evaluations."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of 5 GB, reading all takes seconds
 
 
-def size_and_samples(path: Path) -> tuple[int, str]:
-    """Bytes of a file, and a digest of samples of it: of its beginning, its end, and between.
+@dataclass(frozen=True)
+class Identity:
+    """What a model file is known by, wherever it lies.
+
+    Attributes:
+        file: its name.
+        bytes: its size.
+        samples: a digest of samples of it, in hexadecimal digits.
+    """
+
+    file: str
+    bytes: int
+    samples: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.bytes} {self.samples[:16]}"
+
+
+def identity(path: Path) -> Identity:
+    """A file's size, and a digest of samples of its beginning, its end, and what is between.
 
     Raises:
         OSError: it cannot be read.
@@ -21,14 +40,4 @@ def size_and_samples(path: Path) -> tuple[int, str]:
         for sample in range(_SAMPLES):
             file.seek(max(0, size - _SAMPLE) * sample // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))
-    return size, digest.hexdigest()
-
-
-def fingerprint(model: Path) -> str:
-    """Tells one model file from another without reading all of it: name, size, both ends."""
-    size, end = model.stat().st_size, 1 << 20
-    with model.open("rb") as file:
-        ends = file.read(end)
-        file.seek(max(0, size - end))
-        ends += file.read(end)
-    return f"{model.name} {size} {hashlib.sha256(ends).hexdigest()[:16]}"
+    return Identity(path.name, size, digest.hexdigest())

@@ -8,7 +8,7 @@ from typing import Any
 
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.llama import library
-from laserkv_gguf.models.identity import size_and_samples
+from laserkv_gguf.models.identity import identity
 from laserkv_gguf.saving.fields import SETTINGS
 from laserkv_gguf.version import VERSION
 
@@ -18,10 +18,10 @@ _SHORT = 100  # characters
 def made_with(engine: Engine) -> dict[str, Any]:
     """What a file must agree with to be loaded, and the settings it was made with."""
     options = engine.options
-    size, samples = size_and_samples(engine.model.path)
+    file = identity(engine.model.path)
     return {
         "version": VERSION,
-        "model": {"name": engine.model.name, "bytes": size, "samples": samples},
+        "model": {"name": engine.model.name, "bytes": file.bytes, "samples": file.samples},
         "build": library.version(),
         "cache": options.said(engine.model.gpu_layers != 0) + _changed(engine),
         "settings": {name: _plain(getattr(engine.settings, name)) for name in SETTINGS},
