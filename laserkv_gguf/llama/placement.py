@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.models.identity import fingerprint
+from laserkv_gguf.models.identity import identity
 
 SPLIT_MODES = ("none", "layer", "row")
 NUMA = ("distribute", "isolate", "numactl")
@@ -176,7 +176,7 @@ class Placement:
         found = self.rope.given()
         if self.lora:
             try:
-                found["lora"] = [fingerprint(Path(name)) for name in self.lora]
+                found["lora"] = [str(identity(Path(name))) for name in self.lora]
             except OSError as error:
                 raise UserError(
                     f"cannot read {error.filename}: {error.strerror}; check --lora"
