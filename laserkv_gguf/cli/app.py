@@ -15,8 +15,10 @@ from laserkv_gguf.cli import (
     doctor,
     plan,
     pull,
+    rpc_server,
     serve,
     streams,
+    supervised,
     terminal,
 )
 from laserkv_gguf.cli import eval as evaluation
@@ -42,6 +44,7 @@ app.command("eval")(evaluation.evaluate)
 app.command()(plan.plan)
 app.command()(doctor.doctor)
 app.command()(pull.pull)
+app.command("rpc-server")(rpc_server.rpc_server)
 
 
 def _version(wanted: bool) -> None:
@@ -69,6 +72,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    supervised.remember(given)
     try:
         result = app(args=given or ["--help"], prog_name="laserkv_gguf", standalone_mode=False)
         if not given:

@@ -301,8 +301,10 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
             made = [
                 group(**{f.name: values.pop(f.name) for f in fields(group)}) for group in groups
             ]
-            if any(isinstance(one, PlacementOptions) and one.instead() for one in made):
-                return 0
+            for one in made:
+                code = one.instead() if isinstance(one, PlacementOptions) else None
+                if code is not None:
+                    return code
             return command(*made, **values)
 
         own = inspect.signature(command, eval_str=True).parameters

@@ -108,6 +108,15 @@ class PlacementOptions:
             "--lora", help="LoRA adapter in GGUF, added to the weights.", rich_help_panel=_PANEL
         ),
     ] = None
+    rpc: Annotated[
+        Optional[str],  # noqa: UP045
+        Option(
+            "--rpc",
+            help="RPC servers, HOST:PORT with commas between them, to place layers on (see "
+            "rpc-server); only in a network of your own.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     rope_scaling: Annotated[
         Optional[str],  # noqa: UP045
         Option(
@@ -153,15 +162,26 @@ class PlacementOptions:
         Option("--yarn-beta-fast", help="YaRN's low correction dim.", rich_help_panel=_PANEL),
     ] = None
 
-    def instead(self) -> bool:
-        """Whether a flag asked for something else than what the command does; then it is done."""
+    def instead(self) -> int | None:
+        """Does what takes the place of the command, and returns its exit code; None for nothing.
+
+        Raises:
+            LaserKVError: as of `supervised.run`.
+        """
+        if self.rpc:
+            from laserkv_gguf.cli import supervised
+
+            if not supervised.is_child():
+                return supervised.run(self.placement().rpc)
+            supervised.prepare()
         if self.list_devices:
             from laserkv_gguf.cli import streams
-            from laserkv_gguf.llama import devices
+            from laserkv_gguf.llama import devices, rpc
 
-            self.placement()
+            rpc.add(self.placement().rpc)
             streams.say(devices.table(), end="\n")
-        return self.list_devices
+            return 0
+        return None
 
     def placement(self) -> Placement:
         """The flags, checked as far as no device is needed.
@@ -183,6 +203,7 @@ class PlacementOptions:
             mmap=not self.no_mmap,
             numa=self.numa,
             lora=_all_parts(self.lora),
+            rpc=_parts(self.rpc),
             rope=Rope(**{item.name: getattr(self, item.name) for item in fields(Rope)}),
         )
         placement.check()

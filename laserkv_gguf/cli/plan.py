@@ -214,10 +214,11 @@ def _cards(vram: str, placement: Placement) -> Memory:
 
 def _this_machine(gpu_layers: int, placement: Placement) -> Memory:
     """The memory of the devices that llama.cpp can use here, else the RAM that is free."""
-    from laserkv_gguf.llama import devices
+    from laserkv_gguf.llama import devices, rpc
     from laserkv_gguf.machine import free_ram
     from laserkv_gguf.planning.fits import Card, Memory
 
+    rpc.add(placement.rpc)
     found = devices.used(placement)
     if gpu_layers != 0 and found:
         host = free_ram() or 0

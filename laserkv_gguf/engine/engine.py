@@ -116,6 +116,7 @@ class Engine:
                 placement=placement,
             )
         )
+        self.options = self.options.on(self.model)
         self.template = ChatTemplate(self.model)
         self._context: Context | None = None
         self._readers: dict[tuple[int, bool], Reader] = {}  # by sequence, and whether it compacts

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +90,23 @@ class ContextOptions:
         if not SEQUENCES <= self.sequences <= MAX_SEQUENCES:
             raise ValueError(f"{self.sequences} sequences; {SEQUENCES} to {MAX_SEQUENCES} can be")
 
+    def on(self, model: Model) -> ContextOptions:
+        """What a context of this model is made with.
+
+        Without flash attention values are stored transposed: over RPC every row that is moved then
+        takes a message for each of its numbers.
+
+        Raises:
+            UserError: -fa off with RPC devices.
+        """
+        if not model.remote or self.flash_attn == "on":
+            return self
+        if self.flash_attn == "off":
+            raise UserError(
+                "-fa off cannot be with --rpc: moving tokens would take minutes; leave it out"
+            )
+        return replace(self, flash_attn="on")
+
     @property
     def batch(self) -> int:
         """Most tokens decoded in one call."""
@@ -159,7 +176,7 @@ class Context:
     """
 
     def __init__(self, model: Model, cells: int, options: ContextOptions | None = None) -> None:
-        options = options or ContextOptions()
+        options = (options or ContextOptions()).on(model)
         options.check()
         self.model, self.options, self.cells = model, options, cells
         self.threads = options.threads_batch or options.threads or default_threads()

@@ -12,7 +12,7 @@ import llama_cpp
 
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import library
-from laserkv_gguf.llama.placement import NO_DEVICE, Placement
+from laserkv_gguf.llama.placement import AS_IT_COMES, NO_DEVICE, Placement
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,12 @@ def present() -> list[Found]:
 
 
 def buffers() -> dict[str, int]:
-    """llama.cpp's pointers to the devices' kinds of memory, by name.
-
-    Also by what stands in front of an RPC device's address.
-    """
+    """llama.cpp's pointers to the devices' kinds of memory, by device and by llama.cpp's name."""
     found: dict[str, int] = {}
-    for address in _addresses():
+    for device, address in zip(listed(), _addresses(), strict=True):
         if kind := _function("backend_dev_buffer_type")(address):
-            name = _function("backend_buft_name")(kind).decode()
-            found.setdefault(name, kind)
-            found.setdefault(name.partition("[")[0], kind)
+            found.setdefault(device.name, kind)
+            found.setdefault(_function("backend_buft_name")(kind).decode(), kind)
     return found
 
 
@@ -218,6 +214,26 @@ def _named(names: Sequence[str], here: Iterable[Found]) -> list[Found]:
                 "name one of these, or none"
             )
     return [by_name[name.lower()] for name in names]
+
+
+def to_lend(names: Sequence[str]) -> list[int]:
+    """llama.cpp's pointers to devices that an RPC server is to lend.
+
+    Args:
+        names: also the CPU's; none for all GPUs of this machine, or the CPU where there is none.
+
+    Raises:
+        UserError: there is no device of that name.
+    """
+    pairs = [*zip(listed(), _addresses(), strict=True)]
+    if names:
+        by_name = {device.name.lower(): at for device, at in pairs}
+        for name in names:
+            if name.lower() not in by_name:
+                there = ", ".join(device.name for device, _ in pairs)
+                raise UserError(f"there is no device {name} to lend; name some of {there}")
+        return [by_name[name.lower()] for name in names]
+    return [one.address for one in used(AS_IT_COMES)] or [cpu()]
 
 
 def table() -> str:

@@ -9,10 +9,11 @@ import platform
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 from llama_cpp import _ctypes_extensions
@@ -60,6 +61,24 @@ def start() -> None:
     """Initialises llama.cpp once per process and sends its log to logging ("llama.cpp")."""
     llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+
+
+_kept: list[Any] = []  # llama.cpp calls it at any time
+
+
+def on_abort(act: Callable[[], None]) -> None:
+    """Has ggml call this instead of printing where it is, before it ends the process."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+    def said(message: bytes) -> None:
+        log.info("ggml aborts: %s", message.decode("utf-8", "replace"))
+        act()
+
+    callback = kind(said)
+    _kept.append(callback)
+    function = ggml_base()["ggml_set_abort_callback"]
+    function.restype, function.argtypes = ctypes.c_void_p, [kind]
+    function(callback)
 
 
 @contextmanager

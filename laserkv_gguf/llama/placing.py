@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp as L
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import devices, library
+from laserkv_gguf.llama import devices, library, rpc
 from laserkv_gguf.llama.placement import Placement, Rope
 from laserkv_gguf.models import adapter
 
@@ -77,6 +77,7 @@ def loading(placement: Placement, gpu_layers: int | None, names: Sequence[str]) 
         UserError: with the remedy in one line.
     """
     library.start()
+    rpc.add(placement.rpc)
     found = devices.used(placement)
     if gpu_layers and not found:
         raise UserError(
