@@ -17,7 +17,8 @@ from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama import library
 from laserkv_gguf.server import chat, completions
 from laserkv_gguf.server.errors import ApiError, of, refused
-from laserkv_gguf.server.guard import Guard, owner, refusal
+from laserkv_gguf.server.guard import REPORTS, Guard, owner, refusal
+from laserkv_gguf.server.reports import HEADERS
 from laserkv_gguf.server.serving import Serving
 from laserkv_gguf.server.wire import (
     ChatRequest,
@@ -51,6 +52,7 @@ def make(serving: Serving) -> FastAPI:
     _tokens(app, serving)
     _about(app, serving)
     _files(app, serving)
+    _reports(app, serving)
     _page(app)
     app.add_middleware(Guard, settings=serving.settings, metrics=serving.metrics)
     return app
@@ -272,6 +274,21 @@ def _files(app: FastAPI, serving: Serving) -> None:
     @app.delete("/v1/files/{file}", responses=gone)  # type: ignore[arg-type]
     async def _delete(file: str, request: Request) -> dict[str, Any]:
         return uploads.delete(owner(request.state), file)
+
+
+def _reports(app: FastAPI, serving: Serving) -> None:
+    gone: dict[int | str, dict[str, Any]] = {404: {"description": "No such document any more."}}
+
+    @app.post("/v1/documents/{document}/report", responses=gone)
+    async def _make(document: str, request: Request) -> dict[str, Any]:
+        who = owner(request.state)
+        name = await serving.apart(lambda: serving.reports.make(who, document))
+        return {"object": "report", "url": f"{REPORTS}{name}"}
+
+    @app.get(REPORTS + "{name}", include_in_schema=False)
+    async def _report(name: str) -> Response:
+        text = serving.reports.text(name)
+        return Response(text, headers=HEADERS, media_type="text/html; charset=utf-8")
 
 
 def _page(app: FastAPI) -> None:

@@ -17,14 +17,15 @@ from laserkv_gguf.server.metrics import Metrics
 from laserkv_gguf.server.settings import LOOPBACK, ServerSettings
 
 OPEN = ("/", "/health", "/v1/health")  # without a key: what says no more than that it is there
+REPORTS = "/report/"
 _PAGE = "/page/"
 _METHODS = "GET, POST, DELETE, OPTIONS"
 _SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "x-frame-options": "DENY",
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }
 
 
@@ -68,7 +69,7 @@ class Guard:
                 await JSONResponse(None, 204)(scope, receive, answer)
                 return
             path: str = scope["path"]
-            if not (path in OPEN or path.startswith(_PAGE)):
+            if not (path in OPEN or path.startswith((_PAGE, REPORTS))):
                 scope.setdefault("state", {})["owner"] = self._owner(headers)
             body = await self._body(headers, receive)
         except ApiError as error:

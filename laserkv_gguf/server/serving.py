@@ -17,6 +17,7 @@ from laserkv_gguf.server.errors import refused
 from laserkv_gguf.server.metrics import Metrics
 from laserkv_gguf.server.prompt import Request
 from laserkv_gguf.server.question import Limits
+from laserkv_gguf.server.reports import Reports
 from laserkv_gguf.server.settings import ServerSettings
 from laserkv_gguf.server.store import Store, salt_of
 from laserkv_gguf.server.uploads import Uploads
@@ -44,6 +45,7 @@ class Serving:
             disk = DiskCache(engine, folder, settings.cache_bytes)
         self.store = Store(engine, most=settings.conversations, memory=settings.memory, disk=disk)
         self.works = Works(engine, self.store, workers=settings.workers, queue=settings.queue)
+        self.reports = Reports(self.store)
         self.metrics = Metrics(self.works, self.store)
         self.uploads = Uploads(
             None if folder is None else folder / "files", max(settings.cache_bytes, settings.body)
@@ -97,8 +99,10 @@ class Serving:
             min(max(limit, 1), self.longest),
             wanted.stops,
             salt_of(owner, wanted.cache_salt or ""),
+            owner,
             anew,
             wanted.n or 1,
+            self.engine.model.text(request.tokens[request.asked : len(request) - request.ending]),
         )
 
     def _sampling(self, wanted: Common) -> Sampling:

@@ -37,10 +37,11 @@ class Entry:
 
     Attributes:
         read: (n,) int32, all that was read before its first question.
-        salt: whose it is.
+        salt: what a request must come with to find it.
         conversation: None until it is made.
         said: (m,) int32 of the turns, as of the last time it was asked.
         lock: held by the request that uses it.
+        owner: whose it is, if keys are asked for.
         dead: whether it cannot be used any more.
         on_disk: whether it has been written.
     """
@@ -51,6 +52,7 @@ class Entry:
     said: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = 0.0
+    owner: str = ""
     dead: bool = False
     on_disk: bool = False
     id: str = field(default_factory=lambda: f"doc-{secrets.token_hex(12)}")
@@ -112,12 +114,19 @@ class Store:
 
     @contextmanager
     def place(
-        self, request: Request, salt: str, wanted: Callable[[], bool], *, anew: bool = False
+        self,
+        request: Request,
+        salt: str,
+        owner: str,
+        wanted: Callable[[], bool],
+        *,
+        anew: bool = False,
     ) -> Iterator[Place]:
         """Finds what a request goes on from, for itself alone; or a new, empty place.
 
         Args:
             salt: only what came with the same one is looked at.
+            owner: whose request it is.
             wanted: whether somebody still waits for the answer.
             anew: look for nothing, and leave nothing.
 
@@ -125,6 +134,7 @@ class Store:
             Cancelled: nobody waits any more.
         """
         entry, found = self._take(request, salt, wanted, anew)
+        entry.owner = owner
         try:
             there = 0
             if entry.conversation is not None:

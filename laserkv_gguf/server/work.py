@@ -33,9 +33,11 @@ class Order:
     """What a client wants.
 
     Attributes:
-        salt: whose documents may be used.
+        salt: which documents may be used.
+        owner: whose request it is.
         anew: whether nothing of earlier requests is used, and nothing kept.
         choices: how many answers.
+        question: its text, for reports; what is decoded is the request.
     """
 
     request: Request
@@ -43,8 +45,10 @@ class Order:
     max_tokens: int
     stop: tuple[str, ...] = ()
     salt: str = ""
+    owner: str = ""
     anew: bool = False
     choices: int = 1
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ class Works:
             first: the number of its first answer.
         """
         with self.store.place(
-            order.request, order.salt, lambda: job.wanted, anew=order.anew
+            order.request, order.salt, order.owner, lambda: job.wanted, anew=order.anew
         ) as place:
             for choice in range(order.choices):
                 job.put(self._one(job, order, place, choice, first + choice))
@@ -233,9 +237,10 @@ class Works:
         conversation.max_tokens, conversation.stop = order.max_tokens, order.stop
         seed = order.sampling.seed + choice - conversation.turns  # the turn's number is added again
         conversation.sampling = replace(order.sampling, seed=seed)
-        answer = (
-            conversation.begin("", on_progress=_thinned(job.put)) if first else conversation.ask("")
-        )
+        if first:
+            answer = conversation.begin(order.question, on_progress=_thinned(job.put))
+        else:
+            answer = conversation.ask(order.question)
         job.answer = answer
         job.check()
         told, since = 0, 0.0
