@@ -12,6 +12,7 @@ from laserkv_gguf.cli import (
     batch,
     bench,
     chat,
+    config,
     doctor,
     plan,
     pull,
@@ -22,29 +23,36 @@ from laserkv_gguf.cli import (
     terminal,
 )
 from laserkv_gguf.cli import eval as evaluation
+from laserkv_gguf.cli.help import Command, Group
+from laserkv_gguf.cli.options import settable
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.shown import one_line
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+PROGRAM = "laserkv-gguf"
 
 app = typer.Typer(
-    name="laserkv_gguf",
-    help="Long documents for GGUF models on small memory: LASER-KV on llama.cpp.",
-    add_completion=False,
+    name=PROGRAM,
+    help="Ask GGUF models about documents that do not fit into memory: LASER-KV on llama.cpp.",
+    cls=Group,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(chat.chat)
-app.command()(ask.ask)
-app.command()(batch.batch)
-app.command()(serve.serve)
-app.command()(bench.bench)
-app.command("eval")(evaluation.evaluate)
-app.command()(plan.plan)
-app.command()(doctor.doctor)
-app.command()(pull.pull)
-app.command("rpc-server")(rpc_server.rpc_server)
+for _name, _command in (
+    ("ask", ask.ask),
+    ("chat", chat.chat),
+    ("batch", batch.batch),
+    ("serve", serve.serve),
+    ("pull", pull.pull),
+    ("plan", plan.plan),
+    ("bench", bench.bench),
+    ("eval", evaluation.evaluate),
+    ("doctor", doctor.doctor),
+    ("rpc-server", rpc_server.rpc_server),
+):
+    app.command(_name, cls=Command)(_command)
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +82,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     supervised.remember(given)
     try:
-        result = app(args=given or ["--help"], prog_name="laserkv_gguf", standalone_mode=False)
+        helps = not given or not {"-h", "--help"}.isdisjoint(given)
+        result = app(
+            args=given or ["--help"],
+            prog_name=PROGRAM,
+            standalone_mode=False,
+            default_map={} if helps else config.load(settable()),
+        )
         if not given:
             return USAGE
         return result if isinstance(result, int) else 0

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from typer import Option
+from typer import Argument, Option
 
 from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
@@ -24,13 +24,23 @@ if TYPE_CHECKING:
 def ask(
     options: EngineOptions,
     sampling: SamplingOptions,
+    words: Annotated[
+        Optional[str],  # noqa: UP045
+        Argument(metavar="[QUESTION]", help="What to ask; or -q.", show_default=False),
+    ] = None,
     question: Annotated[
         Optional[str],  # noqa: UP045
         Option("-q", "--question", "-p", "--prompt", help="What to ask."),
     ] = None,
     document: Annotated[
         Optional[list[str]],  # noqa: UP045
-        Option("-d", "--document", help="Text, Markdown or PDF to ask about; - is standard input."),
+        Option(
+            "-d",
+            "--document",
+            "-f",
+            "--file",
+            help="Text, Markdown or PDF to ask about; repeatable; - is standard input.",
+        ),
     ] = None,
     system: Annotated[
         Optional[str],  # noqa: UP045
@@ -60,7 +70,10 @@ def ask(
         bool, Option("--json", help="Print one object: answer, finish_reason, account.")
     ] = False,
 ) -> None:
-    """Ask one question, about documents of any length or none."""
+    """Ask one question about documents of any length, or about none."""
+    if words is not None and question is not None:
+        raise UserError("the question stands there twice; give it once, with -q or without")
+    question = words if question is None else question
     if not question or not question.strip():
         raise UserError('no question; use --question "…"')
     if load is not None and (document or system):

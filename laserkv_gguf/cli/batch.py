@@ -83,7 +83,7 @@ def batch(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print the summary as one object.")] = False,
 ) -> int:
-    """Answer a file of questions, by document; killed and started again, it goes on."""
+    """Answer a file of questions; killed and started again, it goes on."""
     if not source or not target:
         raise UserError("batch needs --input FILE with questions and --output FILE for answers")
     if sampling.predict < 1:

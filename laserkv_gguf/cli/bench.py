@@ -20,7 +20,7 @@ Number = TypeVar("Number", int, float)
 QUESTION = "What happens in this text? Answer in one sentence."
 
 
-@with_options(EngineOptions)
+@with_options(EngineOptions, hide=("recall", "recall_mode", "recall_file", "keep"))
 def bench(
     options: EngineOptions,
     tokens: Annotated[
@@ -68,7 +68,7 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Measure speed and memory of policies against the full cache, in the same run."""
+    """Measure speed and memory against the full cache on this machine."""
     options.refuse_recall("bench", "ask with it")
     options.refuse_keep("bench")
     from laserkv_gguf import models

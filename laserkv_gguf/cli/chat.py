@@ -25,7 +25,13 @@ def chat(
     sampling: SamplingOptions,
     document: Annotated[
         Optional[list[str]],  # noqa: UP045
-        Option("-d", "--document", help="Text, Markdown or PDF to talk about."),
+        Option(
+            "-d",
+            "--document",
+            "-f",
+            "--file",
+            help="Text, Markdown or PDF to talk about; repeatable.",
+        ),
     ] = None,
     question: Annotated[
         Optional[str],  # noqa: UP045
@@ -36,7 +42,7 @@ def chat(
         Option("-sys", "--system", help="System prompt."),
     ] = None,
 ) -> None:
-    """Talk with a model, about documents of any length or none; /help lists its commands."""
+    """Talk with a model about documents of any length, or about none."""
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
     streams.check_output()

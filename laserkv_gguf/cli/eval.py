@@ -46,7 +46,7 @@ class EvalOptions(EngineOptions):
     ] = 0
 
 
-@with_options(EvalOptions)
+@with_options(EvalOptions, name="eval")
 def evaluate(
     options: EvalOptions,
     out: Annotated[
@@ -108,7 +108,7 @@ def evaluate(
         Option("--published", help="CSV (task,policy,length,score) to set beside the results."),
     ] = None,
 ) -> None:
-    """Measure policies against each other: BABILong, RULER, SQuAD, passkey, fidelity."""
+    """Measure answers: which policy finds what, at which ratio and length."""
     from laserkv_gguf.evaluation import presets, report
     from laserkv_gguf.evaluation import tasks as known
     from laserkv_gguf.evaluation.background import Background, read_prompts

@@ -1,17 +1,20 @@
-"""Flags that several commands share, told once. llama.cpp's own wherever it has one."""
+"""Flags that several commands share, defined once. llama.cpp's own wherever it has one."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
+from laserkv_gguf.cli import config
+from laserkv_gguf.cli.help import CACHE, COMMON, DEVICES, SAMPLING, SELECTION, SPEED
 from laserkv_gguf.cli.placing import PlacementOptions
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import Formatter
@@ -20,6 +23,38 @@ if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV
     from laserkv_gguf.llama.sampler import Sampling
 
+
+# the group of --help that a flag stands in
+_GROUP = {
+    "model": COMMON,
+    "debug": COMMON,
+    "seed": SAMPLING,
+    "ctx_size": CACHE,
+    "ratio": CACHE,
+    "keep": CACHE,
+    "block_size": CACHE,
+    "cache_type_k": CACHE,
+    "cache_type_v": CACHE,
+    "positions": CACHE,
+    "recall": CACHE,
+    "recall_mode": CACHE,
+    "recall_file": CACHE,
+    "policy": SELECTION,
+    "policy_option": SELECTION,
+    "preset": SELECTION,
+    "protection_divisor": SELECTION,
+    "alpha": SELECTION,
+    "lookahead": SELECTION,
+    "probe_tokens": SELECTION,
+    "gpu_layers": SPEED,
+    "flash_attn": SPEED,
+    "batch_size": SPEED,
+    "ubatch_size": SPEED,
+    "threads": SPEED,
+    "threads_batch": SPEED,
+    "scoring": SPEED,
+}
+_ONCE = ("list_devices", "debug")  # what no file and no variable asks for
 
 # flags that a saved file may set, and what it calls them
 _OF_FILES = {
@@ -54,27 +89,34 @@ class EngineOptions(PlacementOptions):
         Option(
             "-m",
             "--model",
-            help="GGUF file, or a name of models.txt; without it the embedded SmolLM2-135M.",
+            help="GGUF file, or a name that `pull` lists. Without it SmolLM2-135M, which is for "
+            "trying the program: give a larger one for answers.",
         ),
     ] = None
     ctx_size: Annotated[
-        int, Option("-c", "--ctx-size", help="Cells of the KV cache; 0: what the run needs.")
+        int,
+        Option("-c", "--ctx-size", help="Size of the KV cache in cells (tokens); 0: as needed."),
     ] = 0
     gpu_layers: Annotated[
-        int, Option("-ngl", "--gpu-layers", help="Layers on the GPU; -1: all where there is one.")
+        int,
+        Option("-ngl", "--gpu-layers", help="Layers on the GPU; -1: all, where there is a GPU."),
     ] = -1
     flash_attn: Annotated[
-        str, Option("-fa", "--flash-attn", help="on, off or auto (off on a CPU).")
+        str, Option("-fa", "--flash-attn", help="Flash attention: on, off or auto (off on a CPU).")
     ] = "auto"
     cache_type_k: Annotated[
-        str, Option("-ctk", "--cache-type-k", help="Type of cached keys: f16, q8_0, …")
+        str, Option("-ctk", "--cache-type-k", help="Type of the keys in the cache: f16, q8_0, …")
     ] = "f16"
     cache_type_v: Annotated[
-        str, Option("-ctv", "--cache-type-v", help="Type of cached values.")
+        str, Option("-ctv", "--cache-type-v", help="Type of the values in the cache.")
     ] = "f16"
     batch_size: Annotated[
         int,
-        Option("-b", "--batch-size", help="Most tokens of one decode; 0: at least a block."),
+        Option(
+            "-b",
+            "--batch-size",
+            help="Most tokens given to llama.cpp at once; 0: at least a block.",
+        ),
     ] = 0
     ubatch_size: Annotated[
         int,
@@ -85,76 +127,99 @@ class EngineOptions(PlacementOptions):
         ),
     ] = 0
     threads: Annotated[
-        int, Option("-t", "--threads", help="Threads for a token; 0: what is found fastest.")
+        int, Option("-t", "--threads", help="Threads for the answer; 0: what is found fastest.")
     ] = 0
     threads_batch: Annotated[
-        int, Option("-tb", "--threads-batch", help="For reading; 0: -t, or the physical cores.")
+        int, Option("-tb", "--threads-batch", help="Threads for reading; 0: as -t, or all cores.")
     ] = 0
-    seed: Annotated[int, Option("-s", "--seed", help="Of sampling, hashing and `random`.")] = 0
+    seed: Annotated[int, Option("-s", "--seed", help="The same seed gives the same answer.")] = 0
     policy: Annotated[
-        str, Option("--policy", help="How tokens are chosen: laser, exact, full, …")
+        str,
+        Option(
+            "--policy",
+            help="How tokens are chosen: laser, snapkv, full (keeps all), … or module:Class.",
+        ),
     ] = "laser"
     policy_option: Annotated[
         Optional[list[str]],  # noqa: UP045
-        Option("--policy-option", help="key=value for the policy; repeatable."),
+        Option("--policy-option", help="An option of the policy, key=value; repeatable."),
     ] = None
     preset: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--preset", help="paper: as LASER-KV was published (alpha 0.75, no lookahead, …)."),
+        Option("--preset", help="paper: LASER-KV as it was published."),
     ] = None
     ratio: Annotated[
         Optional[float],  # noqa: UP045
         Option(
             "--ratio",
-            help="Fraction of the tokens to keep, above 0 to 1 (0.25; with -c the most that fits).",
+            help="Part of the document to keep, above 0 to 1 (0.25; with -c as much as fits).",
         ),
     ] = None
     keep: Annotated[
         Optional[int],  # noqa: UP045
-        Option("--keep", help="Tokens of a document to keep, such as 2000, instead of --ratio."),
+        Option("--keep", help="Tokens of the document to keep, such as 2000, instead of --ratio."),
     ] = None
     block_size: Annotated[
-        int, Option("--block-size", help="Tokens read before the next eviction (S).")
+        int, Option("--block-size", help="Tokens read before the next eviction.")
     ] = 4096
     protection_divisor: Annotated[
         int,
-        Option("--protection-divisor", help="Anchors and window get 1/n of a block's budget each."),
+        Option(
+            "--protection-divisor", help="Anchors and window each get 1/n of what a block keeps."
+        ),
     ] = 4
     alpha: Annotated[
         Optional[float],  # noqa: UP045
         Option(
-            "--alpha", help="Share of the pool chosen by exact attention (1; the rest is hashed)."
+            "--alpha",
+            help="Share of the pool that exact attention chooses (1); hashing chooses the rest.",
         ),
     ] = None
     lookahead: Annotated[
         Optional[int],  # noqa: UP045
-        Option("--lookahead", help="Tokens drafted after the question to probe with (laser: 16)."),
+        Option("--lookahead", help="Drafts: tokens of the answer guessed to ask with (laser: 16)."),
     ] = None
     probe_tokens: Annotated[
         Optional[int],  # noqa: UP045
-        Option("--probe-tokens", help="Last tokens of the question that probe; 0: all (laser: 8)."),
+        Option(
+            "--probe-tokens", help="The question's last tokens that ask; 0: all of it (laser: 8)."
+        ),
     ] = None
     positions: Annotated[
         str,
-        Option("--positions", help="auto, original or compact (re-rotate keys to close gaps)."),
+        Option(
+            "--positions",
+            help="original: tokens keep their positions; compact: gaps are closed, for documents "
+            "longer than the model was trained for; auto: compact where it must.",
+        ),
     ] = "auto"
     scoring: Annotated[
         str,
-        Option("--scoring", help="host, or device (attention where the cache is: on the GPU)."),
+        Option(
+            "--scoring", help="Where scores are computed: host, or device (where the cache is)."
+        ),
     ] = "host"
     recall: Annotated[
         str,
-        Option("--recall", help="ram or disk: park evicted tokens there, choose anew every turn."),
+        Option(
+            "--recall",
+            help="ram or disk: evicted tokens wait there and come back when a question needs them.",
+        ),
     ] = "off"
     recall_mode: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--recall-mode", help="replay (block by block) or shortlist (all at once, faster)."),
+        Option(
+            "--recall-mode",
+            help="How they are chosen: replay (block by block) or shortlist (faster).",
+        ),
     ] = None
     recall_file: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--recall-file", help="Where --recall disk parks; else in your cache folder."),
+        Option("--recall-file", help="File for --recall disk; else one in your cache folder."),
     ] = None
-    debug: Annotated[bool, Option("--debug", help="llama.cpp's log, and tracebacks.")] = False
+    debug: Annotated[
+        bool, Option("--debug", help="Show llama.cpp's log, and where errors come from.")
+    ] = False
 
     @property
     def known_ratio(self) -> float:
@@ -281,10 +346,14 @@ class SamplingOptions:
     temp: Annotated[float, Option("--temp", help="Temperature; 0: always the likeliest token.")] = (
         0.0
     )
-    top_k: Annotated[int, Option("--top-k", help="Sample from the k likeliest; 0: all.")] = 40
-    top_p: Annotated[float, Option("--top-p", help="Sample from this much probability.")] = 0.95
+    top_k: Annotated[
+        int, Option("--top-k", help="Choose among the k likeliest tokens; 0: all.")
+    ] = 40
+    top_p: Annotated[
+        float, Option("--top-p", help="Choose among tokens that have this probability together.")
+    ] = 0.95
     min_p: Annotated[
-        float, Option("--min-p", help="Drop tokens below this share of the likeliest.")
+        float, Option("--min-p", help="Leave out tokens below this share of the likeliest.")
     ] = 0.05
 
     def sampling(self, seed: int) -> Sampling:
@@ -293,8 +362,44 @@ class SamplingOptions:
         return Sampling(self.temp, self.top_k, self.top_p, self.min_p, seed)
 
 
-def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the flags of option groups to a command, which gets one object of each group first."""
+_SETTABLE: dict[str, dict[str, type]] = {}
+
+
+def settable() -> dict[str, dict[str, type]]:
+    """The flags of each command that files and the environment may set, with their types."""
+    return {name: dict(flags) for name, flags in _SETTABLE.items()}
+
+
+def _described(hint: Any, field: str, panel: str, hidden: bool) -> Any:
+    """A flag with its group of --help and its environment variable."""
+    kind, info = typing.get_args(hint)[:2]
+    info = copy.copy(info)
+    info.rich_help_panel = panel
+    if field not in _ONCE:
+        info.envvar, info.show_envvar = config.variable(field), False
+    info.hidden = info.hidden or hidden
+    return Annotated[kind, info]
+
+
+def _plain_type(hint: Any) -> type:
+    """The type of a flag's value: of Optional[list[str]] list, of Optional[int] int."""
+    kind = typing.get_args(hint)[0]
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    if typing.get_origin(kind) is typing.Union and parts:
+        kind = parts[0]
+    origin: type = typing.get_origin(kind) or kind
+    return origin
+
+
+def with_options(
+    *groups: type[Any], name: str = "", hide: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the flags of option groups to a command, which gets one object of each group first.
+
+    Args:
+        name: of the command, where its function has another.
+        hide: flags that do nothing there, which --help leaves out.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
@@ -309,7 +414,9 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
 
         own = inspect.signature(command, eval_str=True).parameters
         parameters = list(own.values())[len(groups) :]
+        flags = _SETTABLE.setdefault(name or command.__name__, {})
         for group in groups:
+            panel = SAMPLING if group is SamplingOptions else DEVICES
             hints = typing.get_type_hints(group, include_extras=True)
             inherited = {item.name for base in group.__bases__ for item in _fields(base)}
             for item in sorted(fields(group), key=lambda item: item.name in inherited):
@@ -320,9 +427,16 @@ def with_options(*groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[
                         default=inspect.Parameter.empty
                         if item.default is MISSING
                         else item.default,
-                        annotation=hints[item.name],
+                        annotation=_described(
+                            hints[item.name],
+                            item.name,
+                            _GROUP.get(item.name, panel),
+                            item.name in hide,
+                        ),
                     )
                 )
+                if item.name not in _ONCE:
+                    flags[item.name] = _plain_type(hints[item.name])
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -45,7 +45,7 @@ def plan(
     ] = 64,
     as_json: Annotated[bool, Option("--json", help="Print one object.")] = False,
 ) -> int:
-    """Say what fits, from a model's header alone; the exit code is 1 where it does not."""
+    """Say whether a document fits, and what it takes, before anything is loaded."""
     log_to_stderr(options.debug)
     from laserkv_gguf.budget import ratio_keeping
     from laserkv_gguf.models.header import Header

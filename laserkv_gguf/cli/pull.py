@@ -19,7 +19,7 @@ def pull(
     offline: Annotated[bool, Option("--offline", help="Look into the caches only.")] = False,
     debug: Annotated[bool, Option("--debug", help="Tracebacks.")] = False,
 ) -> None:
-    """Download a model of models.txt, resumed and verified; without a name list them."""
+    """Download a model; without a name, list those that are known."""
     log_to_stderr(debug)
     from laserkv_gguf import models
     from laserkv_gguf.models import hub

@@ -74,7 +74,7 @@ def serve(
         float, Option("--grace", help="Seconds that answers may go on after SIGTERM.")
     ] = 10.0,
 ) -> None:
-    """Serve an OpenAI-compatible API and a page, with documents of any length."""
+    """Serve documents of any length to OpenAI clients and to a browser."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
