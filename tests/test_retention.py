@@ -278,6 +278,40 @@ def test_ask_writes_a_report(
     assert first.looked is not None
 
 
+def test_batch_writes_a_page_for_every_answer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"id": "a", "document": TEXT, "question": "Where?"},
+        {"id": "b", "document": TEXT, "question": "Why?"},
+        {"id": "c", "question": "And?"},
+        {"id": "d", "document": TEXT, "question": ""},
+    ]
+    source, pages = tmp_path / "in.jsonl", tmp_path / "pages"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["batch", "-m", str(model), "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
+    words += ["-n", "4", "--block-size", "128", "--quiet", "--report"]
+    assert run([*words, str(pages)]) == 1
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sorted(path.name for path in pages.iterdir()) == ["0001.html", "0002.html", "0003.html"]
+    for number, line in enumerate(lines[:3], 1):
+        found = Elements()
+        found.feed((pages / f"{number:04d}.html").read_text("utf-8"))
+        shown = Retention.from_dict(json.loads(found.within[0])[0])
+        assert shown.question == line["question"]
+        assert shown.account == answers[number - 1]["account"]
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "out.jsonl.run").unlink()
+    for path in pages.iterdir():
+        path.unlink()
+        path.mkdir()  # no page can be written there
+    assert run([*words, str(pages)]) == 1
+    assert capsys.readouterr().err.count("the answers go on without") == 1
+    again = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line.get("answer") for line in again] == [line.get("answer") for line in answers]
+    assert run([*words, str(source)]) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -15,6 +15,7 @@ from typing import Any
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.batch.output import Output, OutputError
 from laserkv_gguf.batch.questions import Input, Item, digest_of
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.conversation.parallel import Question, Spent, answer
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
@@ -51,6 +52,8 @@ class Batch:
         spent, documents: what the run took so far, and for how many documents.
         on_progress: called while a document is read.
         on_line: called after each line, with whether it is an answer.
+        on_kept: called with a question and the conversation it was answered in, before its line is
+            written: for reports of what was kept for it.
     """
 
     engine: LaserKV
@@ -66,6 +69,7 @@ class Batch:
     fail_fast: bool = False
     on_progress: Callable[[Progress], None] | None = None
     on_line: Callable[[bool], None] | None = None
+    on_kept: Callable[[Item, Conversation], None] | None = None
     spent: Spent = field(default_factory=Spent)
     documents: int = 0
 
@@ -111,6 +115,10 @@ class Batch:
             left.remove(index)
             put(index, line)
 
+        def kept(number: int, conversation: Conversation) -> None:
+            if self.on_kept:
+                self.on_kept(items[group.indices[number]], conversation)
+
         try:
             document = self._document(items[group.indices[0]], begun=bool(group.answered))
             answer(
@@ -133,6 +141,7 @@ class Batch:
                     number for number, index in enumerate(group.indices) if index in group.answered
                 },
                 on_progress=self.on_progress,
+                on_kept=kept if self.on_kept else None,
                 spent=self.spent,
             )
         except (Cancelled, Closed, OutputError, Stopped, BrokenPipeError):

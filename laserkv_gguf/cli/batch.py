@@ -22,11 +22,13 @@ from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
-from laserkv_gguf.errors import Cancelled, UserError
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 
 if TYPE_CHECKING:
     from laserkv_gguf.batch.output import Output, Summary
+    from laserkv_gguf.batch.questions import Item
     from laserkv_gguf.batch.run import Batch
+    from laserkv_gguf.conversation.conversation import Conversation
     from laserkv_gguf.conversation.parallel import Spent
     from laserkv_gguf.reading.reader import Progress as Read
 
@@ -75,6 +77,10 @@ def batch(
             help="Read a document once for all its questions, with none of them in mind.",
         ),
     ] = False,
+    report: Annotated[
+        Optional[str],  # noqa: UP045
+        Option("--report", help="Folder for a page for every answer: what was kept, and why."),
+    ] = None,
     fail_fast: Annotated[
         bool, Option("--fail-fast", help="Stop at the first line or question that fails.")
     ] = False,
@@ -107,6 +113,7 @@ def batch(
         output = _output(target, run, [item.id for item in questions.items])
         output.load()
         check_documents(questions, output, documents.read)
+        pages = None if report is None else _folder(report)
         job: Batch | None = None
         bar = _Bar(signals, quiet)
         if not output.complete:
@@ -128,11 +135,40 @@ def batch(
                         parallel=parallel,
                         read_once=read_once,
                         fail_fast=fail_fast,
+                        on_kept=None if pages is None else _Pages(pages).write,
                     )
                     _run(job, bar, quiet)
         counts = summary(questions.items, output)
     _report(counts, job, target, quiet, as_json)
     return 1 if counts.failed else 0
+
+
+def _folder(name: str) -> Path:
+    """A folder for pages, made where it is not there."""
+    path = Path(name)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write pages to {name}: {error.strerror}; name a folder") from None
+    return path
+
+
+class _Pages:
+    """A page for every answer, by the number of its question's line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._failed = folder, False
+
+    def write(self, item: Item, conversation: Conversation) -> None:
+        """Writes a page; where it cannot, that is said once, and no answer is lost for it."""
+        from laserkv_gguf.retention import page, spans
+
+        try:
+            page.write(self.folder / f"{item.line:04d}.html", [spans.of(conversation)])
+        except LaserKVError as error:
+            if not self._failed:
+                terminal.note(f"{terminal.said(error)}; the answers go on without")
+            self._failed = True
 
 
 def _output(target: str, run: dict[str, Any], ids: list[Any]) -> Output:

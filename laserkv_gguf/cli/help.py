@@ -1,4 +1,4 @@
-"""`--help` as llama.cpp groups it: what belongs together stands together, and examples at the end."""
+"""`--help` in groups, as llama.cpp has it, with examples and words at the end."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ class Group(TyperGroup):
         formatter.write(
             "\nStart with:\n  laserkv-gguf pull\n"
             '  laserkv-gguf ask -m MODEL -d book.txt -q "What is this about?"\n\n'
-            "laserkv-gguf COMMAND --help has the rest. python -m laserkv_gguf is the same program.\n"
+            "laserkv-gguf COMMAND --help has the rest; python -m laserkv_gguf is the same.\n"
         )

@@ -624,6 +624,10 @@ class Conversation:
         looks = None
         if watch:
             looks = watch.looks(cells, mark.rows + len(prompt), len(reply.tokens))
+        self.note(question, reply, looks)
+
+    def note(self, question: str, reply: Reply, looks: Looks | None = None) -> None:
+        """Remembers the last question and its answer, with what was drafted for it."""
         self.last = Exchange(question, reply, tuple(self._drafts), looks)
         self._drafts = []
 

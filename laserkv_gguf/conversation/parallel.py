@@ -93,6 +93,7 @@ def answer(
     read_once: bool = False,
     answered: Container[int] = (),
     on_progress: Callable[[Progress], None] | None = None,
+    on_kept: Callable[[int, Conversation], None] | None = None,
     spent: Spent | None = None,
 ) -> Spent:
     """Answers questions about one document, several at a time.
@@ -124,6 +125,8 @@ def answer(
             questions, and what only one of them would have kept is more easily lost.
         answered: numbers of the questions to leave out.
         on_progress: called while reading.
+        on_kept: called with a question's number and the conversation it was answered in, before
+            `on_reply`: for reports of what was kept for it. Its `last` is the question.
         spent: added to while answers are generated, and returned.
 
     Raises:
@@ -134,6 +137,7 @@ def answer(
     check(parallel, engine)
     with engine.access.alone():
         together = _BatchedAnswers(engine, document, sampling, parallel, on_reply, on_progress)
+        together.on_kept = on_kept
         together.spent = together.spent if spent is None else spent
         try:
             together.run(questions, read_once, answered)
@@ -218,6 +222,7 @@ class _BatchedAnswers:
         self.spent = Spent()
         self.tokens = engine.model.tokenize(document or "")
         self.conversation: Conversation | None = None
+        self.on_kept: Callable[[int, Conversation], None] | None = None
 
     def leave(self) -> None:
         """Frees what the document takes."""
@@ -499,4 +504,7 @@ class _BatchedAnswers:
         conversation.fill(reply, len(planned.prompt), one.started, one.first, apart=one.decoded)
         # the context may be larger, for what was asked before; that is no cost of this answer
         reply.account.kv_bytes = padded(conversation.run.cells) * self.engine.cell_bytes
+        conversation.note(planned.question.text, reply)
+        if self.on_kept:
+            self.on_kept(planned.index, conversation)
         self.on_reply(planned.index, reply)
