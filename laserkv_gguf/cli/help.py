@@ -67,6 +67,7 @@ EXAMPLES = {
         "laserkv-gguf plan -m llama-3.1-8b-instruct --tokens 65536 --vram 8GiB",
     ),
     "doctor": ("laserkv-gguf doctor", "laserkv-gguf doctor -m model.gguf"),
+    "rpc-server": ("laserkv-gguf rpc-server",),
     "pull": ("laserkv-gguf pull", "laserkv-gguf pull llama-3.2-1b-instruct"),
 }
 _WITH_WORDS = ("ask", "chat", "batch", "serve")
