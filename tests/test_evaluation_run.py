@@ -25,7 +25,9 @@ from tiny import BOS, FIRST_BYTE, TinySpec, forward, make, token_of, visibility
 
 pytest.importorskip("llama_cpp")
 
+from laserkv_gguf import policies
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.cli import eval as evaluate
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.framing import Framing
@@ -587,8 +589,28 @@ def test_presets_are_what_was_published() -> None:
     from laserkv_gguf import models
 
     for preset in presets.PRESETS.values():
-        assert set(preset.models.values()) <= set(models.entries())
+        named = {name for name in preset.models.values() if preset.source}
+        assert named <= set(models.entries())
         tasks.find(preset.tasks)
+
+
+def test_ablations_change_one_thing_each() -> None:
+    """Every one can be configured, alone, and is no reproduction of anything."""
+    preset = presets.PRESETS["laser-ablations"]
+    options = evaluate.EvalOptions(block_size=512)
+    made = evaluate._settings(options, preset.policies, preset)
+    plain = made["laser"]
+    for name in preset.policies[2:]:
+        settings = {**made[name]}
+        assert settings != plain
+        changed = dict(text.split("=") for text in name.split()[1:])
+        for flag in ("lookahead", "probe_tokens", "protection_divisor"):
+            if flag in changed:
+                assert str(settings[flag]) == changed.pop(flag)
+        assert {k: str(v) for k, v in settings["policy_options"].items()} == changed
+        policies.make(settings["policy"], **settings["policy_options"])
+    with pytest.raises(UserError, match="lookahead is 'few'; give a number"):
+        evaluate._settings(options, ["laser lookahead=few"], None)
 
 
 def test_a_run_with_another_model_is_no_reproduction(tmp_path: Path, source: Source) -> None:

@@ -488,23 +488,30 @@ class Parsed(Exception):
 def parse_for(reader: Reader, words: Sequence[str]) -> None:
     """Up to where a script has understood its arguments."""
     script, given = reader.script(Path(words[0]).name), []
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop(parser: argparse.ArgumentParser) -> None:
-        raise Parsed(parse(parser))
 
     def measure(model: str, folder: Path, more: Sequence[str]) -> None:
         given.append(parsed(["bench", "--model", model, "--out", str(folder), *more]))
 
-    reader.monkeypatch.setattr(sys, "argv", list(words))
-    if hasattr(script, "measure"):  # what it does not know itself is for `bench`
+    if words[0].endswith("bench_full.py"):  # what it does not know itself is for `bench`
+        reader.monkeypatch.setattr(sys, "argv", list(words))
         reader.monkeypatch.setattr(script, "measure", measure)
         assert script.main() == 1
         assert len(given) == words.count("--model")
         return
+    understood(reader, script, words)
+
+
+def understood(reader: Reader, program: ModuleType, words: Sequence[str]) -> None:
+    """Up to where a program has parsed its arguments."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise Parsed(parse(parser))
+
+    reader.monkeypatch.setattr(sys, "argv", list(words))
     reader.monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed):
-        script.main()
+        program.main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
@@ -518,6 +525,8 @@ def test_commands_in_the_text(span: str, reader: Reader) -> None:
             subprocess.run([sys.executable, *words[1:], "attention"], check=True, cwd=ROOT)
         case ["python3", "scripts/demo.py", *_]:
             demo(reader, words)
+        case ["python", "-m", name, *more] if name.startswith("laserkv_gguf.evaluation."):
+            understood(reader, importlib.import_module(name), ["", *more])
         case ["python", script, *_] if (ROOT / script).is_file():
             parse_for(reader, words[1:])
         case [script] if script.endswith(".py"):
@@ -554,9 +563,8 @@ def test_every_flag_is_one_of_ours() -> None:
         for param in command.params
         for flag in (*param.opts, *param.secondary_opts)
     }
-    scripts = "".join(
-        path.read_text("utf-8") for path in (ROOT / "scripts").iterdir() if path.is_file()
-    )
+    programs = [*(ROOT / "scripts").iterdir(), *(ROOT / "laserkv_gguf/evaluation").glob("*.py")]
+    scripts = "".join(path.read_text("utf-8") for path in programs if path.is_file())
     for span in re.findall(r"`([^`]+)`", PLAIN):
         for flag in re.findall(r"(?:^| )(-[a-z]{1,3}|--[a-z][\w-]+)(?=[ =]|$)", span):
             assert flag in known or f'"{flag}"' in scripts, flag

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from laserkv_gguf.evaluation.runner import Runner
 
 Names = Optional[list[str]]  # noqa: UP045
+_SETTINGS = ("lookahead", "probe_tokens", "protection_divisor")  # that a policy's name may bring
 
 
 @dataclass
@@ -34,7 +35,7 @@ class EvalOptions(EngineOptions):
         Option(
             "--preset",
             help="A published table (paper-table1, paper-table2, lagkv-passkey), "
-            "or paper: laser as it was published.",
+            "laser-ablations: laser with one thing changed, or paper: laser as it was published.",
         ),
     ] = None
     block_size: Annotated[
@@ -156,7 +157,7 @@ def evaluate(
         # a label is for its own rows; else all that the folder has
         rows = runner.among(results.rows) if preset else results.rows
         notes = runner.notes(runner.config() if preset else results.config)
-        if preset:
+        if preset and preset.source:
             changed = _settings(EvalOptions(block_size=preset.block_size), names, preset)
             notes += presets.label(
                 preset, engine.model.path, plan, runner.source, changed != plan.settings
@@ -167,7 +168,7 @@ def evaluate(
         out,
         notes,
         commands,
-        published=bool(preset or figures),
+        published=bool((preset and preset.source) or figures),
         others=[report.published_table(known_figures, preset.source)]
         if preset and known_figures
         else [],
@@ -211,9 +212,19 @@ def _settings(
     from laserkv_gguf import policies
     from laserkv_gguf.evaluation.peers import PEERS
 
-    # a peer reads with `full`, if it reads; a name may bring its policy's options
+    # a peer reads with `full`, if it reads; a name may bring its policy's options, and settings
     kinds = {name: "full" if name in PEERS else name.split()[0] for name in names}
-    given = {name: [] if name in PEERS else name.split()[1:] for name in names}
+    given: dict[str, list[str]] = {name: [] for name in names}
+    set_by_name: dict[str, dict[str, int]] = {name: {} for name in names}
+    for name in names:
+        for text in [] if name in PEERS else name.split()[1:]:
+            flag, _, value = text.partition("=")
+            if flag not in _SETTINGS:
+                given[name].append(text)
+            elif value.isdecimal():
+                set_by_name[name][flag] = int(value)
+            else:
+                raise UserError(f"{name}: {flag} is {value!r}; give a number")
     for text in options.policy_option or []:
         refused = []
         for name in names:
@@ -233,6 +244,7 @@ def _settings(
             del settings[key]
         settings["policy_options"] = {**own.get("policy_options", {}), **settings["policy_options"]}
         made[name] = {**own, **{k: v for k, v in settings.items() if v is not None or k not in own}}
+        made[name] |= set_by_name[name]
     return made
 
 

@@ -1,4 +1,4 @@
-"""Published tables, to be run with one command and set beside what was measured."""
+"""Tables to be run with one command: published ones, and one of our own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from laserkv_gguf import models
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.evaluation.background import read_text
 from laserkv_gguf.models.hub import digest
-from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS
+from laserkv_gguf.policies.laser import (
+    PAPER,
+    PAPER_OPTIONS,
+    RESIDUALS,
+    RULES,
+    SOFTMAX,
+    VALUES,
+)
 
 if TYPE_CHECKING:
     from laserkv_gguf.evaluation.runner import Plan
@@ -27,15 +34,15 @@ Figures = Mapping[tuple[str, str, int], float]
 
 @dataclass(frozen=True)
 class Preset:
-    """A published experiment.
+    """An experiment.
 
     Attributes:
-        source: where it was published.
+        source: where it was published; "" for one of ours, which reproduces nothing.
         place: the table, as `data/published.csv` names it; "" where it has no figures of it.
         models: by length, the name in models.txt of what it was published with, or the nearest
             there is.
         settings: by policy, what differs from the policy's own defaults. A policy with options is
-            written as in --policies: "laser alpha=0.5".
+            written as in --policies: "laser alpha=0.5 lookahead=8".
         block_size, divisor: S and n, for all.
         claims: what the publication's abstract says of the results.
         notes: what is our choice, because we do not know theirs.
@@ -67,6 +74,23 @@ def _without_alpha(settings: Mapping[str, Any]) -> dict[str, Any]:
     """For policies whose α is part of their name."""
     return {name: value for name, value in settings.items() if name != "alpha"}
 
+
+ABLATIONS = (
+    *(f"lookahead={tokens}" for tokens in (0, 8, 32)),
+    "probe_tokens=0",
+    *(f"pool={tokens}" for tokens in (1, 5, 7, 11, 21)),
+    *(f"alpha=0.75 rule={rule}" for rule in RULES),
+    *(f"alpha=0.75 residual={residual}" for residual in RESIDUALS[1:]),
+    *(f"protection_divisor={n}" for n in (3, 8, 16)),
+    "alpha=0.75 pool=7",
+    "alpha=0.75 hash_bits=10 hash_tables=150",
+    "alpha=0.75 pool=1 lookahead=0 probe_tokens=0 rule=analytic",
+    *(f"values={values}" for values in VALUES[1:]),
+    *(f"softmax={softmax}" for softmax in SOFTMAX[1:]),
+    "over=max",
+    "shares=one",
+)
+"""`laser` with one thing changed, or what the paper has."""
 
 LLAMA, GRADIENT = "llama-3.1-8b-instruct", "llama-3-8b-instruct-gradient-1048k"
 
@@ -129,6 +153,16 @@ PRESETS: dict[str, Preset] = {
             "with a key of 64 digits LagKV is over 60 % (version 2: 50 %) better than H2O",
         ),
         notes=("the length, the samples and the quarter among the ratios are our choice",),
+    ),
+    "laser-ablations": Preset(  # what each step beyond the paper, and each setting, is worth
+        source="",
+        place="",
+        models={2048: ""},
+        tasks=("niah_single_2",),
+        ratios=(0.25, 0.1),
+        policies=("full", "laser", *(f"laser {changed}" for changed in ABLATIONS)),
+        samples=20,
+        block_size=512,
     ),
 }
 

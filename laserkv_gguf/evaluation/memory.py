@@ -1,6 +1,7 @@
 """A fact told in turn 2: how often can it be asked for many turns later, and at what cost?
 
-    python scripts/chat_memory.py --out memory.jsonl [--turns 90] [--ctx-size 2048] [--samples 10]
+    python -m laserkv_gguf.evaluation.memory --out memory.jsonl [--turns 90] [--samples 10]
+        [--ctx-size 2048]
 
 Every way of living with a context that is too small has the same conversations (seeded): a fact in
 turn 2, questions from a fixed list until the last turn, which asks for the fact. All answers are
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -20,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from laserkv_gguf import LaserKV, models
-from laserkv_gguf.conversation.ageing import Compressing
+from laserkv_gguf import models
+from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.ageing import Ageing, Compressing, Growing
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.files.journal import Journal
 from laserkv_gguf.llama.chat import Prompt
@@ -104,10 +107,14 @@ class Row:
     kept_of_fact: int
 
 
-class DropOldest(Compressing):
+@dataclass(frozen=True)
+class DropOldest:
     """The oldest turns go, whole."""
 
-    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+    endless: bool = True
+
+    def make_room(self, conversation: Growing, asked: Prompt) -> None:
+        """See `Ageing`."""
         need = len(conversation.pending) + len(asked) + conversation.max_tokens
         ledger = conversation.ledger
         while len(ledger) + need > conversation.capacity:
@@ -116,10 +123,14 @@ class DropOldest(Compressing):
         conversation.move_down(need, always=True)
 
 
-class ContextShift(Compressing):
+@dataclass(frozen=True)
+class ContextShift:
     """llama.cpp's context shift: after the system prompt half goes, and positions close."""
 
-    def make_room(self, conversation: Conversation, asked: Prompt) -> None:
+    endless: bool = True
+
+    def make_room(self, conversation: Growing, asked: Prompt) -> None:
+        """See `Ageing`."""
         need = len(conversation.pending) + len(asked) + conversation.max_tokens
         ledger = conversation.ledger
         if len(ledger) + need > conversation.capacity:
@@ -130,7 +141,7 @@ class ContextShift(Compressing):
         conversation.move_down(need, always=True)
 
 
-WAYS: dict[str, tuple[Compressing, dict[str, Any]]] = {
+WAYS: dict[str, tuple[Ageing, dict[str, Any]]] = {
     "full": (Compressing(), {"policy": "full", "ctx_size": None}),
     "laser": (Compressing(), {}),
     "laser, half attention": (Compressing(), {"alpha": 0.5}),
@@ -224,9 +235,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m laserkv_gguf.evaluation.memory",
+        description=(__doc__ or "").splitlines()[0],
+    )
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=90, help="the fact is asked for in the last")
@@ -235,7 +249,7 @@ def main() -> None:
     parser.add_argument("--predict", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--only", nargs="*", help=f"of: {', '.join(WAYS)}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with (
         Model(models.find(options.model), extra_buffers=extra_buffers_work()) as model,
         Journal(options.out) as journal,
