@@ -26,6 +26,10 @@ class OutOfMemory(UserError):
     """What is asked for does not fit into memory; it may elsewhere, or another time."""
 
 
+class Busy(LaserKVError):
+    """Too many calls wait for the engine already; ask again later."""
+
+
 class Cancelled(LaserKVError):
     """Reading or answering was stopped on request; exit code 130."""
 

@@ -220,9 +220,9 @@ def test_a_caller_that_waits_is_told(loaded: Loaded) -> None:
     next(pieces)
     real = engine.access.enter
 
-    def enter(stream: Any) -> None:
+    def enter(stream: Any, resident: Any = None) -> Any:
         waits.set()
-        real(stream)
+        return real(stream, resident)
 
     engine.access.enter = enter  # type: ignore[method-assign]
 
@@ -340,7 +340,7 @@ ENGINE_CALLS: dict[str, Callable[[LaserKV, Path], Any]] = {
     "turn_recall_on": lambda engine, _: engine.turn_recall_on({}),
 }
 # They do nothing to a closed engine, or tell what Python itself knows.
-ENGINE_QUIET = {"close", "cancel", "__exit__", "context", "cell_bytes", "free", "stop", "resume"}
+ENGINE_QUIET = {"close", "cancel", "__exit__", "context", "cell_bytes", "free"}
 ENGINE_QUIET |= {"share", "demand", "probe_settings", "drafts", "recall_cells"}
 # They are for whoever is inside: with what only an open engine gives.
 ENGINE_INSIDE = {"recaller", "try_row_format", "first_reader", "reader_for", "reader_at", "place"}
@@ -594,9 +594,9 @@ def test_an_answer_that_is_closed_before_its_turn(loaded: Loaded) -> None:
         later = engine.stream(QUESTION, document=DOCUMENT, on_progress=read.append)
         real = engine.access.enter
 
-        def enter(stream: Any) -> None:
+        def enter(stream: Any, resident: Any = None) -> Any:
             waits.set()
-            real(stream)
+            return real(stream, resident)
 
         def one() -> int:
             next(first)
@@ -962,9 +962,9 @@ for moment in ("on_progress", "on_text", "waiting"):
         thread.start()
         thread.join()
         real = engine.access.enter
-        def enter(answer):
+        def enter(*answer):
             threading.Thread(target=kill).start()
-            real(answer)
+            return real(*answer)
         engine.access.enter = enter
         refused(engine.ask, QUESTION)
     else:

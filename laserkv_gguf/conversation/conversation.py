@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -243,7 +243,7 @@ class Conversation:
             UserError, Cancelled, KeyboardInterrupt: nothing of the documents stays in the cache.
         """
         self._without_document = False
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             tokens, segments, asked, reply = self._wanted(question)
             self._read(tokens, segments, asked, reply, on_progress, keep_all_cells=keep_all_cells)
             reading = self.reading
@@ -289,7 +289,7 @@ class Conversation:
             Whether that could be done: only with a one-shot policy, after
             `read(keep_all_cells=True)`.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             reading = self._read_last
             if reading is None or not self.owns_cells or not self.run.reader.holds_all:
                 return False
@@ -513,7 +513,7 @@ class Conversation:
 
     def _first_turn(
         self, question: str, reply: Reply, on_progress: Callable[[Progress], None] | None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         started = time.perf_counter()
         self._without_document = False
         # where each document is read by itself, a question recalls of each in turn
@@ -536,7 +536,7 @@ class Conversation:
         """
         return Answer(self.engine.access, lambda reply: self._turn(question, reply), self)
 
-    def _turn(self, question: str, reply: Reply) -> Iterator[str]:
+    def _turn(self, question: str, reply: Reply) -> Generator[str, None, None]:
         started = time.perf_counter()
         self._be_there()
         asked = self._prompt(question)
@@ -573,7 +573,9 @@ class Conversation:
         opening = self.framing.opening(self.engine, question, system=self.system, document=document)
         return opening.after
 
-    def _answer(self, question: str, asked: Prompt, reply: Reply, started: float) -> Iterator[str]:
+    def _answer(
+        self, question: str, asked: Prompt, reply: Reply, started: float
+    ) -> Generator[str, None, None]:
         cells, engine = self.cells, self.engine
         prompt = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
         room = self._room_left() - len(prompt)
@@ -604,7 +606,7 @@ class Conversation:
                 first = time.perf_counter()
                 while True:
                     engine.access.check_cancelled()
-                    text = generation.sample(cells.context.handle)
+                    text = generation.sample(cells.context.handle, cells.context.row())
                     if text:
                         yield text
                     if generation.ended:
@@ -693,7 +695,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets the turns; the documents stay as they stand in the cache."""
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             if self._read_last is None or not self.engine.residents.can_come_back(self):
                 self._forget()
                 return
@@ -717,7 +719,7 @@ class Conversation:
         Raises:
             UserError: the conversation's cells are lost.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             ledger, left = self.ledger, tokens
             stays = np.ones(len(ledger), bool)
@@ -748,7 +750,7 @@ class Conversation:
         Raises:
             UserError: an empty answer, or one with its question that the context cannot hold.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             prompt = np.concatenate((self.pending, self._prompt(question).tokens))
             wanted = self.engine.model.tokenize(answer)
@@ -772,7 +774,7 @@ class Conversation:
         Raises:
             UserError: the context cannot hold them.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             prompt = np.concatenate((self.pending, prompt))
             return self.cells.log_probabilities(prompt, following, self._room_left())
@@ -786,7 +788,7 @@ class Conversation:
         Raises:
             UserError: the context cannot hold them.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             prompt = np.concatenate((self.pending, following[:1]))
             rows = self.cells.logits_of(prompt, following[1:], self._room_left())
@@ -805,7 +807,7 @@ class Conversation:
         Returns:
             What was moved; None without recall, or where everything is in the cache anyway.
         """
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             self._recall(self._prompt(question))
             return self.recalled
@@ -859,7 +861,7 @@ class Conversation:
 
     def prepare_for(self, question: str) -> None:
         """Makes the room that the next turn's question needs; `ask` does it too."""
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             self._be_there()
             self.ageing.make_room(self, self._prompt(question))
 
@@ -963,7 +965,7 @@ class Conversation:
         """
         if name in self.texts:
             raise UserError(f"there is a document {name} already; /drop it first")
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             if self._read_last is None:
                 self._without_document = True  # what was stopped before waits for read()
             self._be_there()
@@ -1115,7 +1117,7 @@ class Conversation:
             return
         if name not in self.texts:
             raise UserError(f"there is no document {name}; /docs lists them")
-        with self.engine.access.alone():
+        with self.engine.access.inside(self):
             del self.texts[name]
             number = self.ledger.document(name)
             if number is None or not self.engine.residents.can_come_back(self):

@@ -245,7 +245,9 @@ class _BatchedAnswers:
             kinds.setdefault((question.system, planned.compact), []).append(planned)
         for (system, _), alike in kinds.items():
             waiting = [planned for planned in alike if planned.index not in answered]
-            conversation = Conversation(self.engine, document=self.tokens, system=system)
+            conversation = Conversation(
+                self.engine, document=self.tokens, system=system, one_turn=True
+            )
             self.conversation = conversation
             if alike[0].recalls:
                 self._answer_recalling(conversation, alike, waiting)
@@ -493,7 +495,7 @@ class _BatchedAnswers:
 
     def _sample(self, context: Context, one: _Live, row: int) -> None:
         before = len(one.generation.reply.tokens)
-        one.generation.sample(context.handle, row)
+        one.generation.sample(context.handle, context.row(row))
         self.spent.tokens += len(one.generation.reply.tokens) - before
 
     def _deliver(self, conversation: Conversation, one: _Live) -> None:

@@ -1,10 +1,10 @@
-"""Who may use an engine: one thread at a time, in the process that made it, until it is closed.
+"""Who may use an engine: so many calls at a time, in the process that made it, until it is closed.
 
-An engine is made, in use, and closed. `Access` is where it changes from one to the next, and where
-threads wait for their turn:
+An engine is made, in use, and closed. `Access` is where it changes from one to the next, and the
+door where calls wait to be let in, by arrival:
 
-- `alone` and every step of an `Answer` bring a thread in; an answer that is read piece by piece
-  keeps the engine between its steps.
+- `alone`, `inside` and every `Answer` are let in; an answer that is read piece by piece stays in
+  between its pieces. What several of them do inside, one at a time, `Turns` sees to.
 - `close` bars the door, stops what is under way, and frees once nobody is inside. Where it is
   called by the very thread that is inside (a callback, a signal handler), that thread frees on its
   way out.
@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ref
 
-from laserkv_gguf.errors import Cancelled, Closed, UserError
+from laserkv_gguf.engine.turns import Turn, Turns
+from laserkv_gguf.errors import Busy, Cancelled, Closed, LaserKVError, UserError
 from laserkv_gguf.llama.handle import closed_at_exit
 
 CLOSED = "the engine is closed; make a new LaserKV"
@@ -38,19 +39,14 @@ DROPPED = (
     "read it to its end first"
 )
 
+QUEUE = 1024  # calls that may wait to be let in
 _PATIENCE = 10.0  # seconds that the end of the process waits for a callback that does not return
 
 _open = closed_at_exit(lambda access: access.close(_PATIENCE))
 
 
 class Engine(Protocol):
-    """What is accessed. All three are called by whoever is inside, `stop` by anybody."""
-
-    def stop(self) -> None:
-        """Makes what is decoded now, and anything after it, end soon."""
-
-    def resume(self) -> None:
-        """Takes `stop` back."""
+    """What is accessed."""
 
     def free(self) -> None:
         """Gives all native memory back; again where it was interrupted."""
@@ -61,6 +57,7 @@ class Stream(Protocol):
 
     thread: int
     unwanted: bool
+    conversation: Any
 
     def drop(self, why: Exception | None, timeout: float = -1) -> None:
         """Ends it, so that whoever reads on gets `why`."""
@@ -71,19 +68,26 @@ class Access:
 
     Args:
         engine: what is accessed; held weakly, as it holds this.
+        most: calls inside at a time.
+        queue: calls that may wait outside.
 
     Attributes:
         closing: whether `close` was called; `closed`: whether everything has been freed.
+        turns: of those who are inside.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, most: int = 1, queue: int = QUEUE) -> None:
         self.closing = self.closed = False
         self._engine, self._process = ref(engine), os.getpid()
-        self._inside = threading.Lock()  # held by whoever is inside, between an answer's steps too
-        self._state = threading.RLock()  # for a moment; a signal handler may call close, too
-        # The answer that is inside; weakly, so that one nobody reads on ends by itself.
-        self._stream: ref[Stream] | None = None
-        self._cancelled = threading.Event()
+        self._most, self._limit = most, queue
+        # held for moments; again by the same thread: a signal handler may call close, too
+        self._state = threading.RLock()
+        self.turns = Turns(self._state)
+        self._inside: list[Turn] = []
+        self._queue: list[Turn] = []  # in the order they came
+        self._came = 0
+        self._empty = threading.Condition(self._state)
+        self._freeing, self._freer = threading.Lock(), 0  # and the thread that has it
         self._at_work: set[int] = set()  # threads that are inside, or wait for it
         _open.add(self)
 
@@ -115,13 +119,14 @@ class Access:
 
     @contextmanager
     def alone(self, *, again: bool = False) -> Iterator[None]:
-        """Has the engine for oneself; waits for other threads.
+        """Has the engine for oneself: nobody else is inside.
 
         Args:
             again: whether a thread may come in that is inside already.
 
         Raises:
             Closed: it is closed, was while this thread waited, or is while it works.
+            Busy: too many wait already.
             UserError: this thread is inside already.
         """
         self.check()
@@ -129,16 +134,32 @@ class Access:
             if already and again:
                 yield
                 return
-            if already:
-                raise UserError(BUSY)
-            self.enter(None)
-            try:
+            with self._one(already, None, alone=True):
                 yield
-            except Cancelled:
-                self.check()  # whom closing cancels gets told
-                raise
-            finally:
-                self.leave()
+
+    @contextmanager
+    def inside(self, resident: Any = None) -> Iterator[None]:
+        """Works with the engine, while others may, too; errors as of `alone`.
+
+        Args:
+            resident: the conversation it is for, which nobody else works with meanwhile.
+        """
+        self.check()
+        with self.at_work() as already, self._one(already, resident, alone=False):
+            yield
+
+    @contextmanager
+    def _one(self, already: bool, resident: Any, *, alone: bool) -> Iterator[None]:
+        if already:
+            raise UserError(BUSY)
+        turn = self.enter(None, resident, alone=alone)
+        try:
+            yield
+        except Cancelled:
+            self.check()  # whom closing cancels gets told
+            raise
+        finally:
+            self.leave(turn)
 
     @contextmanager
     def at_work(self) -> Iterator[bool]:
@@ -154,40 +175,115 @@ class Access:
                 if self.closing:
                     self._finish(0)
 
-    def enter(self, stream: ref[Any] | None) -> None:
-        """Takes the engine; waits for other threads, and drops what this one left half-way.
+    def enter(self, stream: ref[Any] | None, resident: Any = None, *, alone: bool = False) -> Turn:
+        """Is let in, and has the turn; waits for that, and drops what this thread left half-way.
 
         Args:
-            stream: what comes in, a `Stream`; None for `alone`.
+            stream: what comes in, a `Stream`; None for a call.
+            resident: the conversation it is for, which nobody else works with meanwhile.
+            alone: whether nobody else may be inside.
 
         Raises:
             Closed: it is closed, or was while this thread waited.
             Cancelled: the stream was closed while it waited.
+            Busy: too many wait already.
         """
         self.check()
-        left = self._stream() if self._stream else None
-        if left is not None and left.thread == threading.get_ident():
-            left.drop(Cancelled(DROPPED))
-        self._inside.acquire()
+        self.turns.close_left()
+        self._drop_left()
+        turn = Turn(stream, resident, alone=alone)
+        with self._state:
+            if len(self._queue) >= self._limit:
+                raise Busy(
+                    f"{len(self._queue)} calls wait for this engine already; ask again later"
+                )
+            turn.number = self._came = self._came + 1
+            self._queue.append(turn)
+            self._admit()
         try:
-            with self._state:
-                self._stream = stream
-                self._cancelled.clear()
-                if engine := self._engine():
-                    engine.resume()
-                if (entered := stream() if stream else None) and entered.unwanted:
-                    raise Cancelled("cancelled")
-                self.check()  # last: a signal handler may have closed it just now
+            self.turns.wait(turn)
+            if turn.refused is not None:
+                raise turn.refused
+            if (entered := stream() if stream else None) and entered.unwanted:
+                raise Cancelled("cancelled")
+            self.check()  # last: a signal handler may have closed it just now
         except BaseException:
-            self.leave()
+            self.leave(turn)
             raise
+        return turn
 
-    def leave(self) -> None:
-        """Lets the next thread in."""
-        self._stream = None
-        self._inside.release()
+    def _drop_left(self) -> None:
+        """Drops answers that this thread has not read to their end."""
+        me = threading.get_ident()
+        with self._state:
+            streams = [turn.stream() for turn in self._inside if turn.stream]
+        for stream in streams:
+            if stream is not None and stream.thread == me:
+                stream.drop(Cancelled(DROPPED))
+
+    def _admit(self) -> None:
+        """Lets in whoever may, by arrival; the lock is held."""
+        for turn in list(self._queue):
+            alone = any(one.alone for one in self._inside)
+            if alone or len(self._inside) >= self._most or (turn.alone and self._inside):
+                return
+            if turn.residents & self._residents():
+                continue  # its conversation is being asked; those behind it need not wait
+            self._queue.remove(turn)
+            self._inside.append(turn)
+            self.turns.join(turn)
+
+    def _residents(self) -> set[Any]:
+        return {resident for turn in self._inside for resident in turn.residents}
+
+    def leave(self, turn: Turn) -> None:
+        """Goes out, from inside or from the queue; others may come in for it."""
+        with self._state:
+            if turn in self._queue:
+                self._queue.remove(turn)
+            if turn in self._inside:
+                self.turns.leave(turn)
+                self._inside.remove(turn)
+            self._admit()
+            self.turns.cells_are_free()
+            if not self._inside:
+                self._empty.notify_all()
         if self.closing:
             self._finish(0)
+
+    def holds_elsewhere(self, resident: Any) -> bool:
+        """Whether another call than the one at work works with a conversation."""
+        with self._state:
+            others = [turn for turn in self._inside if turn is not self.turns.holder]
+            return any(resident in turn.residents for turn in others)
+
+    @property
+    def turns_before(self) -> bool:
+        """Whether a call that came before the one at work waits for cells."""
+        turn = self.turns.holder
+        return turn is not None and self.turns.waits_before(turn)
+
+    def works_with(self, resident: Any) -> None:
+        """From now on the call at work has this conversation, whatever it had before."""
+        if self.turns.holder is not None:
+            self.turns.holder.residents = {resident}
+
+    def wait_for_cells(self, cells: int) -> None:
+        """Waits until another call has left, which may leave cells.
+
+        Raises:
+            Cancelled: the call was cancelled meanwhile.
+            LaserKVError: nobody else is there who could leave.
+        """
+        turn = self.turns.holder
+        with self._state:
+            waiting = self.turns.waiting_for_cells()
+            if turn is None or all(one is turn or one in waiting for one in self._inside):
+                raise LaserKVError(
+                    f"this needs {cells} cells, and others of the same kind hold theirs and wait; "
+                    "give a larger --ctx-size"
+                )
+        self.turns.wait_for_cells(turn)
 
     # stopping
 
@@ -195,31 +291,40 @@ class Access:
         """Stops what is under way, from any thread; nothing where nothing is.
 
         Args:
-            stream: stops only this one, if it is the one inside.
+            stream: stops only this one, also where it waits to be let in.
         """
         if self.elsewhere:
             return
         with self._state:
-            if stream is not None and (not self._stream or self._stream() is not stream):
+            if stream is None:
+                self.turns.cancel(self._inside)
                 return
-            self._cancelled.set()
-            if engine := self._engine():
-                engine.stop()
+            for turn in [*self._inside, *self._queue]:
+                if turn.stream is None or turn.stream() is not stream:
+                    continue
+                if turn in self._queue:
+                    self._refuse(turn, Cancelled("cancelled"))
+                else:
+                    self.turns.cancel([turn])
+
+    def _refuse(self, turn: Turn, why: Exception) -> None:
+        self._queue.remove(turn)
+        turn.refused = why
+        turn.wake()
 
     def forget_cancelled(self) -> None:
         """Goes on in spite of `cancel`, to put back what was there."""
-        self._cancelled.clear()
-        if engine := self._engine():
-            engine.resume()
+        if self.turns.holder is not None:
+            self.turns.holder.cancelled = False
 
     def check_cancelled(self) -> None:
         """Between decodes, which end by themselves.
 
         Raises:
-            Cancelled: `cancel` was called since this thread came in.
+            Cancelled: `cancel` was called since this call came in.
         """
-        if self._cancelled.is_set():
-            raise Cancelled("cancelled")
+        if self.turns.holder is not None:
+            self.turns.check(self.turns.holder)
 
     # the end
 
@@ -237,19 +342,31 @@ class Access:
         with self._state:
             self.closing = True
             self.cancel()
-            stream = self._stream() if self._stream else None
-        if stream is not None:
-            stream.drop(Closed(CLOSED), timeout)
+            for turn in list(self._queue):
+                self._refuse(turn, Closed(CLOSED))
+            streams = [turn.stream() for turn in self._inside if turn.stream]
+        for stream in streams:
+            if stream is not None:
+                stream.drop(Closed(CLOSED), timeout)
+        self.turns.close_left()
         if threading.get_ident() not in self._at_work:
             self._finish(timeout)
 
     def _finish(self, timeout: float) -> None:
         """Frees everything, where nobody is inside; else whoever is does it on leaving."""
-        if self.closed or self.elsewhere or not self._inside.acquire(timeout=timeout):
+        if self.closed or self.elsewhere or self._freer == threading.get_ident():
             return
+        with self._state:
+            limit = None if timeout < 0 else timeout
+            if not self._empty.wait_for(lambda: not self._inside, limit):
+                return
+        if not self._freeing.acquire(timeout=timeout):
+            return
+        self._freer = threading.get_ident()
         try:
             if not self.closed and (engine := self._engine()):
                 engine.free()
             self.closed = True
         finally:
-            self._inside.release()
+            self._freer = 0
+            self._freeing.release()

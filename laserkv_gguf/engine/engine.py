@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import platformdirs
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import LOW_RATIO, Budget, ratio_keeping
-from laserkv_gguf.engine.access import Access
+from laserkv_gguf.engine.access import QUEUE, Access
 from laserkv_gguf.engine.residents import Aside, Place, Resident, Residents, sequence_count
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import OutOfMemory, UserError
 from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -79,12 +79,12 @@ class Engine:
         residents: int = 1,
         aside: int | None = None,
         parallel: int = 1,
+        queue: int = QUEUE,
         **settings: Any,
     ) -> None:
         if parallel < 1:
             raise UserError(f"parallel is {parallel}; give at least 1 request at a time")
         self.parallel = parallel
-        residents = max(residents, parallel)
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
@@ -97,11 +97,11 @@ class Engine:
             self.options = replace(
                 self.options, batch_size=max(wanted.block_size, self.options.batch)
             )
-        self.residents = _residents(residents, aside)
+        self.residents = _residents(residents, aside, parallel)
+        residents = self.residents.most
         if residents > 1:
-            self.options = replace(
-                self.options, sequences=max(self.options.sequences, sequence_count(residents))
-            )
+            needed = sequence_count(residents) + (parallel if parallel > 1 else 0)
+            self.options = replace(self.options, sequences=max(self.options.sequences, needed))
             self.options.check()
         self._use(wanted)
         self.ignore_end = False  # llama.cpp's --ignore-eos: generate on past the answer's end
@@ -121,7 +121,7 @@ class Engine:
         self._context: Context | None = None
         self._readers: dict[tuple[int, bool], Reader] = {}  # by sequence, and whether it compacts
         self._warming: threading.Thread | None = None
-        self.access = Access(self)  # who may use all this
+        self.access = Access(self, parallel, queue)  # who may use all this
 
     def _use(self, settings: Settings) -> None:
         settings.check()
@@ -178,21 +178,12 @@ class Engine:
             self.model.close()
 
     def cancel(self) -> None:
-        """Stops the reading or answering under way, from any thread: it raises Cancelled.
+        """Stops all reading and answering under way, from any thread: it raises Cancelled.
 
         Calls of other threads that wait for their turn are not stopped, and with nothing under way
         nothing is. The engine can be used as before.
         """
         self.access.cancel()
-
-    def stop(self) -> None:
-        """Makes what is decoded now, and anything after it, end soon; `resume` takes it back."""
-        if context := self._context:
-            context.cancel()
-
-    def resume(self) -> None:
-        if context := self._context:
-            context.resume()
 
     # what a run needs
 
@@ -200,6 +191,16 @@ class Engine:
     def share(self) -> int | None:
         """Cells of --ctx-size that one conversation may take; None for what each run needs."""
         return None if self.ctx_size is None else self.ctx_size // self.residents.most
+
+    @property
+    def _limit(self) -> int | None:
+        """Cells of --ctx-size that one run may need; None for any number.
+
+        Where several run together and say themselves how much they keep, others make room for it.
+        """
+        if self.parallel > 1 and not self.fills_cells:
+            return self.ctx_size
+        return self.share
 
     @property
     def demand(self) -> Demand:
@@ -307,8 +308,8 @@ class Engine:
                 f"the {trained} this model was trained for; {remedy}"
             )
         cells = max(cells, budget.kept + reply + extra_cells)
-        if self.share is not None and cells > self.share:
-            enough = cells * self.residents.most
+        if self._limit is not None and cells > self._limit:
+            enough = cells if self._limit == self.ctx_size else cells * self.residents.most
             raise UserError(
                 f"--ctx-size {self.ctx_size} is too small for what must be kept: this run "
                 f"needs {cells} cells; use --ctx-size {enough}, a lower --ratio "
@@ -360,7 +361,7 @@ class Engine:
         """
         plan = self.plan(tokens, prompt, reply, **planned)
         cells, trained = plan.cells, self.model.trained_context
-        if keep_all_cells and tokens + reply <= (self.share or tokens + reply):
+        if keep_all_cells and tokens + reply <= (self._limit or tokens + reply):
             cells = max(cells, tokens + reply)
         if not plan.compact and tokens + reply > trained > 0:
             log.warning(
@@ -382,7 +383,12 @@ class Engine:
         """
         residents = self.residents
         self.leave(resident)
+        self.access.works_with(resident)
         wanted = self.share or cells
+        if self.parallel > 1 and (resident.one_turn or not self.share or self.share < cells):
+            # as many as it needs, with those for what it copies
+            drafts = self.policy.needs.most_drafts(self.settings.lookahead) - self.drafts
+            wanted = min(cells + drafts, self.ctx_size or sys.maxsize)
         self._make_room(wanted)
         context = self._context
         assert context is not None
@@ -408,6 +414,7 @@ class Engine:
             UserError: it has lost its cells.
             LaserKVError: its file cannot be read.
         """
+        self.access.works_with(resident)
         if self.residents.holds(resident):
             self.residents.touch(resident)
             return
@@ -432,6 +439,11 @@ class Engine:
             UserError: the cache does not fit into memory; all is as before.
         """
         others = sum(p.cells for r, p in self.residents.inside.items() if r is not resident)
+        while others + cells > self._now and any(
+            self.access.holds_elsewhere(one) for one in self.residents.inside
+        ):
+            self.access.wait_for_cells(others + cells)
+            others = sum(p.cells for r, p in self.residents.inside.items() if r is not resident)
         before = self.residents.inside[resident]
         self.residents.inside[resident] = replace(before, cells=cells)
         try:
@@ -441,11 +453,44 @@ class Engine:
             raise
 
     def _make_room(self, cells: int) -> None:
-        """Has cells for one more conversation; those asked longest ago leave for it."""
-        residents = self.residents
-        while len(residents.inside) >= residents.most:
-            self._clear(residents.displace(next(iter(residents.inside))))
-        self._make_context(sum(place.cells for place in residents.inside.values()) + cells)
+        """Has cells for one more conversation; those asked longest ago leave for it.
+
+        Where those that may not leave have the cells, it waits for one of them.
+        """
+        while not self._has_room(cells):
+            self.access.wait_for_cells(cells)
+        self.access.turns.cells_are_free()  # those behind it may have room, too
+
+    def _has_room(self, cells: int) -> bool:
+        whole = nullcontext() if self._context is None else self._context.at_once()
+        with whole:  # whoever is put aside must not be asked meanwhile
+            residents, inside = self.residents, self.residents.inside
+            busy = [one for one in inside if self.access.holds_elsewhere(one)]
+            idle = [one for one in inside if one not in busy]
+            limit = self._now if busy else self.ctx_size or sys.maxsize
+            if self.access.turns_before or self._taken(busy) + cells > limit:
+                return False
+            while len(inside) >= residents.most or self._taken(inside) + cells > limit:
+                if not idle:
+                    return False
+                self._clear(residents.displace(idle.pop(0)))
+            needed = self._taken(inside) + cells
+            try:
+                self._make_context(needed if inside else max(needed, self.parallel * cells))
+            except OutOfMemory:
+                if self.parallel == 1:
+                    raise
+                self._make_context(needed)
+            return True
+
+    def _taken(self, residents: Iterable[Resident]) -> int:
+        """Cells that some of those inside have."""
+        return sum(self.residents.inside[one].cells for one in residents)
+
+    @property
+    def _now(self) -> int:
+        """Cells of the context as it is."""
+        return 0 if self._context is None else self._context.cells
 
     def _clear(self, place: Place) -> None:
         if self._context is None:
@@ -538,6 +583,7 @@ class Engine:
 
     def _open_context(self, cells: int) -> None:
         self._context = Context(self.model, cells, self.options)
+        self._context.turns = self.access.turns
         self._readers = {}
 
     def _close_context(self) -> None:
@@ -649,9 +695,9 @@ def _folder() -> Path:
     return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "aside"
 
 
-def _residents(most: int, aside: int | None) -> Residents:
+def _residents(most: int, aside: int | None, parallel: int) -> Residents:
     if most < 1:
         raise UserError(f"residents is {most}; give at least 1 conversation")
     if aside is not None and aside < 0:
         raise UserError(f"aside is {aside}; give the bytes of memory for conversations put aside")
-    return Residents(most, None if aside is None else Aside(aside, _folder()))
+    return Residents(max(most, parallel), None if aside is None else Aside(aside, _folder()))

@@ -31,7 +31,13 @@ State = NDArray[np.uint8]
 
 
 class Resident(Protocol):
-    """A conversation, as the engine sees it."""
+    """A conversation, as the engine sees it.
+
+    Attributes:
+        one_turn: whether it needs no cells for turns after the first.
+    """
+
+    one_turn: bool
 
     def take_out(self) -> State:
         """Its cells as llama.cpp saves them."""
@@ -49,7 +55,7 @@ class Resident(Protocol):
 
 def sequence_count(residents: int) -> int:
     """Sequences that so many conversations take, with those that reading needs beside theirs."""
-    return SEQUENCES + residents - 1
+    return SEQUENCES + 2 * (residents - 1)
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,10 @@ class Residents:
     def free_sequence(self) -> int:
         """A number that no conversation has."""
         taken = {place.sequence for place in self.inside.values()}
-        numbers = [int(MAIN), *range(SEQUENCES, sequence_count(self.most))]
+        numbers = [
+            int(MAIN),
+            *range(SEQUENCES, sequence_count(self.most), 2),
+        ]  # each with a scratch
         found: int = next(number for number in numbers if number not in taken)
         return found
 

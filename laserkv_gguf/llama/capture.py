@@ -18,7 +18,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -313,6 +313,13 @@ class AbortFlag:
         return _native()[1]
 
 
+class Armed(NamedTuple):
+    """What a probe is capturing, and how much of it each layer has shown."""
+
+    records: NDArray[np.int64]
+    seen: NDArray[np.int64]
+
+
 class Probe:
     """Captures what chosen tensors hold, into arrays made beforehand.
 
@@ -390,6 +397,22 @@ class Probe:
             return np.empty((self.layers, tokens, self.kv_heads), np.float32)
         heads = self.heads if kind == "queries" else self.kv_heads
         return np.empty((self.layers, tokens, heads, self.head_dim), dtype)
+
+    def disarm(self) -> Armed | None:
+        """Captures nothing until `arm` gets what this returns; None where nothing is captured."""
+        if not self._control[_ARMED]:
+            return None
+        armed = Armed(self._control[_RECORDS:].copy(), self._seen.copy())
+        self.arm(None)
+        return armed
+
+    def arm(self, armed: Armed | None) -> None:
+        """Goes on capturing where `disarm` stopped."""
+        self._control[_ARMED] = 0
+        self._control[_RECORDS:] = 0  # or what is captured next could go there, too
+        if armed is not None:
+            self._control[_RECORDS:], self._seen[:] = armed.records, armed.seen
+            self._control[_ARMED] = 1
 
     @contextmanager
     def armed(self, **wanted: tuple[NDArray[Any], int] | None) -> Iterator[None]:

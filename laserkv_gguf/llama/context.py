@@ -8,10 +8,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import llama_cpp as L
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from laserkv_gguf.budget import PADDING, padded
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
 from laserkv_gguf.llama import devices, library, placing
-from laserkv_gguf.llama.capture import AbortFlag, Probe
+from laserkv_gguf.llama.capture import AbortFlag, Armed, Probe
 from laserkv_gguf.llama.handle import closed_at_exit
 from laserkv_gguf.llama.model import CACHE_TYPES, Model, Tokens
 from laserkv_gguf.llama.threads import TokenThreads
@@ -39,6 +40,69 @@ MICRO_BATCH, CPU_MICRO_BATCH = 512, 128  # the first is llama.cpp's default
 _SHORT = 8  # batches up to this size get the threads of a single token
 
 _open = closed_at_exit(lambda context: context.close())
+
+
+class Job:
+    """Tokens that one call decodes at a time: a llama.cpp batch, or a part of one.
+
+    Args:
+        tokens, positions, sequences: (n,) int32 each.
+        outputs: (n,) int8: of which tokens logits are wanted.
+
+    Attributes:
+        first: the place of its first token in the batch, once it was decoded.
+        probe: what is captured meanwhile; None for nothing.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.int8],
+    ) -> None:
+        self.tokens, self.positions = tokens, positions
+        self.sequences, self.outputs = sequences, outputs
+        self.first = 0
+        self.probe: Armed | None = None
+        self.rows = np.flatnonzero(outputs)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it only goes on with answers: logits are wanted of all, and nothing is captured.
+
+        Such jobs of several conversations can be one batch.
+        """
+        return self.probe is None and len(self.rows) == len(self.tokens)
+
+    def row(self, index: int) -> int:
+        """The place in the batch of a token whose logits were wanted.
+
+        Args:
+            index: negative: counted from the last output; else the token's place in the job.
+        """
+        return self.first + (int(self.rows[index]) if index < 0 else index)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a batch was decoded, which is complete."""
+
+
+class Turns(Protocol):
+    """Who decodes when, where several calls share a context."""
+
+    def decode(self, context: Context, job: Job) -> None:
+        """Has a job decoded, perhaps together with others' and after theirs.
+
+        Raises:
+            Cancelled, KeyboardInterrupt, LaserKVError: as `Context.compute`.
+        """
+
+    def others_first(self) -> None:
+        """Lets others read what was computed for them, before it is overwritten."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +253,10 @@ class Context:
             fixed=options.threads is not None or model.gpu_layers != 0 or not plain,
         )
         self._threads_now = 0
+        self.most_outputs = max(options.sequences, min(options.outputs, cells))  # of one batch
+        self.turns: Turns | None = None  # None where one call at a time has the context
+        self._at_once = 0
+        self._last: Job | None = None
         self.probe = Probe(
             model.layers, model.heads, model.kv_heads, model.head_dim, model.value_dim
         )
@@ -239,7 +307,7 @@ class Context:
         params.n_ubatch = self.ubatch_size
         params.n_seq_max = options.sequences
         params.kv_unified = True
-        params.n_outputs_max = max(options.sequences, min(options.outputs, self.cells))
+        params.n_outputs_max = self.most_outputs
         params.n_threads, params.n_threads_batch = self.pace.count, self.threads
         params.type_k = CACHE_TYPES[options.type_k]
         params.type_v = CACHE_TYPES[options.type_v]
@@ -360,10 +428,12 @@ class Context:
             end = min(begin + size, count)
             if end < count and count - end < outputs:
                 end = count - outputs
-            batch = self._batch.fill(tokens[begin:end], start + begin, sequence)
+            numbers = np.arange(end - begin, dtype=np.int32)
+            wanted = np.zeros(end - begin, np.int8)
             if end == count and outputs:
-                self._batch.logits[end - begin - outputs : end - begin] = 1
-            self._run(batch)
+                wanted[end - begin - outputs :] = 1
+            part = np.asarray(tokens[begin:end], np.int32)
+            self._decode(Job(part, numbers + start + begin, numbers * 0 + sequence, wanted))
             if on_chunk:
                 on_chunk(end - begin)
             begin = end
@@ -371,7 +441,7 @@ class Context:
     def decode_parallel(
         self, tokens: list[int], positions: list[int], sequences: list[int]
     ) -> None:
-        """Decodes one token for each of several sequences, with logits for all.
+        """Decodes tokens of one or several sequences, with logits for all.
 
         Args:
             tokens, positions, sequences: of one length, at most the batch size. The logits of
@@ -380,22 +450,62 @@ class Context:
         Raises:
             Cancelled, KeyboardInterrupt, LaserKVError: as `decode`.
         """
-        batch = self._batch.fill(np.asarray(tokens, np.int32), 0, 0)
-        self._batch.positions[: len(tokens)] = positions
-        self._batch.set_sequences(sequences)
-        self._batch.logits[: len(tokens)] = 1
-        self._run(batch)
+        ids, at, of = (np.array(each, np.int32) for each in (tokens, positions, sequences))
+        self._decode(Job(ids, at, of, np.ones(len(ids), np.int8)))
 
-    def _run(self, batch: L.llama_batch) -> None:
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Nobody else has a turn in the block: for what uses the spare sequences meanwhile."""
+        if self.turns is not None and not self._at_once:
+            self.turns.others_first()
+        self._at_once += 1
+        try:
+            yield
+        finally:
+            self._at_once -= 1
+
+    def _decode(self, job: Job) -> None:
+        if self.turns is None or self._at_once:
+            self.compute([job])
+        else:
+            self.turns.decode(self, job)
+        self._last = job
+
+    def compute(self, jobs: Sequence[Job], *, interrupt: bool = True) -> None:
+        """Decodes jobs as one batch.
+
+        Args:
+            interrupt: whether Ctrl-C ends it; else it is raised when it has been decoded.
+
+        Raises:
+            Cancelled: `cancel` was called.
+            KeyboardInterrupt: Ctrl-C.
+            LaserKVError: llama.cpp failed, or no cells are free.
+        """
         handle = self.handle  # closed is said before cancelled, which closing does, too
         if self.abort:
             raise Cancelled("cancelled")
+        batch = self._batch.fill(jobs)
         threads = self.pace.count if batch.n_tokens <= _SHORT else self.threads
         if threads != self._threads_now:
             L.llama_set_n_threads(handle, threads, threads)
             self._threads_now = threads
         started = time.perf_counter()
-        status = int(self.on_worker(L.llama_decode, handle, batch))
+        done: list[int] = []
+
+        def work() -> None:
+            done.append(int(L.llama_decode(handle, batch)))
+
+        try:
+            if interrupt:
+                self.on_worker(work)
+            else:
+                self._worker.run(work)
+        except KeyboardInterrupt:
+            if interrupt or done != [0]:
+                raise
+            raise Interrupted from None
+        status = done[0]
         if status == 0:
             if batch.n_tokens == 1:
                 self.pace.took(time.perf_counter() - started)
@@ -427,13 +537,21 @@ class Context:
     def resume(self) -> None:
         self.abort.clear()
 
+    def row(self, index: int = -1) -> int:
+        """Where llama.cpp has the logits of what this call decoded last.
+
+        Args:
+            index: negative: counted from the last output; else the token's place in what it was.
+        """
+        return index if self._last is None else self._last.row(index)
+
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """A copy of the logits (vocab,) of the last batch.
 
         Args:
-            index: negative: counted from the last output; else the token's place in the batch.
+            index: see `row`.
         """
-        pointer = L.llama_get_logits_ith(self.handle, index)
+        pointer = L.llama_get_logits_ith(self.handle, self.row(index))
         if not pointer:
             raise ValueError(f"the last batch has no logits for {index}")
         return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
@@ -454,7 +572,6 @@ class _Batch:
         self._ones = np.ones(size, np.int32)
         self._sequences = np.zeros(size, np.int32)
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
-        self._steps = np.arange(size, dtype=np.int32)
         self.batch = L.llama_batch()
         batch: Any = self.batch
         int32_p = ctypes.POINTER(ctypes.c_int32)
@@ -464,14 +581,13 @@ class _Batch:
         batch.seq_id = self._pointers.ctypes.data_as(ctypes.POINTER(int32_p))
         batch.logits = self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
-    def fill(self, tokens: Tokens, start: int, sequence: int) -> L.llama_batch:
-        count = len(tokens)
-        self.tokens[:count] = tokens
-        np.add(self._steps[:count], start, out=self.positions[:count])
-        self._sequences[:count] = sequence
-        self.logits[:count] = 0
-        self.batch.n_tokens = count
+    def fill(self, jobs: Sequence[Job]) -> L.llama_batch:
+        end = 0
+        for job in jobs:
+            job.first, end = end, end + len(job)
+            self.tokens[job.first : end] = job.tokens
+            self.positions[job.first : end] = job.positions
+            self._sequences[job.first : end] = job.sequences
+            self.logits[job.first : end] = job.outputs
+        self.batch.n_tokens = end
         return self.batch
-
-    def set_sequences(self, sequences: list[int]) -> None:
-        self._sequences[: len(sequences)] = sequences

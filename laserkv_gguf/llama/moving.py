@@ -17,7 +17,8 @@ def settle(context: Context) -> None:
     """Lets llama.cpp turn moved keys to where they stand, which it does with its next batch."""
     spare = Sequence(context, SPARE)
     try:
-        context.decode(np.zeros(1, np.int32), 0, SPARE)
+        with context.at_once():
+            context.decode(np.zeros(1, np.int32), 0, SPARE)
     finally:
         spare.remove()
 

@@ -119,7 +119,7 @@ def _read_off(context: Context) -> Rotation:
     keys = context.probe.new("keys", len(_DISTANCES))
     token = model.vocab_size // 2
     try:
-        with context.probe.armed(keys=(keys, 0)):
+        with context.at_once(), context.probe.armed(keys=(keys, 0)):
             context.decode_parallel([token] * len(spare), list(_DISTANCES), spare)
     finally:
         for number in spare:

@@ -462,7 +462,7 @@ def check(context: Context) -> Format:
     captured = context.probe.new("keys", _PROBED)
     shown = context.probe.new("values", _PROBED if quantised_v else 0)
     try:
-        with context.probe.armed(keys=(captured, 0), values=(shown, 0)):
+        with context.at_once(), context.probe.armed(keys=(captured, 0), values=(shown, 0)):
             context.decode(tokens, start, first)
         form = _matching(context, first)
         rows = take(context, form, first)

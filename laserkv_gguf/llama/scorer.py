@@ -580,7 +580,8 @@ def open_scorer(context: Context) -> Scorer:
     cells = probe.new("cells", count)
     scratch = Sequence(context, SPARE)
     try:
-        with probe.armed(queries=(queries, count - asking), keys=(keys, 0), cells=(cells, 0)):
+        wanted = {"queries": (queries, count - asking), "keys": (keys, 0), "cells": (cells, 0)}
+        with context.at_once(), probe.armed(**wanted):
             context.decode(tokens, 0, SPARE)
         L.llama_synchronize(context.handle)
         _check_cache(context)

@@ -12,6 +12,11 @@ from laserkv_gguf.llama.context import Context
 MAIN, PROBE, SPARE = 0, 1, 2
 
 
+def scratch_of(number: int) -> int:
+    """The sequence in which the questions of a main sequence are asked: each has its own."""
+    return PROBE if number == MAIN else number + 1
+
+
 def runs(positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """Half-open runs (k, 2) of consecutive numbers in an ascending array."""
     if not len(positions):

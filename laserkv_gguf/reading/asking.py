@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
-from laserkv_gguf.llama.sequence import PROBE, Sequence
+from laserkv_gguf.llama.sequence import Sequence, scratch_of
 from laserkv_gguf.policies import Needs
 from laserkv_gguf.timings import step
 
@@ -192,7 +192,7 @@ class Asker:
         self, context: Context, sequence: Sequence, needs: Needs, settings: ProbeSettings
     ) -> None:
         self.context, self.main = context, sequence
-        self.scratch = Sequence(context, PROBE)
+        self.scratch = Sequence(context, scratch_of(sequence.number))
         self.asking, self.lookahead, self.observation = settings.completed(needs)
         self.reach, self.rounds = settings.most_drafts(needs), settings.rounds
         self._outside = needs.outside
@@ -292,7 +292,7 @@ class Asker:
             armed = context.probe.armed(queries=(rows, first), keys=own)
             with step("lookahead" if drafts else "probe"), armed:
                 tokens = np.array([*fed, *guess], np.int32)
-                context.decode(tokens, position, PROBE, outputs=outputs)
+                context.decode(tokens, position, self.scratch.number, outputs=outputs)
             agreed = 0
             for index in range(outputs):
                 token = int(context.logits(index - outputs).argmax())

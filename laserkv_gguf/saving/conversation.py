@@ -37,7 +37,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
         UserError: what was read is lost, or the place cannot be written to.
         LaserKVError: the disk is full.
     """
-    with conversation.engine.access.alone():
+    with conversation.engine.access.inside(conversation):
         state = conversation.state()
         segments = list(state.ledger.segments.items())
         arrays: dict[str, Any] = {

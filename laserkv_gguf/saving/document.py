@@ -51,7 +51,7 @@ def save(conversation: Conversation, path: str | Path) -> int:
     """
     archive.check_target(path)
     engine = conversation.engine
-    with engine.access.alone():
+    with engine.access.inside(conversation):
         reading = conversation.reading
         if reading is None:
             raise UserError("there is no read document to save; read one first")

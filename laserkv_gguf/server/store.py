@@ -266,7 +266,7 @@ class Store:
         entry.dead = True
         conversation = entry.conversation
         if conversation is not None:
-            with self.engine.access.alone():
+            with self.engine.access.inside(conversation):
                 self.engine.leave(conversation)
                 conversation.lose_cells()
         self._remove(entry)

@@ -324,7 +324,7 @@ class Works:
         try:
             found = conversation.likelihoods(tokens, top)
         finally:
-            with self.engine.access.alone():
+            with self.engine.access.inside(conversation):
                 self.engine.leave(conversation)
                 conversation.lose_cells()
         return found
