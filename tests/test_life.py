@@ -356,6 +356,8 @@ TALK_CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "save": lambda talk, path: talk.save(path.with_suffix(".new")),
     "log_likelihood": lambda talk, _: talk.log_likelihood(QUESTION, "tin"),
     "log_probabilities": lambda talk, _: talk.log_probabilities([3], [4]),
+    "likelihoods": lambda talk, _: talk.likelihoods([3, 4], 1),
+    "keep_said": lambda talk, _: talk.keep_said(1),
     "reset": lambda talk, _: talk.reset(),
     "prepare_for": lambda talk, _: talk.prepare_for(QUESTION),
 }
@@ -364,10 +366,11 @@ TALK_ADDED: dict[str, Callable[[Any, Path], Any]] = {
     "drop": lambda talk, _: talk.drop("document"),
 }
 TALK_QUIET = {"texts", "documents", "ledger", "cells", "run", "reading", "cells_used", "drafts"}
+TALK_QUIET |= {"said"}
 TALK_QUIET |= {"parked_tokens", "parked_bytes", "owns_cells", "trained", "capacity", "space"}
 TALK_INSIDE = {"without_document", "read_for_many", "to_read", "room_after", "recall_for", "fill"}
 TALK_INSIDE |= {"turns_from", "share_room", "shrink_parked", "move_down", "lose_cells", "adopt"}
-TALK_INSIDE |= {"take_out", "put_back", "state", "take_over"}
+TALK_INSIDE |= {"take_out", "put_back", "state", "take_over", "note"}
 
 
 def public(kind: type) -> set[str]:
