@@ -694,7 +694,7 @@ def test_stopped_by_a_signal(
     while not (output.exists() and output.stat().st_size) and child.poll() is None:
         time.sleep(0.001)
     child.send_signal(sent)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=600)
     assert (child.returncode, out) == (code, "")
     stopped = re.fullmatch(r"stopped: (\d+) of 12 are answered; the same command goes on\n", err)
     assert stopped, err

@@ -8,13 +8,13 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from test_terminal import (
     CTRL_C,
     CTRL_D,
+    PATIENCE,
     QUICK,
     ROOT,
     SENTENCE,
@@ -328,7 +328,7 @@ def test_sigterm_in_a_pipe(folder: Path) -> None:  # noqa: F811
         child.stdin.flush()
         said = child.stdout.read(20)
         child.send_signal(signal.SIGTERM)
-        rest, errors = child.communicate(timeout=60)
+        rest, errors = child.communicate(timeout=PATIENCE)
     assert child.returncode == 143
     assert len(said) == 20
     assert len(rest) < 4000
@@ -369,8 +369,9 @@ def test_a_terminal_without_width(folder: Path) -> None:  # noqa: F811
         it.wait(lambda: "first token" in plain(it.raw), "answer")
         it.say("/kept")
         it.wait(lambda: re.search(r"more lines|evicted", plain(it.raw)), "document")
+        shown = len(it.raw)
         it.child.send("q\r")
-        time.sleep(0.2)
+        it.wait(lambda: ">" in plain(it.raw[shown:]), "prompt")
         it.child.send(CTRL_D)
         assert it.exit_code() == 0
         assert "Traceback" not in it.raw
@@ -443,7 +444,10 @@ def test_recall_stopped(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         used = stats(it)["cells_used"]
         it.say("the lazy dog?")
         it.wait_for(r"> the lazy dog\?")
-        time.sleep(0.5)  # the editor has left the terminal to the process, which recalls
+        # the editor has left the terminal to the process, which recalls: Ctrl-C is a signal again
+        import termios  # not on Windows
+
+        it.wait(lambda: termios.tcgetattr(it.child.child_fd)[3] & termios.ISIG, "signals")
         it.child.send(CTRL_C)
         it.wait_for("this turn is dropped")
         it.wait_for_prompt()

@@ -95,7 +95,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"env": environment(), "timeout": 120, **options}
+    options = {"env": environment(), "timeout": 600, **options}
     if "stdout" not in options:
         options["capture_output"] = True
     command = [sys.executable, "-m", "laserkv_gguf", *map(str, arguments)]
@@ -396,7 +396,7 @@ def test_a_closed_pipe_is_no_error(files: Files, extra: list[str]) -> None:
     assert child.stderr is not None
     said = child.stderr.read().decode()
     child.stderr.close()
-    assert child.wait(60) in (0, 1)
+    assert child.wait(600) in (0, 1)
     assert "Traceback" not in said
     assert "Exception" not in said
     assert "error" not in said

@@ -430,5 +430,5 @@ def test_other_threads_wait(loaded: Loaded) -> None:
 
         answer(engine, QUESTIONS, on_reply, document=DOCUMENT, parallel=3)
         for thread in threads:
-            thread.join(30)
+            thread.join(300)
         assert found == [expected, expected]

@@ -45,6 +45,7 @@ OPTIONS = ContextOptions(
 )
 DOCUMENT = " ".join(f"{word}{number}" for number in range(20) for word in ("tin", "copper", "ore"))
 QUESTION = "What is ore?"
+PATIENCE = 300.0  # seconds, after which a test gives up on what hangs
 SETTINGS: dict[str, Any] = {"block_size": 64, "ratio": 0.4, "lookahead": 3}
 
 
@@ -692,7 +693,7 @@ def test_two_threads_at_once(loaded: Loaded) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
     assert found == {number: [expected[number]] * 4 for number in found}
 
@@ -710,11 +711,11 @@ def test_a_failed_ask_lets_other_threads_in(loaded: Loaded) -> None:
             target=lambda: engine.ask(QUESTION, document=DOCUMENT, max_tokens=6), daemon=True
         )
         thread.start()
-        thread.join(3)
+        thread.join(PATIENCE)
         waiting = thread.is_alive()
         del caught
         gc.collect()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not waiting
 
 
@@ -725,28 +726,31 @@ def test_an_answer_goes_from_thread_to_thread(loaded: Loaded) -> None:
         pieces = iter(engine.stream(QUESTION, document=DOCUMENT, max_tokens=4))
         found: list[str] = []
         with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-            while piece := (other if found else one).submit(next, pieces, "").result(10):
+            while piece := (other if found else one).submit(next, pieces, "").result(PATIENCE):
                 found.append(piece)
         assert "".join(found) == expected
 
 
-def seconds_to_cancel(engine: LaserKV, run: Callable[[Callable[[Any], None]], Any]) -> float:
-    """Seconds from `cancel` to the end of `run`, which calls what it is given when it has begun."""
-    begun, at = threading.Event(), []
+def after_cancelling(engine: LaserKV, run: Callable[[Callable[[Any], None]], Any]) -> int:
+    """How often `run` calls what it is given once `cancel` has returned; it runs until then."""
+    begun, calls, until = threading.Event(), list[Any](), list[int]()
 
     def cancel() -> None:
-        begun.wait(10)
-        time.sleep(0.1)
-        at.append(time.perf_counter())
+        begun.wait(PATIENCE)
+        time.sleep(0.1)  # in the middle of something
         engine.cancel()
+        until.append(len(calls))
+
+    def call(given: Any) -> None:
+        calls.append(given)
+        begun.set()
 
     thread = threading.Thread(target=cancel)
     thread.start()
     with pytest.raises(Cancelled):
-        run(lambda _: begun.set())
-    ended = time.perf_counter()
-    thread.join()
-    return ended - at[0]
+        run(call)
+    thread.join(PATIENCE)
+    return len(calls) - until[0]
 
 
 def test_cancel_stops_at_once(loaded: Loaded) -> None:
@@ -760,10 +764,10 @@ def test_cancel_stops_at_once(loaded: Loaded) -> None:
 
     with loaded.engine(positions="original") as engine:
         expected = engine.ask(QUESTION, document=DOCUMENT, max_tokens=6).tokens
-        assert seconds_to_cancel(engine, read) < 1
+        assert after_cancelling(engine, read) <= 1
         assert in_cache(engine) == 0
         assert engine.ask(QUESTION, document=DOCUMENT, max_tokens=6).tokens == expected
-        assert seconds_to_cancel(engine, answer) < 1
+        assert after_cancelling(engine, answer) <= 1
         assert engine.ask(QUESTION, document=DOCUMENT, max_tokens=6).tokens == expected
 
 

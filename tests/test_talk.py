@@ -567,7 +567,7 @@ def test_a_document_dropped_while_it_is_read(how: str, positions: str, loaded: L
                     raise KeyboardInterrupt
                 other = threading.Thread(target=talk.drop, args=("long.txt",))
                 other.start()
-                other.join(10)
+                other.join(300)
 
         with pytest.raises(KeyboardInterrupt if how == "ctrl-c" else Cancelled):
             talk.add("long.txt", OTHER * 3, stop)
