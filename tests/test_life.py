@@ -343,7 +343,14 @@ ENGINE_CALLS: dict[str, Callable[[LaserKV, Path], Any]] = {
 ENGINE_QUIET = {"close", "cancel", "__exit__", "context", "cell_bytes", "free"}
 ENGINE_QUIET |= {"share", "demand", "probe_settings", "drafts", "recall_cells"}
 # They are for whoever is inside: with what only an open engine gives.
-ENGINE_INSIDE = {"recaller", "try_row_format", "first_reader", "reader_for", "reader_at", "place"}
+ENGINE_INSIDE = {
+    "recaller",
+    "try_row_format",
+    "reader_without_question",
+    "reader_for",
+    "reader_at",
+    "place",
+}
 ENGINE_INSIDE |= {"come_back", "leave", "grow", "keeping_others", "warm_up_beside", "save"}
 
 TALK_CALLS: dict[str, Callable[[Any, Path], Any]] = {

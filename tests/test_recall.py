@@ -60,7 +60,7 @@ RECALL: dict[str, Any] = {
     "ratio": 0.3,
     "lookahead": 2,
     "recall": "ram",
-    "recall_first": "random",
+    "read_policy": "random",
 }
 TEXT = DOCUMENT[:130]  # for `Paper`, whose forward passes take their time
 ANSWER = 2

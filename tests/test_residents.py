@@ -25,7 +25,7 @@ from laserkv_gguf.llama import rows
 
 MIB = 1 << 20
 SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
-RECALL = {"recall": "ram", "recall_first": "random", "ratio": 0.3}
+RECALL = {"recall": "ram", "read_policy": "random", "ratio": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -746,7 +746,7 @@ def test_a_save_that_fails_leaves_the_one_before(loaded: Loaded, tmp_path: Path)
 
 # ---- recall ------------------------------------------------------------------------------------
 
-RECALL: dict[str, Any] = {"recall": "ram", "recall_first": "random", "ratio": 0.3}
+RECALL: dict[str, Any] = {"recall": "ram", "read_policy": "random", "ratio": 0.3}
 
 
 def agrees(talk: Talk, engine: LaserKV) -> None:

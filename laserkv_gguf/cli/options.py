@@ -213,6 +213,14 @@ class EngineOptions(PlacementOptions):
             help="How they are chosen: replay (block by block) or shortlist (faster).",
         ),
     ] = None
+    read_policy: Annotated[
+        str,
+        Option(
+            "--read-policy",
+            help="Chooses while no question is known: auto, same (as --policy), or keydiff, "
+            '"kvzip values=norm", …',
+        ),
+    ] = "auto"
     recall_file: Annotated[
         Optional[str],  # noqa: UP045
         Option("--recall-file", help="File for --recall disk; else one in your cache folder."),
@@ -232,7 +240,7 @@ class EngineOptions(PlacementOptions):
         """What LaserKV takes as settings."""
         names = (
             "policy ratio keep block_size protection_divisor alpha lookahead probe_tokens "
-            "positions scoring recall recall_mode recall_file"
+            "positions scoring recall recall_mode recall_file read_policy"
         )
         from laserkv_gguf import policies
         from laserkv_gguf.policies.laser import PAPER, PAPER_OPTIONS

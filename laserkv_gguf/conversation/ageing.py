@@ -213,7 +213,7 @@ class Compressing:
                 f"--policy {engine.settings.policy} keeps everything; use /reset, a larger "
                 "--ctx-size, or --policy laser"
             )
-        if policy.needs.block_queries:
+        if policy.needs.block_queries or policy.needs.repeat:
             policy = replace(engine.settings, policy="laser").make_policy(engine.seed)
         if not isinstance(policy, Laser) or policy.name != "laser":
             return policy

@@ -232,7 +232,7 @@ class Conversation:
     ) -> Reading:
         """Reads the documents, with a question in mind if one is given.
 
-        Without one each block asks for itself. The next `ask` starts the conversation anew.
+        Without one `read_policy` chooses. The next `ask` starts the conversation anew.
 
         Args:
             on_progress: called after every micro-batch.
@@ -424,13 +424,14 @@ class Conversation:
                 # while cells are free to try it: rows will be read later
                 engine.try_row_format(run.reader)
             recaller = engine.recaller(run)
-            reader = engine.first_reader(run) if recaller and question is None else run.reader
+            known = question is not None
+            reader = run.reader if known else engine.reader_without_question(run)
             reading = reader.read(
                 tokens,
                 run.budget,
                 question,
                 on_progress=on_progress,
-                keep_all_cells=keep_all_cells and not recaller and fits,
+                keep_all_cells=keep_all_cells and reader is run.reader and not recaller and fits,
                 park=partial(recaller.park, reader=reader) if recaller else None,
             )
             if recaller:
@@ -956,8 +957,7 @@ class Conversation:
     ) -> Document:
         """Reads one more document, block by block, after what was said so far.
 
-        The next question is asked about it. Every block asks for itself, for that question is not
-        known yet.
+        The next question is asked about it. As that is not known yet, `read_policy` chooses.
 
         Raises:
             UserError: it does not fit, or one of this name is here already.
@@ -1005,8 +1005,8 @@ class Conversation:
                 cells.decode(opening, self._open_turn)
             start = cells.position
             recaller = engine.recaller(run, start, self.ledger.next_number)
+            reader = engine.reader_without_question(run)
             if recaller:
-                reader = engine.first_reader(run)
                 park = partial(recaller.park, reader=reader)
             reading = reader.read(tokens, budget, on_progress=on_progress, start=start, park=park)
             if recaller:
@@ -1056,7 +1056,7 @@ class Conversation:
 
         def needed(budget: Budget, used: int) -> int:
             later = stays + budget.kept + extra(budget) + turn
-            return max(used + glue + budget.cells(0, 0, 0), later)
+            return max(used + glue + budget.cells(engine.demand.probing(budget), 0, 0), later)
 
         def planned(ratio: float, used: int) -> Budget | None:
             size = settings.block_size

@@ -120,9 +120,9 @@ def answer(
         document: text of any length; None for none.
         sampling: every answer has a sampler of its own with this seed.
         parallel: most answers under way at a time; fewer where --ctx-size holds no more.
-        read_once: read once also where the policy would ask the question: the last tokens of each
-            block ask instead (SnapKV's observation window, arXiv 2404.14469). Faster with many
-            questions, and what only one of them would have kept is more easily lost.
+        read_once: read once also where the policy would ask the question: `read_policy` chooses
+            instead. Faster with many questions, and what only one of them would have kept is more
+            easily lost.
         answered: numbers of the questions to leave out.
         on_progress: called while reading.
         on_kept: called with a question's number and the conversation it was answered in, before

@@ -134,6 +134,7 @@ class Engine:
         policy = settings.make_policy(self.seed)
         settings.recalling.check_policy(policy)
         self.policy, self.settings = policy, settings
+        self.read_policy = settings.make_read_policy(policy, self.seed)
 
     def configure(self, **changes: Any) -> None:
         """Changes settings; what was read stays readable only in the answers already given.
@@ -205,8 +206,8 @@ class Engine:
     @property
     def demand(self) -> Demand:
         """How documents are read, as it is counted."""
-        settings, first = self.settings, self._first_policy
-        repeating = self._repeating(first) or self._repeating(self.policy)
+        settings = self.settings
+        repeating = self._repeating(self.read_policy) or self._repeating(self.policy)
         return Demand(
             self.policy,
             settings.block_size,
@@ -218,7 +219,7 @@ class Engine:
             movable=rope.movable(self.model, self.options),
             exact_keys=self.options.type_k in ("f16", "f32"),
             any_cells=self.ctx_size is None,
-            first=first,
+            read_policy=self.read_policy,
             repeat_prompt=0 if repeating is None else len(repeating),
         )
 
@@ -608,26 +609,21 @@ class Engine:
         reader.limit = self._context.cells if self.residents.most == 1 else place.cells
         return reader
 
-    def first_reader(self, run: Run) -> Reader:
-        """The reader of a document before there is a question, where recall comes later."""
-        policy = self._first_policy
-        if policy is self.policy:
+    def reader_without_question(self, run: Run) -> Reader:
+        """The reader of a document while no question is known."""
+        if self.read_policy is self.policy:
             return run.reader
-        return Reader(
+        reader = Reader(
             run.reader.context,
-            policy,
+            self.read_policy,
             self.probe_settings,
             compact=run.compact,
+            scoring=self.settings.scoring,
             sequence=run.reader.main.number,
-            repeating=self._repeating(policy),
+            repeating=self._repeating(self.read_policy),
         )
-
-    @property
-    def _first_policy(self) -> policies.Policy:
-        """Reads before there is a question, where recall comes later."""
-        if self.settings.recall == "off" or self.policy.needs.recall:
-            return self.policy
-        return policies.make(self.settings.recall_first, seed=self.seed & 0xFFFFFFFF)
+        reader.limit = run.reader.limit
+        return reader
 
     def _repeating(self, policy: policies.Policy) -> RepeatPrompt | None:
         """What asks for a repetition, if the policy wants one."""
@@ -641,7 +637,8 @@ class Engine:
 
     def _warm_up(self) -> None:
         try:
-            self.policy.warm_up()
+            for policy in {id(one): one for one in (self.policy, self.read_policy)}.values():
+                policy.warm_up()
             if self.settings.recalling.votes_for(self.policy):
                 warm_up()
         except Exception as error:  # the block loop will meet it too, and say so
@@ -689,6 +686,7 @@ class Engine:
             settings = replace(self.settings, recall="ram", recall_mode=saved["recall_mode"])
             settings.recalling.check_policy(self.policy)
             self.settings = settings
+            self.read_policy = settings.make_read_policy(self.policy, self.seed)
 
 
 def _folder() -> Path:

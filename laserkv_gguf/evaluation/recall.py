@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "policy": "laser",
         "recall": "ram",
         "recall_mode": "replay",
-        "recall_first": "laser",
+        "read_policy": "laser",
     },
     "shortlist": {"policy": "laser", "recall": "ram", "recall_mode": "shortlist"},
 }

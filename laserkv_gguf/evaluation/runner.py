@@ -372,6 +372,8 @@ class Runner:
             settings.update(policy="full", ratio=1.0, keep=None, recall="off")
         else:
             settings.setdefault("policy", policy)
+            if settings.get("recall", "off") == "off":
+                settings["read_policy"] = "same"  # what is named is measured
             settings["keep"] = self.plan.keep
         if isinstance(task, Fidelity):
             settings["recall"] = "off"

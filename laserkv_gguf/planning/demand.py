@@ -26,7 +26,7 @@ class Demand:
         recall_mode: "replay" or "shortlist", where there is recall.
         movable: whether llama.cpp can turn cached keys to other positions.
         exact_keys: whether cached keys are float16 or float32.
-        first: reads before there is a question, where that recalls later; None for `policy`.
+        read_policy: chooses while no question is known; None for `policy`.
         repeat_prompt: tokens that ask for a repetition, where a policy wants one.
         any_cells: whether there will be as many cells as are needed; of a cache of given size the
             drafts that are copied take what is left.
@@ -42,7 +42,7 @@ class Demand:
     movable: bool = True
     exact_keys: bool = True
     any_cells: bool = True
-    first: Policy | None = None
+    read_policy: Policy | None = None
     repeat_prompt: int = 32
 
     def budget(self, tokens: int, ratio: float, protected: int = 0) -> Budget:
@@ -101,9 +101,10 @@ class Demand:
         Args:
             prompt, question_known: as of `cells`.
         """
-        first = self.first is not None and not question_known and self.parks(budget)
-        needs = (self.first or self.policy).needs if first else self.policy.needs
-        asking = repeating = 0
+        policy, asking, repeating = self.policy, 0, 0
+        if not question_known:
+            policy = self.read_policy or policy
+        needs = policy.needs
         if question_known and needs.queries and prompt:
             asking = prompt + self.drafts
         if needs.repeat:

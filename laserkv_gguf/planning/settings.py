@@ -14,6 +14,9 @@ POSITIONS = ("auto", "original", "compact")
 SCORING = ("host", "device")
 WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")
+# Where no question is known: what chooses in place of these policies, and before recall.
+READ_POLICY = {"laser": "expected", "exact": "expected"}
+RECALL_POLICY = "keydiff"
 BITS = 128  # of a parked token's signature, per layer and kv head
 
 
@@ -25,13 +28,11 @@ class RecallSettings:
         where: "ram" or "disk" to park rows in, "off" for no recall.
         mode: "replay" or "shortlist"; None for the policy's own way.
         file: of "disk"; None for one of our own.
-        first: the policy a document is read with before there is a question.
     """
 
     where: str = "off"
     mode: str | None = None
     file: str | None = None
-    first: str = "keydiff"
 
     def check(self) -> None:
         """Refuses unusable values.
@@ -107,7 +108,11 @@ class Settings:
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
             of the document for every question of a conversation; "off" to lose them.
-        recall_mode, recall_file, recall_first: see `RecallSettings`.
+        recall_mode, recall_file: see `RecallSettings`.
+        read_policy: what chooses while no question is known, with options as in "kvzip chunk=512":
+            in a chat that begins with reading, for questions that share one reading, and before
+            recall. "same": `policy`; "auto": what was measured to be best for its cost, see
+            `READ_POLICY` and `RECALL_POLICY`, in place of a policy that looks at the question.
     """
 
     policy: str = "laser"
@@ -126,7 +131,7 @@ class Settings:
     recall: str = "off"
     recall_mode: str | None = None
     recall_file: str | None = None
-    recall_first: str = "keydiff"
+    read_policy: str = "auto"
     keep: int | None = None
 
     @property
@@ -135,7 +140,6 @@ class Settings:
             self.recall,
             self.recall_mode,
             self.recall_file,
-            self.recall_first,
         )
 
     def check(self) -> None:
@@ -158,6 +162,18 @@ class Settings:
         if self.scoring not in SCORING:
             raise UserError(f"--scoring {self.scoring} is unknown; use {', '.join(SCORING)}")
         self.recalling.check()
+        self._check_read_policy()
+
+    def _check_read_policy(self) -> None:
+        if self.read_policy in ("auto", "same"):
+            return
+        policy = policies.named(self.read_policy)
+        needs = policy.needs
+        if needs.recall or needs.every_block or policy.budget(8, 2, 0.5, 4).keeps_all:
+            raise UserError(
+                f"--read-policy {policy.name} cannot choose block by block; "
+                "use auto, same, or a policy such as keydiff or kvzip"
+            )
 
     def check_keep(self, tokens: int) -> None:
         """Refuses to keep more tokens than there are.
@@ -173,6 +189,20 @@ class Settings:
                 f"--keep {self.keep} is more than the {tokens} tokens of the document; "
                 f"give at most {tokens}, or --ratio 1 to keep all"
             )
+
+    def make_read_policy(self, policy: policies.Policy, seed: int) -> policies.Policy:
+        """What chooses while no question is known.
+
+        Args:
+            policy: what chooses once one is.
+            seed: as of `make_policy`.
+        """
+        name = self.read_policy
+        if name == "auto" and policy.needs.queries and not policy.needs.recall:
+            name = READ_POLICY.get(policy.name, "same") if self.recall == "off" else RECALL_POLICY
+        if name in ("auto", "same") or (self.recall != "off" and policy.needs.recall):
+            return policy
+        return policies.named(name, seed=seed & 0xFFFFFFFF)
 
     def make_policy(self, seed: int) -> policies.Policy:
         given = {

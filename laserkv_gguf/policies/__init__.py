@@ -26,6 +26,7 @@ __all__ = [
     "checked",
     "find",
     "make",
+    "named",
     "parse",
     "registered",
 ]
@@ -83,6 +84,19 @@ def make(name: str, **options: Any) -> Policy:
     """A policy with those of the options that it has; the others are for other policies."""
     kind = find(name)
     return kind(**{key: value for key, value in options.items() if key in _options(kind)})
+
+
+def named(said: str, **options: Any) -> Policy:
+    """A policy of a name with options, such as "kvzip values=norm".
+
+    Args:
+        **options: for those that have them, where `said` does not say otherwise.
+
+    Raises:
+        UserError: as of `find`, `parse` and the policy itself.
+    """
+    name, *given = said.split() or [""]
+    return make(name, **{**options, **parse(name, given)})
 
 
 def parse(name: str, given: Iterable[str]) -> dict[str, Any]:

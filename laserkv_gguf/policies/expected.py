@@ -103,7 +103,8 @@ class Expected(Policy):
                 assert candidates.value_norms is not None
                 own = (own + self.epsilon) * candidates.value_norms[layer]
             scores += own.sum(axis=1)
-        return kernels.top_k(kernels.pool(scores, self.pool, candidates.tokens), budget)
+        pooled = kernels.pool(scores, self.pool, candidates.tokens)
+        return kernels.top_k(candidates.noted(pooled), budget)
 
     def _paid(self, candidates: Candidates) -> Iterator[NDArray[np.float64]]:
         """The p of every layer: (held keys, kv_heads); 0 before the candidates, NaN if unsound."""

@@ -85,4 +85,5 @@ class KVzip(Policy):
             assert candidates.value_norms is not None
             paid = paid * candidates.value_norms
         scores = paid.sum(axis=(0, 2), dtype=np.float64)
-        return kernels.top_k(kernels.pool(scores, self.pool, candidates.tokens), budget)
+        scores = kernels.pool(scores, self.pool, candidates.tokens)
+        return kernels.top_k(candidates.noted(scores), budget)
