@@ -308,7 +308,7 @@ class Stream(Output):
             ) from error
         for line in map(decoded, data.splitlines()):
             names = ("error", "retry", "score")
-            self._counted.append({name: line[name] for name in names if name in line})
+            self._counted.append({name: line[name] for name in names if line.get(name) is not None})
 
     def _close_record(self) -> None:
         """There is none."""
@@ -391,7 +391,7 @@ def summary(items: Sequence[Item], output: Output) -> Summary:
     counts = Summary()
     for item, line in zip(items, output.lines(), strict=False):
         counts.questions += 1
-        counts.failed += "error" in line
+        counts.failed += line.get("error") is not None
         counts.retry += line.get("retry") is True
         counts.expected += bool(item.expected)
         counts.found += line.get("score") == 1

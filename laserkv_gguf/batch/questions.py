@@ -10,10 +10,12 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from laserkv_gguf.batch import openai
+from laserkv_gguf.batch.openai import Unusable
 from laserkv_gguf.errors import LaserKVError, UserError
 
 FIELDS = ["id", "question", "document", "document_path", "system", "max_tokens", "stop", "expected"]
@@ -31,6 +33,9 @@ class Item:
         inline: whether the text stands in the line.
         expected: what a right answer contains, any of them.
         error: why it cannot be asked; empty where it can.
+        sampling: fields of `Sampling` that are its own.
+        model: the name in one of OpenAI's batch lines, which is answered by such a line; None for a
+            line of our own.
     """
 
     line: int
@@ -44,6 +49,8 @@ class Item:
     stop: tuple[str, ...] = ()
     expected: tuple[str, ...] = ()
     error: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,12 @@ class Input:
         """
         self.file.seek(item.offset)
         try:
-            text = _parse(self.file.readline())["document"]
-        except (_Unusable, KeyError):
+            text = _native(_parse(self.file.readline()))["document"]
+        except (Unusable, KeyError):
             text = None
         if not isinstance(text, str) or digest_of(text) != item.document:
             raise LaserKVError("the input file was changed while its questions were answered")
         return text
-
-
-class _Unusable(Exception):
-    """Why a line cannot be asked."""
 
 
 def read(file: IO[bytes], name: str, folder: Path, *, strict: bool = False) -> Input:
@@ -112,36 +115,50 @@ def _item(
 ) -> Item:
     try:
         values = _parse(raw)
-    except _Unusable as error:
+    except Unusable as error:
         return Item(number, error=str(error))
-    name = values.get("id")
+    theirs = openai.is_request(values)
+    name = values.get("custom_id" if theirs else "id")
+    model = "" if theirs else None
     if not isinstance(name, (str, int)) or isinstance(name, bool) or not _sound(name):
-        said = 'no "id"' if name is None else f'"id" is {short(name)}'
+        called = "custom_id" if theirs else "id"
+        said = f'no "{called}"' if name is None else f'"{called}" is {short(name)}'
         return Item(number, error=f"{said}; give every question a text or whole number of its own")
     key = (type(name), name)
     if key in seen:
-        return Item(number, name, error=f"line {seen[key]} has the same id; give it another")
+        return Item(
+            number, name, error=f"line {seen[key]} has the same id; give it another", model=model
+        )
     seen[key] = number
     try:
-        return Item(number, name, offset, **_fields(values, folder))
-    except _Unusable as error:
-        return Item(number, name, error=str(error))
+        own: dict[str, Any] = {}
+        if theirs:
+            values = _native(values)
+            own = {key: values.pop(key) for key in ("sampling", "model")}
+        return Item(number, name, offset, **_fields(values, folder), **own)
+    except Unusable as error:
+        return Item(number, name, error=str(error), model=model)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         values = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise _Unusable(f"not UTF-8 (byte {error.start})") from None
+        raise Unusable(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise _Unusable(f"not JSON: {error.msg} (column {error.colno})") from None
+        raise Unusable(f"not JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:
-        raise _Unusable(f"not JSON: {error}") from None
+        raise Unusable(f"not JSON: {error}") from None
     except MemoryError:
-        raise _Unusable("too large to be read as JSON") from None
+        raise Unusable("too large to be read as JSON") from None
     if not isinstance(values, dict):
-        raise _Unusable("not a JSON object; write {…} with id and question")
+        raise Unusable("not a JSON object; write {…} with id and question")
     return values
+
+
+def _native(values: dict[str, Any]) -> dict[str, Any]:
+    """A line as our own, also where it is one of OpenAI's."""
+    return openai.fields(values) if openai.is_request(values) else values
 
 
 def _fields(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -149,21 +166,21 @@ def _fields(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in values:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
         if name not in FIELDS and near:
-            raise _Unusable(f'"{name}" is unknown; did you mean "{near[0]}"?')
+            raise Unusable(f'"{name}" is unknown; did you mean "{near[0]}"?')
     given = {name: value for name, value in values.items() if value is not None}
     for name in ("question", "document", "document_path", "system"):
         if name in given and not (isinstance(given[name], str) and _sound(given[name])):
-            raise _Unusable(f'"{name}" is {short(given[name])}; give a text')
+            raise Unusable(f'"{name}" is {short(given[name])}; give a text')
     if not given.get("question", "").strip():
-        raise _Unusable('no "question"' if "question" not in given else '"question" is empty')
+        raise Unusable('no "question"' if "question" not in given else '"question" is empty')
     if "document" in given and "document_path" in given:
-        raise _Unusable('both "document" and "document_path"; give one of them')
+        raise Unusable('both "document" and "document_path"; give one of them')
     for name in ("document", "document_path"):
         if name in given and not given[name].strip():
-            raise _Unusable(f'"{name}" is empty; leave it out for none')
+            raise Unusable(f'"{name}" is empty; leave it out for none')
     limit = given.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise _Unusable(f'"max_tokens" is {short(limit)}; give a number of at least 1')
+        raise Unusable(f'"max_tokens" is {short(limit)}; give a number of at least 1')
     inline = "document" in given
     path = given.get("document_path")
     return {
@@ -187,7 +204,7 @@ def _texts(name: str, given: Mapping[str, Any]) -> tuple[str, ...]:
         isinstance(text, str) and text.strip(None if name == "expected" else "") and _sound(text)
         for text in texts
     ):
-        raise _Unusable(f'"{name}" is {short(value)}; give a text, or a list of texts')
+        raise Unusable(f'"{name}" is {short(value)}; give a text, or a list of texts')
     return tuple(texts)
 
 

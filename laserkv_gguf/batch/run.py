@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.batch import openai
 from laserkv_gguf.batch.output import Output, OutputError
 from laserkv_gguf.batch.questions import Input, Item, digest_of
 from laserkv_gguf.conversation.conversation import Conversation
@@ -129,6 +130,7 @@ class Batch:
                         item.system or self.system,
                         item.max_tokens or self.max_tokens,
                         item.stop,
+                        replace(self.sampling, **item.sampling) if item.sampling else None,
                     )
                     for item in items.values()
                 ],
@@ -168,6 +170,8 @@ class Batch:
         if isinstance(reply, Exception):
             own = isinstance(reply, UserError) and not isinstance(reply, OutOfMemory)
             return _failed(item, reply, retry=not own)
+        if item.model is not None and item.id is not None:
+            return openai.answered(item.id, item.model or self.engine.model.name, reply)
         line: dict[str, Any] = {
             "id": item.id,
             "answer": reply.text,
@@ -180,17 +184,21 @@ class Batch:
 
     def _add(self, index: int, line: dict[str, Any]) -> None:
         """Writes a line, unless it is an error and none may be."""
-        if self.fail_fast and "error" in line:
-            raise Stopped(f"line {self.questions.items[index].line}: {line['error']}")
+        error = line.get("error")
+        if self.fail_fast and error is not None:
+            said = error if isinstance(error, str) else error["message"]
+            raise Stopped(f"line {self.questions.items[index].line}: {said}")
         self.output.add(index, line)
         if self.on_line:
-            self.on_line("error" not in line)
+            self.on_line(error is None)
 
 
 def _failed(item: Item, error: Exception, *, retry: bool) -> dict[str, Any]:
     """An error's line; `retry`: the line of the input alone does not explain it."""
     said = str(error) if isinstance(error, LaserKVError) else f"{type(error).__name__}: {error}"
-    line = {"id": item.id, "line": item.line, "error": said}
+    line: dict[str, Any] = {"id": item.id, "line": item.line, "error": said}
+    if item.model is not None and item.id is not None:
+        line = openai.failed(item.id, item.line, said)
     return {**line, "retry": True} if retry else line
 
 

@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
+from laserkv_gguf.cli.shape import ShapeOptions, shaped
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import whole
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from laserkv_gguf.saving.file import Saved
 
 
-@with_options(EngineOptions, SamplingOptions)
+@with_options(EngineOptions, SamplingOptions, ShapeOptions)
 def ask(
     options: EngineOptions,
     sampling: SamplingOptions,
+    shape: ShapeOptions,
     words: Annotated[
         Optional[str],  # noqa: UP045
         Argument(metavar="[QUESTION]", help="What to ask; or -q.", show_default=False),
@@ -86,13 +88,13 @@ def ask(
     other = _prepare_report(report, against, load, document)
     question, system = whole(question), whole(system) if system else system
     streams.check_output()
-    text = documents.load(document or [])
+    grammar, text = shape.text(), documents.load(document or [])
     file = _prepare_saved(options, save, load)
     bar = terminal.ReadingBar()
     with file or nullcontext(), options.engine() as engine:
         answer_with: dict[str, Any] = {
             "max_tokens": sampling.predict,
-            "sampling": sampling.sampling(options.seed),
+            "sampling": shaped(sampling.sampling(options.seed), engine.model, grammar),
         }
         try:
             with bar.shown() as on_progress:

@@ -22,6 +22,7 @@ from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
+from laserkv_gguf.cli.shape import ShapeOptions, shaped
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 
 if TYPE_CHECKING:
@@ -37,17 +38,18 @@ TERMINATED = 143
 PATIENCE = 1.0  # seconds
 
 
-@with_options(EngineOptions, SamplingOptions)
+@with_options(EngineOptions, SamplingOptions, ShapeOptions)
 def batch(
     options: EngineOptions,
     sampling: SamplingOptions,
+    shape: ShapeOptions,
     source: Annotated[
         Optional[str],  # noqa: UP045
         Option(
             "-i",
             "--input",
-            help="Questions, one JSON object a line; - is standard input. A document_path "
-            "may name any file that you can read.",
+            help="Questions, one JSON object a line, or OpenAI's batch lines; - is standard input. "
+            "A document_path may name any file that you can read.",
         ),
     ] = None,
     target: Annotated[
@@ -99,6 +101,7 @@ def batch(
         raise UserError("--input and --document are both standard input, which can be read once")
     if as_json and target == STANDARD_OUTPUT:
         raise UserError("--json prints where --output - writes the answers; name a file for them")
+    grammar = shape.text()
     with _Signals() as signals, _opened(source) as file:
         from laserkv_gguf.batch.output import check_apart, summary
         from laserkv_gguf.batch.questions import read
@@ -110,6 +113,8 @@ def batch(
         questions = read(file, source, Path(source).parent, strict=fail_fast)
         text = documents.load(named)
         run = _identity(options, sampling, questions.digest, text, system, read_once)
+        if grammar:
+            run["grammar"] = grammar
         output = _output(target, run, [item.id for item in questions.items])
         output.load()
         check_documents(questions, output, documents.read)
@@ -128,7 +133,7 @@ def batch(
                         questions,
                         output,
                         documents.read,
-                        sampling.sampling(options.seed),
+                        shaped(sampling.sampling(options.seed), engine.model, grammar),
                         sampling.predict,
                         document=text,
                         system=system,

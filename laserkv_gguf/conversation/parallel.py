@@ -45,12 +45,14 @@ class Question:
         system: system prompt; None for none.
         max_tokens: of the answer, at least 1.
         stop: the answer ends in front of the first of these strings that it would contain.
+        sampling: of this answer; None for what all have.
     """
 
     text: str
     system: str | None = None
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
+    sampling: Sampling | None = None
 
 
 @dataclass
@@ -445,7 +447,7 @@ class _BatchedAnswers:
         question, engine = planned.question, self.engine
         generation = Generation(
             engine.model,
-            self.sampling,
+            question.sampling or self.sampling,
             question.max_tokens,
             stop=question.stop,
             ignore_end=engine.ignore_end,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp as L
@@ -72,13 +76,43 @@ def make(model: Model, grammar: str) -> Any:
         raise UserError(f"the grammar has {len(grammar):,} characters; at most {SIZE:,} do")
     if "\0" in grammar:
         raise UserError("the grammar has a NUL in it")
-    made = L.llama_sampler_init_grammar(model.vocab, grammar.encode("utf-8", "replace"), _ROOT)
+    text = grammar.encode("utf-8", "replace")
+    with _silence:
+        made = L.llama_sampler_init_grammar(model.vocab, text, _ROOT)
     if not made:
         raise UserError(
             'the grammar cannot be read; write it in GBNF with a rule "root", '
             'such as root ::= "yes" | "no"'
         )
     return made
+
+
+class _Silence:
+    """Keeps what llama.cpp's parser writes to standard error, past its own log, to itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: int | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._before = None
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+            before = os.dup(2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+            self._before = before
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            os.dup2(self._before, 2)
+            os.close(self._before)
+        self._lock.release()
+
+
+_silence = _Silence()
 
 
 def check(model: Model, grammar: str) -> None:

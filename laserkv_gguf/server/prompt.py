@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from laserkv_gguf.conversation.framing import Framing
+from laserkv_gguf.conversation.question import Limits, split
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.llama.chat import Opening, Piece, Prompt
 from laserkv_gguf.llama.model import Model, Tokens
-from laserkv_gguf.server.question import Limits, split
 
 
 @dataclass(frozen=True)

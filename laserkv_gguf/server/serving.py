@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.question import Limits
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import grammar
 from laserkv_gguf.llama.sampler import Sampling
@@ -16,7 +17,6 @@ from laserkv_gguf.server.disk import DiskCache
 from laserkv_gguf.server.errors import refused
 from laserkv_gguf.server.metrics import Metrics
 from laserkv_gguf.server.prompt import Request
-from laserkv_gguf.server.question import Limits
 from laserkv_gguf.server.reports import Reports
 from laserkv_gguf.server.settings import ServerSettings
 from laserkv_gguf.server.store import Store, salt_of
