@@ -41,6 +41,7 @@ _GROUP = {
     "recall_file": CACHE,
     "policy": SELECTION,
     "policy_option": SELECTION,
+    "read_policy": SELECTION,
     "preset": SELECTION,
     "protection_divisor": SELECTION,
     "alpha": SELECTION,
@@ -424,7 +425,7 @@ def with_options(
         parameters = list(own.values())[len(groups) :]
         flags = _SETTABLE.setdefault(name or command.__name__, {})
         for group in groups:
-            panel = SAMPLING if group is SamplingOptions else DEVICES
+            panel = DEVICES if issubclass(group, PlacementOptions) else SAMPLING
             hints = typing.get_type_hints(group, include_extras=True)
             inherited = {item.name for base in group.__bases__ for item in _fields(base)}
             for item in sorted(fields(group), key=lambda item: item.name in inherited):
