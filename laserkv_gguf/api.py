@@ -41,11 +41,15 @@ class LaserKV(Engine):
             they lose their cells, and have to be read again.
         parallel: requests that may be under way at a time, from any threads; as many conversations
             at least can stand in the cache.
+        queue: calls that may wait to be let in; one more is refused with `Busy`.
+        lookup: most tokens of an answer that are guessed at a time by copying from the documents,
+            and checked in one batch: faster where answers quote. 0 for none. The answer is the same
+            but for the rounding of llama.cpp's kernels, which differ for one token and for several.
         **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
             without a `ratio` each run keeps as much as fits into these cells.
 
-    Calls from several threads queue. Once it is closed, and in a process forked off after it was
-    made, every call raises `Closed`.
+    Calls from several threads run together, as far as `parallel` goes, and queue beyond. Once it is
+    closed, and in a process forked off after it was made, every call raises `Closed`.
 
     Raises:
         UserError: unusable model or settings.

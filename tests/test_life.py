@@ -351,7 +351,15 @@ ENGINE_INSIDE = {
     "reader_at",
     "place",
 }
-ENGINE_INSIDE |= {"come_back", "leave", "grow", "keeping_others", "warm_up_beside", "save"}
+ENGINE_INSIDE |= {
+    "come_back",
+    "leave",
+    "give_back",
+    "grow",
+    "keeping_others",
+    "warm_up_beside",
+    "save",
+}
 
 TALK_CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "read": lambda talk, _: talk.read(),

@@ -7,6 +7,7 @@ goes on the output alone, so a group can be answered anywhere.
 
 from __future__ import annotations
 
+import threading
 import unicodedata
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.batch import openai
+from laserkv_gguf.batch.crew import Crew
 from laserkv_gguf.batch.output import Output, OutputError
 from laserkv_gguf.batch.questions import Input, Item, digest_of
 from laserkv_gguf.conversation.conversation import Conversation
@@ -73,9 +75,12 @@ class Batch:
     on_kept: Callable[[Item, Conversation], None] | None = None
     spent: Spent = field(default_factory=Spent)
     documents: int = 0
+    _lock: Any = field(default_factory=threading.RLock, repr=False)  # of questions and output
 
     def run(self) -> None:
         """Answers what has not been answered yet, document by document.
+
+        Several documents at a time where the engine takes several calls.
 
         Raises:
             OutputError, Cancelled, KeyboardInterrupt: what was answered is kept.
@@ -85,7 +90,11 @@ class Batch:
         for index, item in enumerate(self.questions.items):
             if item.error and index not in done:
                 self._add(index, _failed(item, UserError(item.error), retry=False))
-        for group in self.groups():
+        groups = self.groups()
+        if min(self.engine.parallel, len(groups)) > 1:
+            Crew(self.engine, iter(groups), lambda group: self.answer(group, self._add)).work()
+            return
+        for group in groups:
             self.answer(group, self._add)
 
     def groups(self) -> list[Group]:
@@ -108,7 +117,8 @@ class Batch:
         """
         left = [index for index in group.indices if index not in group.answered]
         items = {index: self.questions.items[index] for index in group.indices}
-        self.documents += 1
+        with self._lock:
+            self.documents += 1
 
         def replied(number: int, reply: Reply | Exception) -> None:
             index = group.indices[number]
@@ -154,6 +164,10 @@ class Batch:
 
     def _document(self, item: Item, *, begun: bool) -> str | None:
         """The text, as long as it is the one that other questions about it were answered with."""
+        with self._lock:
+            return self._text(item, begun=begun)
+
+    def _text(self, item: Item, *, begun: bool) -> str | None:
         if item.inline:
             return self.questions.text(item)
         if item.document is None:
@@ -184,6 +198,10 @@ class Batch:
 
     def _add(self, index: int, line: dict[str, Any]) -> None:
         """Writes a line, unless it is an error and none may be."""
+        with self._lock:
+            self._write(index, line)
+
+    def _write(self, index: int, line: dict[str, Any]) -> None:
         error = line.get("error")
         if self.fail_fast and error is not None:
             said = error if isinstance(error, str) else error["message"]

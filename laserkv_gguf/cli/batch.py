@@ -70,7 +70,9 @@ def batch(
     ] = None,
     parallel: Annotated[
         int,
-        Option("-np", "--parallel", help="Most answers generated together, on one document."),
+        Option(
+            "-np", "--parallel", help="Most answers generated together, and documents at a time."
+        ),
     ] = 4,
     read_once: Annotated[
         bool,
@@ -124,7 +126,14 @@ def batch(
         if not output.complete:
             from laserkv_gguf.conversation.parallel import check
 
-            with options.engine() as engine, bar.shown(len(questions.items)):
+            left = {
+                (item.document, item.inline)
+                for index, item in enumerate(questions.items)
+                if not item.error and index not in output.done
+            }
+            at_once = 1 if fail_fast else max(1, min(parallel, len(left)))
+            bar.documents = len(left)
+            with options.engine(parallel=at_once) as engine, bar.shown(len(questions.items)):
                 _warn_once()
                 check(parallel, engine)
                 with output:
@@ -321,7 +330,7 @@ class _Bar:
     """How far the batch is; on a terminal."""
 
     def __init__(self, signals: _Signals, quiet: bool) -> None:
-        self.signals = signals
+        self.signals, self.documents = signals, 0
         self._bar = Progress(
             TextColumn("batch"),
             BarColumn(),
@@ -347,7 +356,8 @@ class _Bar:
         """After a line."""
         self.signals.check()
         speed = job.spent.tokens_per_second
-        note = f"{speed:.1f} tok/s" if speed else ""
+        note = f"document {job.documents} of {self.documents}" if self.documents > 1 else ""
+        note += f" · {speed:.1f} tok/s" if speed else ""
         self._bar.update(self._task, completed=len(job.output), note=note)
 
 

@@ -120,7 +120,7 @@ def _serve(options: EngineOptions, settings: Any, aside: int) -> None:
                 + ("" if settings.api_keys else ", and no --api-key is asked for")
                 + "; the connection is not encrypted"
             )
-        with options.engine(residents=settings.workers, aside=aside) as engine:
+        with options.engine(parallel=settings.workers, aside=aside) as engine:
             serve(engine, settings, listening, _started)
     finally:
         listening.close()

@@ -87,6 +87,15 @@ class Cells:
 
     # undo
 
+    def take_back(self, count: int, number: int) -> None:
+        """Drops the last tokens of a segment, which stand at the end."""
+        if count:
+            with uninterrupted():
+                self.main.remove(self.position - count, -1)
+                self.ledger.keep(np.arange(self.used) < self.used - count)
+                segment = self.ledger.segments[number]
+                segment.tokens = segment.tokens[:-count]
+
     def mark(self) -> Mark:
         """Notes where all stands, for `revert`."""
         segments = self.ledger.segments.items()

@@ -23,6 +23,7 @@ from laserkv_gguf.conversation.framing import Framing
 from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.conversation.looks import Looks, Watch
+from laserkv_gguf.conversation.lookup import Lookup
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
@@ -442,6 +443,10 @@ class Conversation:
             engine.leave(self)
             raise
         self._run, self._compact = run, run.compact
+        if not later and not run.reader.holds_all:
+            engine.give_back(
+                self, run.budget.kept + engine.recall_cells(run.budget) + reply + extra_cells
+            )
         self._enter(segments, reading, recaller)
         if self.ageing.endless:
             engine.warm_up_beside()
@@ -596,6 +601,8 @@ class Conversation:
             reply=reply,
         )
         watch = Watch(cells.context) if self.watches else None
+        lookup = self._lookup() if engine.lookup and not watch else None
+        drafts: list[int] = []
         try:
             with generation:
                 number = self._open_turn
@@ -607,13 +614,16 @@ class Conversation:
                 first = time.perf_counter()
                 while True:
                     engine.access.check_cancelled()
-                    text = generation.sample(cells.context.handle, cells.context.row())
+                    text = self._sampled(generation, number, drafts, lookup)
                     if text:
                         yield text
                     if generation.ended:
                         break
+                    left = generation.limit - len(reply.tokens) - 1
+                    drafts = lookup.drafts(reply.tokens, left) if lookup else []
+                    fed = np.array([generation.last, *drafts], np.int32)
                     with watch.last_of(1) if watch else nullcontext():
-                        cells.decode(np.array([generation.last], np.int32), number, outputs=1)
+                        cells.decode(fed, number, outputs=len(fed))
         except BaseException:
             # the turn is dropped, the documents and earlier turns stay
             self.pending, self._open_turn = before
@@ -628,6 +638,39 @@ class Conversation:
         if watch:
             looks = watch.looks(cells, mark.rows + len(prompt), len(reply.tokens))
         self.note(question, reply, looks)
+
+    def _lookup(self) -> Lookup | None:
+        """What answers may copy from; None without documents."""
+        numbers = self.ledger.numbers(DOCUMENT)
+        texts = [self.ledger.segments[number].tokens for number in numbers]
+        if not any(len(text) for text in texts):
+            return None
+        most = min(self.engine.lookup, self.cells.context.options.outputs - 1)
+        return Lookup(np.concatenate(texts).astype(np.int32), most)
+
+    def _sampled(
+        self, generation: Generation, number: int, drafts: list[int], lookup: Lookup | None
+    ) -> str:
+        """The next token, and those after it as far as drafts that were decoded along are right.
+
+        Args:
+            number: of the segment; drafts that were wrong are taken out of it.
+        """
+        cells, text, sampled = self.cells, "", 0
+        outputs = 1 + len(drafts)
+        while sampled < outputs and not generation.ended:
+            before = len(generation.reply.tokens)
+            row = cells.context.row(sampled - outputs)
+            text += generation.sample(cells.context.handle, row)
+            sampled += 1
+            said = generation.reply.tokens[before:]
+            if sampled < outputs and said != [drafts[sampled - 1]]:
+                break
+        if drafts:
+            cells.take_back(outputs - sampled, number)
+            if lookup:
+                lookup.judge(len(drafts), sampled - 1)
+        return text
 
     def note(self, question: str, reply: Reply, looks: Looks | None = None) -> None:
         """Remembers the last question and its answer, with what was drafted for it."""

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from laserkv_gguf.budget import padded
 from laserkv_gguf.conversation.conversation import Conversation
@@ -69,6 +69,8 @@ class Spent:
     readings: int = 0
     answering: float = 0.0
     tokens: int = 0
+    _inside: int = field(default=0, repr=False)  # calls that are answering now
+    _since: float = field(default=0.0, repr=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,11 +79,16 @@ class Spent:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        start = time.perf_counter()
+        """Counts the seconds in which at least one call is answering."""
+        if not self._inside:
+            self._since = time.perf_counter()
+        self._inside += 1
         try:
             yield
         finally:
-            self.answering += time.perf_counter() - start
+            self._inside -= 1
+            if not self._inside:
+                self.answering += time.perf_counter() - self._since
 
 
 def answer(
@@ -137,7 +144,7 @@ def answer(
         Closed: the engine is closed; likewise.
     """
     check(parallel, engine)
-    with engine.access.alone():
+    with engine.access.inside():
         together = _BatchedAnswers(engine, document, sampling, parallel, on_reply, on_progress)
         together.on_kept = on_kept
         together.spent = together.spent if spent is None else spent
@@ -246,6 +253,7 @@ class _BatchedAnswers:
                 continue
             kinds.setdefault((question.system, planned.compact), []).append(planned)
         for (system, _), alike in kinds.items():
+            self.leave()
             waiting = [planned for planned in alike if planned.index not in answered]
             conversation = Conversation(
                 self.engine, document=self.tokens, system=system, one_turn=True
@@ -392,7 +400,7 @@ class _BatchedAnswers:
     def _reserve(self) -> None:
         """Enough sequences; a context that was made with fewer is made anew."""
         engine, needed = self.engine, self._first_sequence + self.parallel
-        if engine.options.sequences < needed:
+        if engine.parallel == 1 and engine.options.sequences < needed:
             engine.options = replace(engine.options, sequences=needed)
 
     @property
@@ -400,6 +408,15 @@ class _BatchedAnswers:
         """The first of the sequences that answers are generated in; conversations have others."""
         most = self.engine.residents.most
         return FIRST if most == 1 else sequence_count(most)
+
+    def _numbers(self, most: int) -> list[int]:
+        """Sequences for answers; where calls share them as many as are free, at least one."""
+        engine = self.engine
+        if engine.parallel == 1:
+            return list(range(self._first_sequence, self._first_sequence + most))
+        while not (numbers := engine.residents.take_numbers(most)):
+            engine.access.wait_for_cells(1)
+        return numbers
 
     # answering
 
@@ -413,8 +430,8 @@ class _BatchedAnswers:
         """Answers as many at a time as there are places; `began`: when reading for one did."""
         context = conversation.cells.context
         queue = deque(waiting)
-        first = self._first_sequence
-        free = list(range(first, first + places))
+        numbers = self._numbers(min(places, len(queue)))
+        free = list(numbers)
         live: list[_Live] = []
         try:
             while queue or live:
@@ -440,6 +457,9 @@ class _BatchedAnswers:
         finally:
             for one in live:
                 one.leave()
+            if self.engine.parallel > 1:
+                self.engine.residents.give_numbers(numbers)
+                self.engine.access.turns.cells_are_free()
 
     def _begin(
         self, conversation: Conversation, context: Context, planned: _Planned, number: int

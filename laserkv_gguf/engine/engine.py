@@ -24,6 +24,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.placement import Placement
 from laserkv_gguf.llama.sequence import Sequence
+from laserkv_gguf.machine import free_ram
 from laserkv_gguf.planning.demand import Demand
 from laserkv_gguf.planning.settings import Settings
 from laserkv_gguf.reading.asking import ProbeSettings
@@ -80,11 +81,14 @@ class Engine:
         aside: int | None = None,
         parallel: int = 1,
         queue: int = QUEUE,
+        lookup: int = 0,
         **settings: Any,
     ) -> None:
         if parallel < 1:
             raise UserError(f"parallel is {parallel}; give at least 1 request at a time")
-        self.parallel = parallel
+        if lookup < 0:
+            raise UserError(f"lookup is {lookup}; give the most tokens guessed at a time, or 0")
+        self.parallel, self.lookup = parallel, lookup
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
@@ -100,7 +104,7 @@ class Engine:
         self.residents = _residents(residents, aside, parallel)
         residents = self.residents.most
         if residents > 1:
-            needed = sequence_count(residents) + (parallel if parallel > 1 else 0)
+            needed = sequence_count(residents) + (residents if parallel > 1 else 0)
             self.options = replace(self.options, sequences=max(self.options.sequences, needed))
             self.options.check()
         self._use(wanted)
@@ -398,6 +402,22 @@ class Engine:
         residents.enter(resident, place)
         return Run(budget, cells, self._reader(place), compact)
 
+    def give_back(self, resident: Resident, cells: int) -> None:
+        """Leaves others the cells that a conversation needed for reading alone.
+
+        Args:
+            cells: that it goes on to need; of --ctx-size a conversation keeps at least its part.
+        """
+        if self.parallel == 1 or self.ctx_size is None:
+            return
+        place = self.residents.inside[resident]
+        if not resident.one_turn:
+            cells = max(cells, self.share or 0)
+        if cells < place.cells:
+            self.residents.inside[resident] = replace(place, cells=cells)
+            self._reader(self.residents.inside[resident])
+            self.access.turns.cells_are_free()
+
     def reader_for(self, resident: Resident, compact: bool) -> Reader:
         """The reader of a conversation's place, from now on with these positions."""
         place = replace(self.residents.inside[resident], compact=compact)
@@ -476,13 +496,21 @@ class Engine:
                     return False
                 self._clear(residents.displace(idle.pop(0)))
             needed = self._taken(inside) + cells
+            ahead = needed if inside else max(needed, cells * self._at_a_time(cells))
             try:
-                self._make_context(needed if inside else max(needed, self.parallel * cells))
+                self._make_context(ahead)
             except OutOfMemory:
-                if self.parallel == 1:
+                if ahead == needed:
                     raise
                 self._make_context(needed)
             return True
+
+    def _at_a_time(self, cells: int) -> int:
+        """For how many calls of this size a new context is made, as half of the memory holds."""
+        free = free_ram()
+        if free is None or self.model.gpu_layers != 0:
+            return self.parallel
+        return max(1, min(self.parallel, free // 2 // (cells * self.cell_bytes)))
 
     def _taken(self, residents: Iterable[Resident]) -> int:
         """Cells that some of those inside have."""

@@ -165,6 +165,8 @@ class Residents:
 
     def __init__(self, most: int, aside: Aside | None) -> None:
         self.most, self.aside = most, aside
+        # sequences for answers of several calls, beside those of the conversations
+        self._numbers = list(range(sequence_count(most), sequence_count(most) + most))
         self.inside: OrderedDict[Resident, Place] = OrderedDict()
         # of those aside: who it is, and the place it had
         self._outside: dict[int, tuple[ref[Resident], Place]] = {}
@@ -258,6 +260,18 @@ class Residents:
         ]  # each with a scratch
         found: int = next(number for number in numbers if number not in taken)
         return found
+
+    def take_numbers(self, most: int) -> list[int]:
+        """Sequences for answers that share a conversation's cells, as far as there are free ones.
+
+        One is left for whoever comes next, as long as somebody has some.
+        """
+        count = min(most, max(1, len(self._numbers) - 1) if self.most > 1 else most)
+        taken, self._numbers = self._numbers[:count], self._numbers[count:]
+        return taken
+
+    def give_numbers(self, numbers: list[int]) -> None:
+        self._numbers += numbers
 
     def all_leave(self) -> None:
         """Everybody loses what they have, in the cache and aside."""
