@@ -196,7 +196,7 @@ def no_cell_is_lost(engine: LaserKV) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"recall": "ram", "recall_first": "random"}, {"positions": "compact"}]
+    "settings", [{}, {"recall": "ram", "read_policy": "random"}, {"positions": "compact"}]
 )
 @pytest.mark.parametrize("programs", [12, pytest.param(100, marks=pytest.mark.long)])
 def test_programs_together_are_answered_as_alone(
