@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from tiny import make
 from laserkv_gguf import LaserKV, policies
 from laserkv_gguf.conversation.parallel import Question, answer
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.llama.capture import CaptureError, Probe
 from laserkv_gguf.llama.context import ContextOptions
+from laserkv_gguf.planning.fits import Run
 from laserkv_gguf.planning.settings import READ_POLICY, RECALL_POLICY, Settings
 
 DOCUMENT = "A story that is long enough for a few blocks, told by nobody to nobody. " * 6
@@ -130,6 +135,36 @@ def test_what_is_read_is_what_the_policy_would_keep(path: Path) -> None:
     assert np.array_equal(*kept)
 
 
+@pytest.mark.parametrize("read_policy", ["auto", "kvzip values=norm"])
+def test_a_model_that_shows_no_values(
+    read_policy: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, which says how to go on; and so it goes on."""
+    monkeypatch.setattr(Probe, "armed", without_values(Probe.armed))
+    settings: dict[str, Any] = {"block_size": 64, "ratio": 0.4}
+    with LaserKV(path, context=CONTEXT, read_policy=read_policy, **settings) as engine:
+        with pytest.raises(UserError, match="shows none of a llama model") as raised:
+            engine.conversation(document=DOCUMENT).read()
+        assert "\n" not in str(raised.value)
+        remedy = re.search(r'--read-policy "([^"]+)"', str(raised.value))
+        assert remedy is not None
+    with LaserKV(path, context=CONTEXT, read_policy=remedy[1], **settings) as engine:
+        assert len(engine.conversation(document=DOCUMENT).read().kept) > 1
+
+
+def without_values(armed: Any) -> Any:
+    """The probe where no value is ever seen."""
+
+    @contextmanager
+    def run(self: Probe, **wanted: Any) -> Iterator[None]:
+        with armed(self, **wanted):
+            yield
+        if wanted.get("value_norms") is not None:
+            raise CaptureError("layer 0 showed 0 rows", "value_norms")
+
+    return run
+
+
 @pytest.mark.parametrize("recall", ["off", "ram"])
 def test_its_cells_are_planned(recall: str, path: Path) -> None:
     settings: dict[str, Any] = {
@@ -151,3 +186,17 @@ def test_its_cells_are_planned(recall: str, path: Path) -> None:
         assert known >= most + 8
         # a cell less than that for a repetition is refused
         assert recall == "ram" or planned.cells == most + repeated
+
+
+def test_a_plan_counts_a_repetition() -> None:
+    """Before anything is loaded; without one only the question is counted."""
+    policy = policies.make("laser")
+    budget = policy.budget(20_000, 4096, 0.25, 4)
+    cells = {
+        name: Run(policy, read_policy=read_policy(read_policy=name)[1]).run_cells(budget)
+        for name in ("same", "auto", "kvzip", "kvzip chunk=100")
+    }
+    most = max(block.kept_before + block.tokens for block in budget.blocks)
+    assert cells["same"] == cells["auto"] < cells["kvzip"]
+    assert cells["kvzip"] == most + 2048 + Run(policy).repeat_prompt
+    assert cells["kvzip chunk=100"] == cells["same"]

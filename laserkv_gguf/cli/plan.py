@@ -139,6 +139,7 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         positions=settings.positions,
         recall=recalling.where,
         recall_mode=recalling.mode_for(policy),
+        read_policy=settings.make_read_policy(policy, options.seed),
         signature_bits=BITS if recalling.votes_for(policy) else 0,
         placement=options.placement(),
     )

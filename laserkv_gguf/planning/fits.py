@@ -125,8 +125,11 @@ class Run(Demand):
         return self.question + self.predict
 
     def run_cells(self, budget: Budget) -> int:
-        """Cells the run needs."""
-        return self.cells(budget, self.question, self.reply)
+        """Cells the run needs; with a policy that reads by repeating, also before a question."""
+        cells = self.cells(budget, self.question, self.reply)
+        if self.read_policy is not None and self.read_policy.needs.repeat:
+            cells = max(cells, self.cells(budget, 0, self.reply, question_known=False))
+        return cells
 
     def asking(self) -> int:
         """Tokens of the question whose queries are captured."""

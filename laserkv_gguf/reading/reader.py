@@ -360,9 +360,9 @@ class Reader:
             if not error.kind.endswith("_norms"):
                 raise
             raise UserError(
-                f"--policy {self.policy.name} weighs values, and this build of llama.cpp shows "
-                f"none of a {self.context.model.architecture} model; use --policy-option "
-                "values=none, or another policy"
+                f"{self.policy.name} weighs values, and this build of llama.cpp shows none of a "
+                f"{self.context.model.architecture} model; use --policy-option values=none, "
+                f'or --read-policy "{self.policy.name} values=none" where no question is known'
             ) from error
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
 

@@ -42,6 +42,7 @@ OPTIONS: Mapping[str, Kind] = {
     "hash_bits": _HASH_BITS,
     "hash_tables": _HASH_TABLES,
     "sketch": Whole(1, 4096),
+    "future": Whole(1, 1 << 16),
     "representatives": Whole(1, 4096),
 }
 """Options of policies that memory or time grows with."""
