@@ -194,7 +194,7 @@ REFUSED = {
     "lookahead": ("{ask} --lookahead -1", "--lookahead is -1", "0 to a block"),
     "probe tokens": ("{ask} --probe-tokens -1", "--probe-tokens is -1", "or 0"),
     "positions": ("{ask} --positions tight", "tight", "auto, original, compact"),
-    "scoring": ("{ask} --scoring gpu", "gpu", "host, device"),
+    "scoring": ("{ask} --scoring gpu", "gpu", "auto, host, device"),
     "type of keys": ("{ask} -ctk nonsense", "nonsense", "f16.*q8_0"),
     "type of values": ("{ask} -ctv nonsense", "nonsense", "f16.*q8_0"),
     "values need -fa": ("{ask} -ctv q8_0 -fa off", "flash attention", "-fa on.*-ctv f16"),

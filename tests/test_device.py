@@ -1,6 +1,7 @@
 """Scores computed by ggml over llama.cpp's own cache, against Numba, NumPy and GGUF's types.
 
-Everything runs on the CPU backend; tests marked `gpu` do the same where there is a GPU.
+Everything runs on the CPU backend, or with `--on-rpc` on a device whose memory is not the host's;
+tests marked `gpu` do the same where there is a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import rpc_device
 from numpy.typing import NDArray
 from scipy.linalg import hadamard
 from tiny import TinySpec, make, random_tokens
@@ -55,9 +57,10 @@ SPECS = {
 class Loaded:
     """A model with random tokens to read and to ask."""
 
-    def __init__(self, directory: Path, spec: TinySpec, gpu_layers: int = 0) -> None:
+    def __init__(self, directory: Path, spec: TinySpec, gpu_layers: int | None = None) -> None:
         self.path, self.spec, self.weights = make(directory, spec=spec)
-        self.model = Model(self.path, gpu_layers=gpu_layers, extra_buffers=False)
+        layers = rpc_device.layers() if gpu_layers is None else gpu_layers
+        self.model = Model(self.path, gpu_layers=layers, extra_buffers=False)
         everything = random_tokens(TOKENS + 14, spec).astype(np.int32)
         self.tokens = everything[:TOKENS]
         self.question = Prompt(everything[TOKENS:], ending=4)
@@ -116,7 +119,7 @@ class Read:
 def test_scores_equal_numba(name: str, type_k: str, load: Callable[[str], Loaded]) -> None:
     one = load(name)
     with one.context(type_k=type_k) as context, open_scorer(context) as scorer:
-        assert scorer.devices == ["CPU"]
+        assert scorer.devices == list(one.model.devices or ["CPU"])
         read = Read(one, context)
         assert len(np.unique(read.cells[0, read.stays])) == len(read.stays)
         assert read.cells.max() < len(read.stays) + 3  # holes were filled
@@ -423,7 +426,7 @@ def test_engine_setting(scoring: str, load: Callable[[str], Loaded]) -> None:
 
 
 def test_unknown_setting(load: Callable[[str], Loaded]) -> None:
-    with pytest.raises(UserError, match="--scoring gpu is unknown; use host, device"):
+    with pytest.raises(UserError, match="--scoring gpu is unknown; use auto, host, device"):
         LaserKV(load("grouped").model, scoring="gpu")
 
 

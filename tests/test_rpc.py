@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devices import ROOT, SECONDS, Server, free_port, needed, rpc_environment
+from rpc_device import ROOT, SECONDS, Server, free_port, needed, rpc_environment
 from test_cli import Files, files  # noqa: F401
 from tiny import TinySpec, make
 

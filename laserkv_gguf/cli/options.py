@@ -197,9 +197,11 @@ class EngineOptions(PlacementOptions):
     scoring: Annotated[
         str,
         Option(
-            "--scoring", help="Where scores are computed: host, or device (where the cache is)."
+            "--scoring",
+            help="Where scores are computed: auto (where the cache is, if that is a GPU), host or "
+            "device.",
         ),
-    ] = "host"
+    ] = "auto"
     recall: Annotated[
         str,
         Option(

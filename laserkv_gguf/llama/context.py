@@ -345,6 +345,12 @@ class Context:
         return UserError(f"llama.cpp cannot make a context of {self.cells} cells: {detail}")
 
     @property
+    def cache_is_elsewhere(self) -> bool:
+        """Whether cells lie in the memory of a device that is not the host."""
+        model = self.model
+        return bool(model.devices) and model.gpu_layers != 0 and model.placement.kv_offload
+
+    @property
     def handle(self) -> Any:
         """llama.cpp's pointer.
 

@@ -23,6 +23,7 @@ ENDING = 5  # tokens of the template after a question: Llama 3's
 ENDLESS = 1 << 26  # tokens nobody has
 MOST_BLOCKS = 1 << 12  # a budget is computed block by block, and a plan tries some fifty budgets
 FLOAT = 4
+COPIES = 4  # GGML_SCHED_MAX_COPIES
 
 
 @dataclass(frozen=True)
@@ -428,8 +429,8 @@ class _Planner:
         for place, size in zip(where, self._by_layer, strict=False):
             place = place if run.placement.kv_offload else None
             kv[place] = kv.get(place, 0) + size * cells
-        compute = self._compute(run.run_cells(budget))
-        busy = {place for place in where if place is not None}
+        compute = self._compute(run.run_cells(budget)) + self._copies(budget, layers)
+        busy = {place for place in where[:-1] if place is not None}
         # a micro-batch's products with weights that stay in RAM are computed on the first card
         visits = min(busy, default=-1) if None in where[:-1] else -1
         found = [
@@ -438,7 +439,7 @@ class _Planner:
                 where.count(number),
                 weights.get(number, 0),
                 kv.get(number, 0),
-                (compute if number in busy else 0)
+                (compute if number in busy else self._logits if number == where[-1] else 0)
                 + (header.largest_matrix if number == visits else 0),
                 0,
                 card.size,
@@ -447,11 +448,33 @@ class _Planner:
         ]
         held = capture_bytes(header, run, budget)
         held += self._parked(budget) if run.recall == "ram" else 0
-        here = 0 if busy and None not in where[:-1] else compute
+        here = compute if None in where[:-1] else 0
         return [
             *found,
             Share("RAM", where.count(None), weights.get(None, 0), kv.get(None, 0), here, held, 0),
         ]
+
+    @property
+    def _logits(self) -> int:
+        """Compute buffers of a card that has the output layer alone, estimated."""
+        return OUTPUTS * FLOAT * (self.header.vocab + 4 * self.header.width)
+
+    def _copies(self, budget: Budget, layers: int) -> int:
+        """What each card holds more where llama.cpp has several micro-batches under way.
+
+        It does with all layers on two cards or more (`llama_context`, pipeline parallelism): four
+        copies of what a micro-batch brings, as its mask, and a stream that comes and one that goes.
+        """
+        run, header = self.run, self.header
+        placement = run.placement
+        all_there = layers == header.layers + 1 and len(self.memory.parts) > 1
+        plain = placement.split_mode == "layer" and placement.kv_offload
+        if not (all_there and plain) or placement.overrides:
+            return 0
+        cells = self._allocated(run.run_cells(budget))
+        tokens = min(run.ubatch, cells)
+        mask = cells * tokens * (2 if run.flash else FLOAT)
+        return (COPIES - 1) * mask + 2 * tokens * header.width * FLOAT
 
     def _placed(self, layers: int) -> tuple[list[int | None], dict[int | None, int]]:
         """Where every layer goes (the output layer last), and the bytes of weights by place."""

@@ -11,7 +11,7 @@ from laserkv_gguf.budget import RATIO, check_settings
 from laserkv_gguf.errors import UserError
 
 POSITIONS = ("auto", "original", "compact")
-SCORING = ("host", "device")
+SCORING = ("auto", "host", "device")
 WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")
 # Where no question is known: what chooses in place of these policies, and before recall.
@@ -104,7 +104,8 @@ class Settings:
         probe_tokens: of the question, the last so many ask, 0 for all; None for the policy's own.
         positions: "original", "compact", or "auto": compact beyond the trained context, and with
             a policy that was published so, where keys can be moved.
-        scoring: where attention is computed: "host", or "device": where the cache is.
+        scoring: where attention is computed: "host"; "device": where the cache is; "auto": there
+            if that is not the host's memory.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
             of the document for every question of a conversation; "off" to lose them.
@@ -126,7 +127,7 @@ class Settings:
     lookahead: int | None = None
     probe_tokens: int | None = None
     positions: str = "auto"
-    scoring: str = "host"
+    scoring: str = "auto"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     recall: str = "off"
     recall_mode: str | None = None

@@ -143,8 +143,9 @@ class Reader:
         probe: see ProbeSettings.
         compact: move kept tokens together after each block, so that no position passes the number
             of cells; else every token keeps the position it was read at.
-        scoring: "host", or "device" to compute attention where the cache is (llama/scorer.py);
-            a device that cannot is told once, and the host scores.
+        scoring: "host"; "device" to compute attention where the cache is (llama/scorer.py), or
+            "auto" to do so if that is not the host's memory. A device that cannot is told once, and
+            the host scores.
         sequence: number of the sequence that is read into.
         repeating: what asks for a repetition where the policy needs one; None for nothing.
     """
@@ -169,7 +170,8 @@ class Reader:
         self.spare = Sequence(context, SPARE)
         self._all: tuple[_State, Asked | None] | None = None
         self._rotation: rope.Rotation | None = None
-        self._on_device = scoring == "device" and policy.needs.attention
+        there = scoring == "device" or (scoring == "auto" and context.cache_is_elsewhere)
+        self._on_device = there and policy.needs.attention
         self._arrays = Arrays(context, precise=policy.needs.precise)
         self._reads: _State | None = None  # while a block is being looked at
 

@@ -6,16 +6,24 @@ of this project; where it cannot be, the tests that need it say why they are ski
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from laserkv_gguf.llama import rpc
+from laserkv_gguf.llama.context import ContextOptions
+from laserkv_gguf.llama.model import Model
+from laserkv_gguf.llama.placement import Placement
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120.0
@@ -42,8 +50,6 @@ def missing() -> str:
 
 def rpc_environment() -> dict[str, str]:
     """For processes that import the package from this checkout."""
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -103,3 +109,39 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+_on: list[Server] = []
+
+
+def layers() -> int | None:
+    """For `gpu_layers` of models that are on the CPU unless --on-rpc was given."""
+    return None if _on else 0
+
+
+@contextmanager
+def every_model_on(server: Server) -> Iterator[None]:
+    """Models go to this server unless a test says where, and have flash attention.
+
+    Tests that put a model on the CPU (`gpu_layers=0`) have it there: it is what they compare with.
+    """
+    patch = pytest.MonkeyPatch()
+    load, here = Model.__init__, Placement(rpc=(server.address,))
+
+    def loaded(self: Model, path: Any, **given: Any) -> None:
+        placement = given.pop("placement", None) or Placement()
+        if not placement.device and not placement.rpc and given.get("gpu_layers") != 0:
+            placement = replace(placement, rpc=here.rpc)
+        load(self, path, placement=placement, **given)
+
+    def on(self: ContextOptions, model: Model) -> ContextOptions:
+        return replace(self, flash_attn="on") if model.remote else self
+
+    patch.setattr(Model, "__init__", loaded)
+    patch.setattr(ContextOptions, "on", on)
+    _on.append(server)
+    try:
+        yield
+    finally:
+        _on.clear()
+        patch.undo()
