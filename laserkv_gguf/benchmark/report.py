@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.evaluation import drawing
 from laserkv_gguf.timings import STEPS
 
 Result = dict[str, Any]
@@ -405,24 +406,30 @@ def plot(result: Result, *files: Path) -> None:
     groups: dict[str, list[Result]] = {}
     for row in result["rows"]:
         groups.setdefault(label(row), []).append(row)
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    for axes, (name, title, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for said, rows in groups.items():
-            points = [(r["document_tokens"], r, r.get(name)) for r in rows]
-            shown = [(x, r, scale * v) for x, r, v in points if v]
-            if not shown:
-                continue
-            x, y = [s[0] for s in shown], [s[2] for s in shown]
-            bounds = [r["spread"].get(name, {}) for _, r, _ in shown]
-            low = [v - scale * b["min"] if b else 0 for v, b in zip(y, bounds, strict=True)]
-            high = [scale * b["max"] - v if b else 0 for v, b in zip(y, bounds, strict=True)]
-            axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=said)
-        axes.set(title=title, xlabel="tokens", xscale="log", yscale="log")
-        lengths = sorted({row["document_tokens"] for row in result["rows"]})
-        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.suptitle(f"{result['model']['file']}, {result['date']}")
-    for file in files:
-        figure.savefig(file)
+    wanted = [panel for panel in PANELS if any(row.get(panel[0]) for row in result["rows"])]
+    if not wanted:
+        return
+    lengths = sorted({row["document_tokens"] for row in result["rows"]})
+    columns = min(len(wanted), 2)
+    with drawing.styled():
+        figure = Figure(figsize=(9, 0.6 + 3.2 * -(-len(wanted) // 2)), layout="constrained")
+        grid = figure.subplots(-(-len(wanted) // columns), columns, squeeze=False)
+        for axes, (name, title, scale) in zip(grid.flat, wanted, strict=False):
+            for said, rows in groups.items():
+                shown = [(r["document_tokens"], r, scale * r[name]) for r in rows if r.get(name)]
+                if not shown:
+                    continue
+                x, y = [s[0] for s in shown], [s[2] for s in shown]
+                bounds = [r["spread"].get(name, {}) for _, r, _ in shown]
+                low = [v - scale * b["min"] if b else 0 for v, b in zip(y, bounds, strict=True)]
+                high = [scale * b["max"] - v if b else 0 for v, b in zip(y, bounds, strict=True)]
+                style = drawing.marked(said, list(groups))
+                axes.errorbar(x, y, yerr=[low, high], capsize=3, label=said, **style)
+            axes.set(title=title, xlabel="tokens", xscale="log", yscale="log")
+            axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+            axes.minorticks_off()
+        drawing.only_drawn(grid)
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside right upper")
+        figure.suptitle(f"{result['model']['file']}, {result['date']}")
+        for file in files:
+            drawing.write(figure, file)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.evaluation import drawing
+from laserkv_gguf.evaluation.drawing import MARKS as MARKS
 from laserkv_gguf.evaluation.peers.quantised import Quantised
 from laserkv_gguf.evaluation.report import Line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKS = "osD^v<>Ph*Xpd8"
 # points between policies, so that equal ones do not hide each other; and from the first to the last
 ASIDE, SPREAD = 3.0, 24.0
 
@@ -35,11 +36,8 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     Raises:
         LaserKVError: they cannot be written.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
+    if find_spec("matplotlib") is None:
         return []
-    mpl.use("Agg")
     drawn = [line for line in found if line.run]
     if not drawn:
         return []
@@ -51,14 +49,16 @@ def draw(found: Sequence[Line], folder: Path) -> list[Path]:
     lengths = sorted({line.length for line in drawn})
     by_length = {f"{n:,} tokens": [line for line in drawn if line.length == n] for n in lengths}
     done: list[Path] = []
-    with mpl.rc_context({"svg.fonttype": "none"}):
+    with drawing.styled():
         for name, likelihood in (("accuracy", False), ("likelihood", True)):
             for end, rows, label, x in (
                 ("length", by_ratio, "tokens of the document", lambda line: line.length),
                 ("kept", by_length, "kept fraction", _kept),
             ):
                 figure = panels(rows, label, x, likelihood=likelihood)
-                done += _write(figure, folder / f"{name}_by_{end}")
+                for kind in ("png", "svg"):
+                    done.append((folder / f"{name}_by_{end}").with_suffix(f".{kind}"))
+                    drawing.write(figure, done[-1])
     return done
 
 
@@ -93,47 +93,20 @@ def panels(
                 if points:
                     points.sort(key=lambda point: x(point) or 0)
                     place = step * (index - (len(policies) - 1) / 2)
-                    style = _style(policy, policies)
+                    style = drawing.marked(policy, policies)
                     handles[policy] = _line(axis, points, style, place, x, likelihood)
-            axis.set_title(f"{task}, {title}", fontsize=9)
+            axis.set_title(f"{task}, {title}")
             if not likelihood:
                 axis.set_ylim(-0.03, 1.03)
             axis.margins(x=0.1)
             axis.autoscale_view(scaley=likelihood)
-            axis.grid(alpha=0.3)
         across[0].set_ylabel("gold log-probability, nats" if likelihood else "accuracy")
     for axis in axes[-1]:
         axis.set_xlabel(label)
     shown = {name: handles[name] for name in policies if name in handles}
-    figure.legend(list(shown.values()), list(shown), loc="outside right upper", fontsize=8)
+    drawing.only_drawn(axes)
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper")
     return figure
-
-
-def _write(figure: Figure, path: Path) -> list[Path]:
-    made = []
-    for kind in ("png", "svg"):
-        name = path.with_suffix(f".{kind}")
-        beside = name.with_name(f".{name.name}.part")
-        try:
-            figure.savefig(beside, format=kind, dpi=144)
-            beside.replace(name)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise LaserKVError(f"cannot write {name}: {error.strerror}") from error
-        made.append(name)
-    return made
-
-
-def _style(policy: str, policies: Sequence[str]) -> dict[str, Any]:
-    """`full` is black and dashed: what the others are measured by."""
-    import matplotlib as mpl
-
-    marker = {"marker": MARKS[policies.index(policy) % len(MARKS)], "markersize": 4, "linewidth": 1}
-    if policy == "full":
-        return {**marker, "color": "black", "linestyle": "--"}
-    others = [name for name in policies if name != "full"]
-    colors = mpl.colormaps["tab10" if len(others) <= 10 else "tab20"]
-    return {**marker, "color": colors(others.index(policy) % colors.N)}
 
 
 def _line(
@@ -152,7 +125,7 @@ def _line(
     across = [x(point) or 0.0 for point in points]
     values = [(point.gold_logprob or 0.0) if likelihood else _share(point) for point in points]
     if points[0].policy == "full" and len(points) == 1:
-        axis.axhline(values[0], color="black", linestyle="--", linewidth=0.6)
+        axis.axhline(values[0], color=drawing.INK, linestyle="--", linewidth=0.6)
     axis.update_datalim(list(zip(across, values, strict=True)))  # not done for moved points
     if likelihood or points[0].measures_fidelity:
         return axis.plot(across, values, **style)[0]
