@@ -60,7 +60,7 @@ def styled() -> Iterator[None]:
 
 
 def marked(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour and mark of one among several lines; `full`, which others are held to, is dashed ink."""
+    """Colour and mark of one of several lines; `full`, which others are held to, is dashed ink."""
     mark = {"marker": MARKS[names.index(name) % len(MARKS)]}
     if name == "full":
         return {**mark, "color": INK, "linestyle": "--"}
