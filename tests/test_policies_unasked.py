@@ -1,4 +1,4 @@
-"""`kvzip` and `expected` on made-up candidates: their formulas, and what must not matter to them."""
+"""`kvzip` and `expected` on made-up candidates: their formulas, and what must not matter."""
 
 from __future__ import annotations
 
