@@ -303,34 +303,6 @@ def check_settings(ratio: float, block_size: int, divisor: int) -> None:
         )
 
 
-def largest_ratio(
-    tokens: int,
-    block_size: int,
-    divisor: int,
-    cells: int,
-    *,
-    prompt: int,
-    drafts: int,
-    reply: int,
-    make: Callable[[int, int, float, int], Budget] | None = None,
-) -> float:
-    """The largest ratio (in thousandths) whose run needs at most `cells` cells; 0 if none does.
-
-    Args:
-        tokens, block_size, divisor: as in Budget.
-        cells: what there is.
-        prompt, drafts, reply: as in `Budget.cells`.
-        make: a policy's `budget`; None for equation (1).
-    """
-    return largest_ratio_that(
-        lambda budget: budget.cells(prompt, drafts, reply) <= cells,
-        tokens,
-        block_size,
-        divisor,
-        make,
-    )
-
-
 def largest_ratio_that(
     fits: Callable[[Budget], bool],
     tokens: int,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laserkv_gguf.budget import Budget, as_fraction, block_budget, largest_ratio
+from laserkv_gguf.budget import Budget, as_fraction, block_budget, largest_ratio_that
 from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.policies.full import Full
@@ -279,7 +279,9 @@ def test_largest_ratio_is_the_largest(
     def needed(ratio: float) -> int:
         return Budget(tokens, size, ratio, divisor).cells(prompt, 16, reply)
 
-    most = largest_ratio(tokens, size, divisor, cells, prompt=prompt, drafts=16, reply=reply)
+    most = largest_ratio_that(
+        lambda budget: budget.cells(prompt, 16, reply) <= cells, tokens, size, divisor
+    )
     if most:
         assert needed(most) <= cells
     if most < 1:
@@ -293,7 +295,11 @@ def test_largest_ratio_is_the_largest_of_all(tokens: int, size: int) -> None:
     assert sorted(needed) != needed
     for cells in range(size, tokens + 20, tokens // 7):
         most = max((i for i, need in enumerate(needed, 1) if need <= cells), default=0)
-        assert largest_ratio(tokens, size, 4, cells, prompt=5, drafts=2, reply=9) == most / 1000
+
+        def fits(budget: Budget, cells: int = cells) -> bool:
+            return budget.cells(5, 2, 9) <= cells
+
+        assert largest_ratio_that(fits, tokens, size, 4) == most / 1000
 
 
 # ---- refusals ----------------------------------------------------------------------------------

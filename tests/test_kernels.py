@@ -369,13 +369,7 @@ def test_collisions_are_counted(shape: tuple[int, ...], half: bool) -> None:
             assert error.max() < slack
 
         compare(collision_scores(queries, keys, **hashed), equal / tables)
-        compare(
-            collision_scores(queries, keys, min_tables=2, **hashed), equal * (equal > 1) / tables
-        )
         compare(collision_scores(queries, keys, rule="magicpig", **hashed), equal >= 2)
-        compare(
-            collision_scores(queries, keys, rule="magicpig", min_tables=1, **hashed), equal >= 1
-        )
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
@@ -478,8 +472,6 @@ def test_wrong_sizes_are_refused() -> None:
         analytic_collisions(queries, keys, bits=0)
     with pytest.raises(ValueError, match="rule"):
         collision_scores(queries, keys, bits=4, tables=2, seed=0, rule="any")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="min_tables"):
-        collision_scores(queries, keys, bits=4, tables=2, seed=0, min_tables=-1)
     with pytest.raises(ValueError, match="head_dim"):
         planes(0, 1, 1, 0)
     with pytest.raises(ValueError, match="planes"):

@@ -91,7 +91,6 @@ def collision_scores(
     bits: int,
     tables: int,
     seed: int,
-    min_tables: int | None = None,
     rule: Literal["fraction", "magicpig"] = "fraction",
 ) -> NDArray[np.float32]:
     """How often each candidate's key shares the queries' signatures: (candidates,) in 0 .. 1.
@@ -106,10 +105,9 @@ def collision_scores(
         bits: Bits a table, 1 .. 64.
         tables: Hash tables (R); one set of planes for all layers and heads, see :func:`planes`.
         seed: Seed of the planes.
-        min_tables: How many tables must collide to count; default 1, for ``magicpig`` 2.
         rule: What a (layer, head, token) gives a candidate. ``fraction``: the share of tables
-            that collide, 0 if fewer than ``min_tables`` do. ``magicpig``: 1 if at least
-            ``min_tables`` collide, else 0 (arXiv 2410.16179, section 4).
+            that collide. ``magicpig``: 1 if at least two collide, else 0 (arXiv 2410.16179,
+            section 4).
 
     Raises:
         ValueError: Shapes or sizes do not fit.
@@ -120,9 +118,7 @@ def collision_scores(
     if rule not in ("fraction", "magicpig"):
         raise ValueError(f"rule must be 'fraction' or 'magicpig', got {rule!r}")
     binary = rule == "magicpig"
-    least = (2 if binary else 1) if min_tables is None else min_tables
-    if least < 0:
-        raise ValueError(f"min_tables must not be negative, got {least}")
+    least = 2 if binary else 1
     if tensors.candidates == 0 or tensors.asked == 0:
         return np.zeros(tensors.candidates, dtype=np.float32)
     layout = _Layout(bits, tables)

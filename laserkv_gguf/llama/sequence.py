@@ -46,12 +46,10 @@ class Sequence:
         if not L.llama_memory_seq_rm(self.context.memory, self.number, start, end):
             raise LaserKVError(f"llama.cpp did not remove positions {start} to {end}")
 
-    def remove_all(self, positions: NDArray[np.int64]) -> int:
-        """Frees the given ascending positions, one call a run; returns the number of calls."""
-        ranges = runs(positions)
-        for start, end in ranges:
+    def remove_all(self, positions: NDArray[np.int64]) -> None:
+        """Frees the given ascending positions, one call a run."""
+        for start, end in runs(positions):
             self.remove(int(start), int(end))
-        return len(ranges)
 
     def compact(self, kept: NDArray[np.int64], first: int) -> None:
         """Moves the given ascending positions to first, first + 1, …
