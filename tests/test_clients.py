@@ -138,7 +138,7 @@ from llama_index.llms.openai_like import OpenAILike
 url, text = sys.argv[1:]
 chats, texts = (
     OpenAILike(model="any", api_base=url + "/v1", api_key="x", is_chat_model=chat,
-               context_window=100000, max_retries=0) for chat in (True, False))
+               context_window=100000, max_retries=0, timeout=600) for chat in (True, False))
 chat = chats.chat([ChatMessage(role="user", content=text + "\\n\\nWhich number has house 3?")])
 said = "".join(piece.delta or "" for piece in chats.stream_complete("Say a word."))
 goes_on = texts.complete("The capital of France is")
