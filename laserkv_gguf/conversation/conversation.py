@@ -409,7 +409,7 @@ class Conversation:
         run = engine.prepare(
             self,
             len(tokens),
-            0 if question is None else len(question),
+            0 if question is None else max(len(question), len(question.probing)),
             reply,
             question_known=question is not None,
             extra_cells=extra_cells,
@@ -430,7 +430,7 @@ class Conversation:
             reading = reader.read(
                 tokens,
                 run.budget,
-                question,
+                None if question is None else question.probing,
                 on_progress=on_progress,
                 keep_all_cells=keep_all_cells and reader is run.reader and not recaller and fits,
                 park=partial(recaller.park, reader=reader) if recaller else None,
@@ -873,8 +873,9 @@ class Conversation:
         if not recallers:
             return
         self.cells.settle()
-        tokens = np.concatenate((np.array(self.pending, np.int32), asked.tokens))
-        prompt = Prompt(tokens, asked.ending)
+        probe = asked.probing
+        tokens = np.concatenate((np.array(self.pending, np.int32), probe.tokens))
+        prompt = replace(probe, tokens=tokens)
         before = [recaller.kept for recaller in recallers]
         done: list[Recalled] = []
         try:

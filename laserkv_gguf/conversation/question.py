@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST = 512  # tokens of a question that stands behind an empty line
+ASKING = 64  # tokens that look at a document, where a few would not say what is asked
 TAIL = 256  # tokens of the text's end that are taken where no empty line says where it begins
 
 _WRAPPED = re.compile(r"<user_query>.*?</user_query>\s*\Z", re.DOTALL)
@@ -78,3 +79,19 @@ def split(text: str, count: Callable[[str], int], limits: Limits) -> tuple[str, 
     if space and space.end() < ends and space.end() - at < limits.tail:
         at = space.end()
     return text[:at], text[at:]
+
+
+def ends_in_label(question: str) -> bool:
+    """Whether a question's last line is a mere label such as `Answer:`, which asks nothing."""
+    lines = question.rstrip().splitlines()
+    return len(lines) > 1 and _LABEL.fullmatch(lines[-1]) is not None
+
+
+def instruction(document: str) -> str:
+    """What a document begins with, if that tells or asks who reads it something; else nothing.
+
+    Titles and a document's own sentences do not end in a colon or a question mark.
+    """
+    first = _EMPTY_LINE.split(document.lstrip(), maxsplit=1)[0].strip()
+    short = 0 < len(first) <= ASKING * _WORD and len(first) < len(document.strip())
+    return first if short and first[-1] in ":?" and "\n" not in first else ""

@@ -35,13 +35,23 @@ class Prompt:
         tokens: int32 ids of the question with the template around it.
         ending: how many of them come after the question's own text: the template's part that ends
             the turn and begins the answer.
+        asking: how many of the tokens before these look at a document, in place of as many as the
+            settings say; None for those.
+        probe: what looks at a document in its place; None for itself.
     """
 
     tokens: Tokens
     ending: int = 0
+    asking: int | None = None
+    probe: Prompt | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def probing(self) -> Prompt:
+        """What looks at a document."""
+        return self.probe or self
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,11 @@ class Asker:
             room: free cells; where they are few, what is copied ends earlier. None for enough.
         """
         lookahead = self.lookahead if lookahead is None else lookahead
-        asking = len(question)
-        if self.asking:
-            asking = min(self.asking + question.ending, asking)
+        asking, wanted = len(question), self.asking
+        if question.asking is not None:
+            wanted = question.asking
+        if wanted:
+            asking = min(wanted + question.ending, asking)
         reach = self.reach if room is None else min(self.reach, room - len(question))
         most = max(lookahead, reach) if lookahead else 0
         queries, keys = self._arrays.of("queries", asking + most), None

@@ -50,7 +50,7 @@ def _request(serving: Serving, wanted: ChatRequest, who: str) -> prompt.Request:
         role = "system" if message.role == "developer" else message.role
         messages.append((role, _texts(serving, message, who)))
     try:
-        return prompt.of_messages(serving.engine, messages, serving.limits)
+        return prompt.of_messages(serving.engine, messages, serving.limits, wanted.question or None)
     except UserError as error:
         raise refused("messages", str(error)) from None
 

@@ -32,6 +32,8 @@ async def answer(serving: Serving, wanted: CompletionRequest, http: HttpRequest)
     """Goes on from every prompt of a request."""
     if wanted.echo and wanted.stream:
         raise refused("echo", "echo is not supported with stream; leave one of them out")
+    if wanted.question is not None:
+        raise refused("question", "question is not supported here; use /v1/chat/completions")
     who = owner(http.state)
     asked = await serving.apart(lambda: _prepared(serving, wanted, who))
     choices = wanted.n or 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laserkv_gguf.conversation.framing import Framing
-from laserkv_gguf.conversation.question import Limits, split
+from laserkv_gguf.conversation.question import ASKING, Limits, ends_in_label, instruction, split
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.llama.chat import Opening, Piece, Prompt
 from laserkv_gguf.llama.model import Model, Tokens
@@ -23,12 +23,16 @@ class Request:
         system: how many of the first are the system prompt, which is never evicted.
         asked: where the question begins.
         ending: how many of the last are the template's, after the question's own text.
+        asking: how many of the question's last tokens look at a document; None for the settings'.
+        probe: tokens that do so in the question's place; None for the question.
     """
 
     tokens: Tokens
     system: int
     asked: int
     ending: int
+    asking: int | None = None
+    probe: Tokens | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -40,7 +44,13 @@ class Request:
 
     def after(self, start: int) -> Prompt:
         """What is decoded where so many tokens stand already."""
-        return Prompt(self.tokens[start:], min(self.ending, len(self.tokens) - start))
+        ending = min(self.ending, len(self.tokens) - start)
+        probe = None
+        if self.probe is not None:
+            end = self.tokens[len(self.tokens) - ending :]
+            tokens = np.concatenate((self.probe, end)).astype(np.int32)
+            probe = Prompt(tokens, ending, self.asking)
+        return Prompt(self.tokens[start:], ending, self.asking, probe)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,10 @@ class Rendered(Framing):
 
 
 def of_messages(
-    engine: Engine, messages: Sequence[tuple[str, Sequence[str]]], limits: Limits
+    engine: Engine,
+    messages: Sequence[tuple[str, Sequence[str]]],
+    limits: Limits,
+    question: str | None = None,
 ) -> Request:
     """What a conversation is to the model.
 
@@ -77,6 +90,7 @@ def of_messages(
 
     Args:
         messages: of each its role and its texts: documents first.
+        question: what looks at a document in place of the last user's question; None for that.
 
     Raises:
         UserError: the model's template cannot say it.
@@ -96,7 +110,32 @@ def of_messages(
     asked = len(_joined(pieces[:at]))
     if not asked:  # a template with nothing in front: something has to be read before it is asked
         asked = min(1, len(tokens) - 1)
-    return Request(tokens, len(_joined(pieces[:system])), asked, len(_joined(pieces[at + 1 :])))
+    asking, probe = _asks(model, parted[-1][1], limits, question)
+    return Request(
+        tokens,
+        len(_joined(pieces[:system])),
+        asked,
+        len(_joined(pieces[at + 1 :])),
+        asking,
+        probe,
+    )
+
+
+def _asks(
+    model: Model, parts: Sequence[str], limits: Limits, question: str | None
+) -> tuple[int | None, Tokens | None]:
+    """How many tokens look at a document, and which in place of the question."""
+    if question is not None:
+        return None, model.tokenize(question)[-limits.most :]
+    asked = model.tokenize(parts[-1])
+    if first := instruction(parts[0]) if len(parts) > 1 else "":
+        said = model.tokenize(first)
+        if len(said) <= ASKING:
+            tokens = np.concatenate((said, model.tokenize("\n\n"), asked)).astype(np.int32)
+            return min(len(tokens), 2 * ASKING), tokens[-limits.most :]
+    if ends_in_label(parts[-1]):
+        return min(len(asked), ASKING), None
+    return None, None
 
 
 def of_text(model: Model, text: str | Sequence[int], limits: Limits, *, special: bool) -> Request:
