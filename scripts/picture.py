@@ -17,8 +17,9 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from laserkv_gguf import LaserKV, models
-from laserkv_gguf.cli.terminal import account_line
+from laserkv_gguf.conversation.account import Account
 from laserkv_gguf.files import text as text_file
+from laserkv_gguf.machine import size
 from laserkv_gguf.retention import spans
 from laserkv_gguf.retention.spans import ANCHOR, EVICTED, WINDOW, Retention
 from laserkv_gguf.shown import one_line
@@ -64,9 +65,18 @@ def main() -> None:
             pass
         shown = spans.of(stream.conversation)
         # how long it took is another on every machine, and no part of a picture
-        line = account_line(stream.reply.account).partition(" · first token")[0]
+        line = said_of(stream.reply.account)
     text_file.write(given.out, drawn(shown, line))
     print(f"{''.join(shown.answer)}\n{line}\n{given.out}")
+
+
+def said_of(account: Account) -> str:
+    """What was kept, and what the cache took."""
+    return (
+        f"kept {account.kept_tokens:,} of {account.document_tokens:,} tokens "
+        f"({account.kept_fraction:.1%}) · {account.ctx_cells:,} cells, {size(account.kv_bytes)} "
+        f"(full {size(account.full_kv_bytes)})"
+    )
 
 
 def drawn(report: Retention, account: str) -> str:
