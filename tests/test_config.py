@@ -16,7 +16,7 @@ import typer
 from laserkv_gguf.cli import config
 from laserkv_gguf.cli.app import app, run
 from laserkv_gguf.cli.help import EXAMPLES, GROUPS
-from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, settable
+from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, settable, tokens_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)
@@ -178,3 +178,19 @@ def test_a_shell_completes() -> None:
 
     assert completed("laserkv-gguf b", 1) == ["batch", "bench"]
     assert completed("laserkv-gguf ask --block", 2) == ["--block-size"]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("2048", 2048), ("16k", 16384), (" 100K ", 102400), ("0", 0)]
+)
+def test_tokens_are_counted_as_people_write_them(text: str, tokens: int) -> None:
+    assert tokens_of(text) == tokens
+    assert made("plan", "--tokens", text)["tokens"] == tokens
+
+
+def test_what_is_no_number_of_tokens_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plan", "--tokens", "many"], ["bench", "--tokens", "4k,x"]):
+        assert run(words) == 2
+        error = capsys.readouterr().err
+        assert "give a number" in error or "give numbers" in error
+        assert error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.table import Table
 from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
-from laserkv_gguf.cli.options import EngineOptions, with_options
+from laserkv_gguf.cli.options import EngineOptions, tokens_of, with_options
 from laserkv_gguf.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -83,7 +84,7 @@ def bench(
         model=str(models.find(options.model)),
         text=text,
         question=question,
-        lengths=_numbers("--tokens", tokens, int) or (4096,),
+        lengths=_numbers("--tokens", tokens, tokens_of) or (4096,),
         configurations=tuple(
             replace(options, policy=policy, ratio=ratio).settings()
             for policy in _parts(policies) or [options.policy]
@@ -118,11 +119,13 @@ def _parts(given: list[str] | None) -> list[str]:
     return list(dict.fromkeys(part for part in parts if part))
 
 
-def _numbers(flag: str, given: list[str] | None, kind: type[Number]) -> tuple[Number, ...]:
+def _numbers(
+    flag: str, given: list[str] | None, kind: Callable[[str], Number]
+) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in _parts(given))
     except ValueError:
-        example = "4096,8192" if kind is int else "0.25,0.1"
+        example = "0.25,0.1" if kind is float else "4096,8k"
         raise UserError(f"{flag} {','.join(given or [])}: give numbers such as {example}") from None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from typer import Argument, Option
 
 from laserkv_gguf.cli import terminal
-from laserkv_gguf.cli.options import EngineOptions, with_options
+from laserkv_gguf.cli.options import EngineOptions, tokens_of, with_options
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
@@ -261,9 +261,8 @@ def _lengths(given: Names) -> list[int]:
     """`2048` or `16k`."""
     found = []
     for part in _parts(given):
-        number, scale = (part[:-1], 1024) if part[-1] in "kK" else (part, 1)
         try:
-            found.append(_positive("--lengths", int(number) * scale))
+            found.append(_positive("--lengths", tokens_of(part)))
         except ValueError:
             raise UserError(f"--lengths {part}: give numbers such as 2048 or 16k") from None
     return sorted(set(found))

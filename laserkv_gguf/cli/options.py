@@ -461,6 +461,16 @@ def _fields(group: type[Any]) -> tuple[Field[Any], ...]:
     return fields(group) if is_dataclass(group) else ()
 
 
+def tokens_of(text: str) -> int:
+    """A number of tokens as people write it: 2048, 16k (1,024 each), 100000.
+
+    Raises:
+        ValueError: it is none.
+    """
+    said = text.strip().lower()
+    return int(said[:-1]) * 1024 if said.endswith("k") else int(said)
+
+
 def log_to_stderr(debug: bool) -> None:
     """Warnings as one line each on stderr; with `debug` everything, llama.cpp's log included."""
     handler = logging.StreamHandler(sys.stderr)

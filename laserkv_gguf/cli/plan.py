@@ -11,7 +11,7 @@ from rich.table import Table
 from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
-from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, with_options
+from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, tokens_of, with_options
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,11 +23,29 @@ _DIGITS = 16
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
+def _tokens(text: str) -> int:
+    """The value of --tokens.
+
+    Raises:
+        UserError: it is no number of tokens.
+    """
+    try:
+        return tokens_of(str(text))
+    except ValueError:
+        raise UserError(f"--tokens {text}: give a number such as 32768 or 32k") from None
+
+
 @with_options(EngineOptions)
 def plan(
     options: EngineOptions,
     tokens: Annotated[
-        int, Option("--tokens", help="Length of the document; 0: what the model was trained for.")
+        int,
+        Option(
+            "--tokens",
+            metavar="<int>",
+            parser=_tokens,
+            help="Length of the document, such as 32768 or 32k; 0: what the model was trained for.",
+        ),
     ] = 0,
     document: Annotated[
         Optional[list[str]],  # noqa: UP045
