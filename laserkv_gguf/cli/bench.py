@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from rich.table import Table
 from typer import Option
@@ -15,6 +15,9 @@ from typer import Option
 from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, tokens_of, with_options
 from laserkv_gguf.errors import UserError
+
+if TYPE_CHECKING:
+    from laserkv_gguf.benchmark.together import Load
 
 Number = TypeVar("Number", int, float)
 
@@ -55,6 +58,16 @@ def bench(
     probe_cost: Annotated[
         bool, Option("--probe-cost", help="Measure what the idle probe (cb_eval) costs, too.")
     ] = False,
+    parallel: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        Option(
+            "-np",
+            "--parallel",
+            help="Instead: answers a minute with so many questions at a time, 1,2,4,8: about "
+            "documents of --tokens that were read before, beside the full cache in as many cells.",
+        ),
+    ] = None,
+    count: Annotated[int, Option("--documents", help="Documents that --parallel asks about.")] = 16,
     as_json: Annotated[bool, Option("--json", help="Print rows and ratios as JSON.")] = False,
     markdown: Annotated[
         Optional[Path],  # noqa: UP045
@@ -77,6 +90,17 @@ def bench(
     from laserkv_gguf.benchmark.plan import Benchmark, Plan
     from laserkv_gguf.benchmark.processes import Processes
 
+    if parallel:
+        from laserkv_gguf.benchmark.together import Load
+
+        load = Load(
+            count,
+            (_numbers("--tokens", tokens, int) or (2048,))[0],
+            predict=predict,
+            at_a_time=_numbers("--parallel", parallel, int),
+        )
+        _together(options, document, load, as_json)
+        return
     text = documents.load(document or [str(files("laserkv_gguf") / "data" / "sample.txt")])
     assert text is not None
     report.check(out)
@@ -111,6 +135,54 @@ def bench(
         streams.say(json.dumps(result), end="\n")
         return
     _print(result)
+
+
+def _together(
+    options: EngineOptions, document: list[str] | None, load: Load, as_json: bool
+) -> None:
+    """Answers a minute, by how many are asked at a time."""
+    from laserkv_gguf.benchmark.together import ASIDE, cells_for, measure
+
+    load.check()
+    text = documents.load(document or [str(files("laserkv_gguf") / "data" / "sample.txt")])
+    assert text is not None
+    most = max(2, *load.at_a_time)
+    if not options.ctx_size:
+        with replace(options, ratio=options.known_ratio).engine() as engine:
+            options = replace(options, ctx_size=cells_for(engine, load))
+    rows = []
+    for policy in dict.fromkeys((options.policy, "full")):
+        chosen = replace(options, policy=policy, ratio=options.known_ratio)
+        with chosen.engine(parallel=most, residents=load.documents, aside=ASIDE) as engine:
+            rows += measure(
+                engine,
+                text,
+                load,
+                lambda row: terminal.note(
+                    f"{row.policy}, {row.at_a_time} at a time: "
+                    f"{row.answers_per_minute:.1f} answers a minute"
+                ),
+            )
+    if as_json:
+        streams.say(json.dumps([row.as_dict() for row in rows]), end="\n")
+        return
+    table = Table(title=f"{load.documents} documents of {load.tokens} tokens, read before")
+    for name in ("policy", "at a time", "fit", "answers/min", "× one", "tok/s", "batches"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for row in rows:
+        first = next(one for one in rows if one.policy == row.policy)
+        table.add_row(
+            row.policy,
+            str(row.at_a_time),
+            str(row.fit),
+            f"{row.answers_per_minute:.1f}",
+            f"{row.answers_per_minute / first.answers_per_minute:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            str(row.batches),
+        )
+    console = terminal.Console()
+    console.print(table)
+    console.print(f"all in {rows[0].cells:,} cells; answers of {load.predict} tokens")
 
 
 def _parts(given: list[str] | None) -> list[str]:
