@@ -14,9 +14,7 @@ POSITIONS = ("auto", "original", "compact")
 SCORING = ("auto", "host", "device")
 WHERE = ("off", "ram", "disk")
 MODES = ("replay", "shortlist")
-# Where no question is known: what chooses in place of these policies, and before recall.
-READ_POLICY = {"laser": "expected", "exact": "expected"}
-RECALL_POLICY = "keydiff"
+RECALL_POLICY = "keydiff"  # what chooses before there is a question to recall for
 BITS = 128  # of a parked token's signature, per layer and kv head
 
 
@@ -112,8 +110,8 @@ class Settings:
         recall_mode, recall_file: see `RecallSettings`.
         read_policy: what chooses while no question is known, with options as in "kvzip chunk=512":
             in a chat that begins with reading, for questions that share one reading, and before
-            recall. "same": `policy`; "auto": what was measured to be best for its cost, see
-            `READ_POLICY` and `RECALL_POLICY`, in place of a policy that looks at the question.
+            recall. "same": `policy`, which the last tokens of each block ask where it looks at a
+            question; "auto": the same, but `RECALL_POLICY` before recall.
     """
 
     policy: str = "laser"
@@ -199,8 +197,8 @@ class Settings:
             seed: as of `make_policy`.
         """
         name = self.read_policy
-        if name == "auto" and policy.needs.queries and not policy.needs.recall:
-            name = READ_POLICY.get(policy.name, "same") if self.recall == "off" else RECALL_POLICY
+        if name == "auto":
+            name = "same" if self.recall == "off" else RECALL_POLICY
         if name in ("auto", "same") or (self.recall != "off" and policy.needs.recall):
             return policy
         return policies.named(name, seed=seed & 0xFFFFFFFF)
