@@ -47,6 +47,13 @@ def one_line(text: str) -> str:
     return harmless(" ".join(text.splitlines()))
 
 
+def short(value: object, most: int = 40) -> str:
+    """Something out of a file, in a line of at most so many characters."""
+    said = value if isinstance(value, str) else repr(value)
+    said = "".join(char if char.isprintable() else "?" for char in said[: most + 1])
+    return said if len(said) <= most else f"{said[: most - 1]}…"
+
+
 class Formatter(logging.Formatter):
     """Log records as they may be shown."""
 

@@ -26,8 +26,8 @@ from laserkv_gguf.models.header import (
     Tensor,
     opened,
     parts,
-    short,
 )
+from laserkv_gguf.shown import short
 
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 _MOST_WIDTH = 1 << 24

@@ -19,7 +19,8 @@ from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.llama import devices, library, loadable, placing
 from laserkv_gguf.llama.handle import Handle, closed_at_exit
 from laserkv_gguf.llama.placement import Placement
-from laserkv_gguf.models.header import check_plain, short
+from laserkv_gguf.models.header import check_plain
+from laserkv_gguf.shown import short
 
 log = logging.getLogger(__name__)
 

@@ -328,6 +328,32 @@ def take(context: Context, form: Format, sequence: int) -> Rows:
     return parse(blob, form)
 
 
+def take_at(
+    source: Sequence, form: Format, spans: Iterable[tuple[int, int]]
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint8]]:
+    """The rows of a sequence at some positions, in their order; they stay in the cache.
+
+    Args:
+        spans: half-open runs of positions.
+
+    Returns:
+        Positions (n,), keys (layers, n, key_bytes) and values (layers, n, …); copies.
+
+    Raises:
+        FormatError: llama.cpp's format is another.
+    """
+    spare = Sequence(source.context, SPARE)
+    spare.remove()
+    try:
+        for start, end in spans:
+            source.share_with(spare, start, end)
+        taken = take(source.context, form, SPARE)
+    finally:
+        spare.remove()
+    order = np.argsort(taken.positions, kind="stable")
+    return taken.positions[order], taken.keys[:, order], taken.values[:, order]
+
+
 def put(context: Context, rows: Rows, sequence: int) -> None:
     """Makes the rows the sequence's; what the sequence had is dropped.
 
@@ -367,19 +393,12 @@ def read(context: Context, form: Format, sequence: int, positions: NDArray[np.in
     Raises:
         FormatError: llama.cpp's format is another.
     """
-    source, spare = Sequence(context, sequence), Sequence(context, SPARE)
-    spare.remove()
-    try:
-        for start, end in runs(positions):
-            source.share_with(spare, int(start), int(end))
-        taken = take(context, form, SPARE)
-    finally:
-        spare.remove()
-    order = np.argsort(taken.positions, kind="stable")
+    spans = ((int(start), int(end)) for start, end in runs(positions))
+    found, keys, values = take_at(Sequence(context, sequence), form, spans)
     return Held(
-        taken.positions[order],
-        form.keys(np.ascontiguousarray(taken.keys[:, order]), np.float32),
-        form.values(np.ascontiguousarray(taken.values[:, order]), np.float32),
+        found,
+        form.keys(np.ascontiguousarray(keys), np.float32),
+        form.values(np.ascontiguousarray(values), np.float32),
     )
 
 

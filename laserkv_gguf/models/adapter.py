@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.models.header import Contents, Tensor, opened, parts, short
+from laserkv_gguf.models.header import Contents, Tensor, opened, parts
+from laserkv_gguf.shown import short
 
 _A, _B = ".lora_a", ".lora_b"
 _EMBEDDING = "token_embd.weight"

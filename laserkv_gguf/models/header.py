@@ -25,6 +25,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from laserkv_gguf.errors import UserError
+from laserkv_gguf.shown import short
 
 _SCALARS = {
     0: "<B",
@@ -282,13 +283,6 @@ def row_bytes(type_name: str, values: int) -> int:
     """Bytes of `values` numbers of a ggml type such as q8_0, whole blocks of them."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
     return -(-values // block) * size
-
-
-def short(value: Any, most: int = 40) -> str:
-    """What a header says, in a line of at most so many characters."""
-    said = value if isinstance(value, str) else repr(value)
-    said = "".join(char if char.isprintable() else "?" for char in said[: most + 1])
-    return said if len(said) <= most else f"{said[: most - 1]}…"
 
 
 def parts(path: Path, metadata: Mapping[str, Any]) -> list[Path]:

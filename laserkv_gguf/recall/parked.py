@@ -156,16 +156,11 @@ class Parked:
             LaserKVError: the disk is full.
         """
         for first, last in self.chunks(block.tokens):
-            try:
-                self.main.share_with(self.spare, position + first, position + last)
-                taken = rows.take(self.reader.context, self.form, SPARE)
-            finally:
-                self.spare.remove()
-            order = np.argsort(taken.positions)
-            expected = np.arange(position + first, position + last)
-            if not np.array_equal(taken.positions[order], expected):
+            start, end = position + first, position + last
+            positions, keys, values = rows.take_at(self.main, self.form, [(start, end)])
+            if not np.array_equal(positions, np.arange(start, end)):
                 raise rows.FormatError("llama.cpp's state lacks tokens that were just decoded")
-            self.store.write(taken.keys[:, order], taken.values[:, order], expected)
+            self.store.write(keys, values, positions)
 
     def settle(self, reading: Reading) -> None:
         """Takes over what a reading has left in the cache.

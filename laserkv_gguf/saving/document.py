@@ -81,23 +81,17 @@ def _cached(conversation: Conversation, reading: Reading) -> Iterator[archive.Te
     """The kept rows, taken out of the cache."""
     cells = conversation.cells
     cells.settle()
-    context, main, spare = cells.context, cells.main, Sequence(cells.context, SPARE)
-    form = rows.known(context)
+    form = rows.known(cells.context)
     positions = cells.ledger.position[cells.ledger.of_kind(SYSTEM, DOCUMENT)]
     count = len(positions)
     keys = np.empty((form.layers, count, form.key_bytes), np.uint8)
     values = np.empty((form.layers, count, form.value_bytes), np.uint8)
     for first in range(0, count, form.per_call):
         part = positions[first : first + form.per_call]
-        try:
-            main.share_with(spare, int(part[0]), int(part[-1]) + 1)
-            taken = rows.take(context, form, SPARE)
-        finally:
-            spare.remove()
-        order = np.argsort(taken.positions)
         into = slice(first, first + len(part))
-        keys[:, into] = taken.keys[:, order]
-        values[:, into] = taken.values[:, order].reshape(form.layers, len(part), -1)
+        span = int(part[0]), int(part[-1]) + 1
+        _, keys[:, into], found = rows.take_at(cells.main, form, [span])
+        values[:, into] = found.reshape(form.layers, len(part), -1)
     yield archive.whole("held", reading.kept)
     yield archive.whole("positions", positions.astype(np.int32))
     yield archive.whole("keys", keys)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from laserkv_gguf.shown import short
+
 _COUNT = 1 << 31  # no number of tokens, cells or turns is larger
 _NAME = 4096  # characters of a name
 
@@ -27,9 +29,7 @@ def need(holds: bool, field: str, why: str) -> None:
 
 def shown(value: object) -> str:
     """Something out of a file, to be shown: short, and nothing that a terminal would act on."""
-    text = str(value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text[:200])
-    return text + "…" * (len(str(value)) > 200)
+    return short(value, 200)
 
 
 class Kind:
