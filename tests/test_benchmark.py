@@ -583,7 +583,7 @@ def test_errors_of_a_process(loaded: tuple[Tiny, Model], tmp_path: Path) -> None
     job = {"kind": "full", "model": str(tmp_path / "no.gguf"), "debug": False}
     with pytest.raises(LaserKVError, match="KeyError"):
         processes.run(job)
-    job |= {"gpu_layers": None, "extra_buffers": False, "bare": {}}
+    job |= {"gpu_layers": None, "placement": {}, "extra_buffers": False, "bare": {}}
     with pytest.raises(UserError, match=r"no model at .*no\.gguf"):
         processes.run(job)
 
@@ -610,6 +610,7 @@ def test_the_full_cache_is_measured_without_numba(loaded: tuple[Tiny, Model]) ->
         "kind": "full",
         "model": str(loaded[0].path),
         "gpu_layers": None,
+        "placement": {},
         "extra_buffers": False,
         "text": TEXT,
         "length": 100,

@@ -204,7 +204,7 @@ REFUSED = {
     "unknown flag": ("{ask} --polcy laser", "--polcy", "--policy"),
     "unknown flag of chat": ("chat --documnet x", "--documnet", "--document"),
     "flag without value": ("ask -q", "-q|--question"),
-    "stray argument": ("{ask} stray", "stray"),
+    "a question twice": ("{ask} stray", "question", "twice"),
     "unknown command": ("aks -q h", "aks"),
 }
 
