@@ -319,6 +319,7 @@ def test_batch_writes_a_page_for_every_answer(
         (["--report", "."], "it is a folder"),
         (["--against", "snapkv"], "add --report FILE.html"),
         (["--report", "x.html", "--against", " "], "--against is empty"),
+        (["--report", "x.html", "--against", "snapvk"], "snapvk"),
     ],
 )
 def test_what_cannot_be_reported_is_refused_first(

@@ -130,15 +130,23 @@ def ask(
             from laserkv_gguf.retention import page, spans
 
             shown = [spans.of(stream.conversation)]
+            page.write(report, shown)  # it is there, whatever becomes of the other side
             if other:
                 engine.configure(**other)
-                second = engine.stream(question, document=text, system=system, **answer_with)
-                second.conversation.watches = True
-                for _ in second:
-                    pass
-                shown.append(spans.of(second.conversation))
-            page.write(report, shown)
-            terminal.progress(f"report in {report}")
+                terminal.progress(f"reading again, for {against}")
+                with terminal.ReadingBar().shown() as on_progress:
+                    second = engine.stream(
+                        question,
+                        document=text,
+                        system=system,
+                        on_progress=on_progress,
+                        **answer_with,
+                    )
+                    second.conversation.watches = True
+                    for _ in second:
+                        pass
+                page.write(report, [*shown, spans.of(second.conversation)])
+            terminal.progress(f"report in {report}; open it in a browser")
 
 
 def _prepare_report(
@@ -156,11 +164,14 @@ def _prepare_report(
         return {}
     if load is not None or not document:
         raise UserError("--against reads the document again; give one with --document")
+    from laserkv_gguf import policies
+
     settings: dict[str, Any] = {}
     for word in against.split():
         try:
             settings["ratio"], settings["keep"] = float(word), None
         except ValueError:
+            policies.find(word)
             settings["policy"], settings["policy_options"] = word, {}
     if not settings:
         raise UserError("--against is empty; name a policy or a ratio, such as snapkv or 0.1")
