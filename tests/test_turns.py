@@ -309,6 +309,26 @@ def test_readings_take_turns(loaded: Loaded) -> None:
         assert longest <= 12  # a call that comes later catches up, and then they alternate
 
 
+def test_what_is_captured_for_one_is_not_overwritten_for_another(loaded: Loaded) -> None:
+    """Capturing stops and goes on; what is decoded meanwhile leaves no trace in it."""
+    tokens = np.arange(20, 28, dtype=np.int32)
+    with Context(loaded.model, 256, OPTIONS) as context:
+        probe = context.probe
+        expected, found = probe.new("queries", 8), probe.new("queries", 8)
+        with probe.armed(queries=(expected, 0)):
+            context.decode(tokens, 0, 0)
+        Sequence(context, 0).remove()
+        with probe.armed(queries=(found, 0)):
+            context.decode(tokens[:5], 0, 0)
+            mine = probe.disarm()
+            assert mine is not None
+            with probe.armed():  # another call's, that wants nothing
+                context.decode(tokens[::-1], 0, 1)
+            probe.arm(mine)
+            context.decode(tokens[5:], 5, 0)
+        assert np.allclose(found, expected, atol=1e-5)
+
+
 # ---- who waits ----------------------------------------------------------------------------------
 
 
