@@ -134,11 +134,18 @@ def test_documents_survive_a_kill(tiny: Tiny, tmp_path: Path) -> None:
         assert cached(found) == cached(second)
         assert found.choices[0].message.content == second.choices[0].message.content
         one.wait_for("laserkv_running", 0)
-    # a damaged file is left out, and the document read again
-    files[0].write_bytes(files[0].read_bytes()[:-9] + b"something")
+
+
+@pytest.mark.long
+def test_a_damaged_document_is_read_again(tiny: Tiny, tmp_path: Path) -> None:
+    flags, asked = [*FLAGS, "--cache-dir", str(tmp_path)], user(f"{DOCUMENT}\n\nHouse 17?")
     with Served(tiny.path, *flags) as one:
-        found = ask(client_of(one), user(f"{DOCUMENT}\n\nWhich number has house 17?"))
-        assert account(found)["found"] == "new"
+        ask(client_of(one), asked)
+        one.wait_for("laserkv_running", 0)
+    (file,) = tmp_path.glob("documents/*/*.laserkv")
+    file.write_bytes(file.read_bytes()[:-9] + b"something")
+    with Served(tiny.path, *flags) as one:
+        assert account(ask(client_of(one), asked))["found"] == "new"
         assert one.end() == 0
 
 
@@ -273,12 +280,20 @@ def test_too_long_is_said_as_clients_know_it(tiny: Tiny, tmp_path: Path) -> None
         with pytest.raises(openai.NotFoundError):
             ask(other, {"role": "user", "content": asked})
         assert one.end() == 0
-    with Served(tiny.path, *flags, "--api-key", "k1") as one:  # files stay
+
+
+@pytest.mark.long
+def test_files_survive_a_restart(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--cache-dir", str(tmp_path), "--api-key", "k1"]
+    with Served(tiny.path, *flags) as one:
+        text = b"Tin is a metal."
+        mine = client_of(one, "k1").files.create(file=("tin.txt", text), purpose="user_data")
+    with Served(tiny.path, *flags) as one:
         client = client_of(one, "k1")
         assert client.files.content(mine.id).text == "Tin is a metal."
+        asked = [{"type": "file", "file": {"file_id": mine.id}}, {"type": "text", "text": "?"}]
         answer = ask(client, {"role": "user", "content": asked})
-        sent = len("[user]Tin is a metal.\n\n?\n[assistant]") + 1
-        assert answer.usage.prompt_tokens == sent
+        assert answer.usage.prompt_tokens == len("[user]Tin is a metal.\n\n?\n[assistant]") + 1
         client.files.delete(mine.id)
         assert not list(client.files.list())
 

@@ -204,7 +204,7 @@ def _about(app: FastAPI, serving: Serving) -> None:
             return JSONResponse({"status": "closing"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def _metrics() -> Response:
         text = await serving.apart(serving.metrics.text)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -266,7 +266,11 @@ def _files(app: FastAPI, serving: Serving) -> None:
     async def _one(file: str, request: Request) -> dict[str, Any]:
         return uploads.about(owner(request.state), file)
 
-    @app.get("/v1/files/{file}/content", responses=gone)  # type: ignore[arg-type]
+    @app.get(
+        "/v1/files/{file}/content",
+        response_class=PlainTextResponse,
+        responses=gone,  # type: ignore[arg-type]
+    )
     async def _content(file: str, request: Request) -> Response:
         text = uploads.text(owner(request.state), file)
         return PlainTextResponse(text.encode("utf-8", "replace"))
