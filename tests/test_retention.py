@@ -276,6 +276,7 @@ def test_ask_writes_a_report(
     assert second.account["ratio"] == 0.5
     assert first.pieces == second.pieces
     assert first.looked is not None
+    assert first.parts[-1].name == "book.txt"
 
 
 def test_batch_writes_a_page_for_every_answer(

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Argument, Option
@@ -14,7 +15,7 @@ from laserkv_gguf.cli import documents, streams, terminal
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
 from laserkv_gguf.cli.shape import ShapeOptions, shaped
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.shown import whole
+from laserkv_gguf.shown import one_line, whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.conversation.generation import Reply
@@ -129,7 +130,8 @@ def ask(
         if report:
             from laserkv_gguf.retention import page, spans
 
-            shown = [spans.of(stream.conversation)]
+            name = ", ".join(one_line(Path(given).name) for given in document or [])
+            shown = [spans.of(stream.conversation, name)]
             page.write(report, shown)  # it is there, whatever becomes of the other side
             if other:
                 engine.configure(**other)
@@ -145,7 +147,7 @@ def ask(
                     second.conversation.watches = True
                     for _ in second:
                         pass
-                page.write(report, [*shown, spans.of(second.conversation)])
+                page.write(report, [*shown, spans.of(second.conversation, name)])
             terminal.progress(f"report in {report}; open it in a browser")
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ANCHOR, POOL, WINDOW, EVICTED = range(4)
 STATES = ("anchor", "pool", "window", "evicted")
+UNNAMED = "document"  # what a conversation calls a text without a name
 BEFORE = "before the documents"  # the template's tokens and the system prompt
 FORMAT = "laserkv-retention 1"
 
@@ -144,8 +145,11 @@ class Retention:
         )
 
 
-def of(conversation: Conversation) -> Retention:
+def of(conversation: Conversation, name: str = "") -> Retention:
     """What is kept of a conversation's documents now, with its last question and answer.
+
+    Args:
+        name: of a document that has none of its own, as a text given to `LaserKV.ask`.
 
     Raises:
         UserError: nothing has been read.
@@ -166,9 +170,10 @@ def of(conversation: Conversation) -> Retention:
         states.append(_states(segment, where))
         scores.append(_scores(segment))
         positions.append(where.astype(np.int32))
-        name = segment.name if segment.kind == DOCUMENT else BEFORE
+        own = segment.name if segment.kind == DOCUMENT else BEFORE
+        own = name if name and own == UNNAMED else own
         blocks = tuple(start + first for first in segment.blocks.tolist())
-        parts.append(Part(harmless(name), start, len(pieces), blocks))
+        parts.append(Part(harmless(own), start, len(pieces), blocks))
     said = conversation.last
     looked, most = _looked(said.looks if said else None, starts, len(pieces))
     account = said.reply.account.as_dict() if said else {}
