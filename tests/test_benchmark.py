@@ -717,7 +717,11 @@ def test_bench_full_writes_one_table(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
-def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "switch"),
+    [("", "-DGGML_CUDA=on"), ("vulkan", "-DGGML_VULKAN=on"), ("rocm", "-DGGML_HIP=on")],
+)
+def test_gpu_check_asserts_that_the_gpu_is_used(backend: str, switch: str, tmp_path: Path) -> None:
     """With a driver and a compiler, but a llama.cpp that sees no GPU, it fails and says so."""
     if devices.can_offload():
         pytest.skip("there is a GPU")
@@ -725,7 +729,7 @@ def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
     tools.mkdir()
     fakes = {
         "nvidia-smi": "echo 'GPU 0: none'",
-        "nvcc": "echo none",
+        **dict.fromkeys(("nvcc", "glslc", "vulkaninfo", "hipcc", "rocminfo"), "echo none"),
         # instead of setting up an environment: this one
         "python3": f'mkdir -p "$LASERKV_GGUF_VENV/bin"\n'
         f'printf \'#!/bin/sh\\nexec {sys.executable} "$@"\\n\' > "$LASERKV_GGUF_VENV/bin/python"\n'
@@ -737,12 +741,17 @@ def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
     script, out = ROOT / "scripts" / "gpu_check.sh", tmp_path / "out"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", script, "--out", out], capture_output=True, text=True, env=environment, check=False
+        ["bash", script, "--out", out, *(["--backend", backend] if backend else [])],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 1
     report = (out / "report.md").read_text("utf-8")
     assert "## build: ok" in report
-    assert "-DGGML_CUDA=on" in report
+    assert switch in report
+    assert f"# GPU check, {backend or 'cuda'}, " in report
     assert "## offload: FAILED" in report
     assert "llama.cpp sees no GPU" in report
     assert "## bench" not in report
@@ -754,6 +763,7 @@ def test_gpu_check_asserts_that_the_gpu_is_used(tmp_path: Path) -> None:
     [
         (["--nonsense"], "unknown option --nonsense"),
         (["--out"], "--out needs a value"),
+        (["--backend", "metal"], "unknown backend metal; use cuda, vulkan or rocm"),
         ([], "no "),
     ],
 )
