@@ -1,19 +1,23 @@
 """Check the project: lint, format, types, then the tests.
 
     python3 scripts/test.py [options of pytest]
+    python3 scripts/test.py --marked devices ray
 
 Sets the environment up the first time. Everything runs even where something before it failed; the
-exit code is 1 if anything did.
+exit code is 1 if anything did. With --marked there are, instead, the tests with these marks that
+are left out otherwise, each mark in a process of its own and with the extra of its name.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import environment
 
 EXTRAS = ("test",)
+EXTRAS_OF_MARKS = ("browser", "ray")
 CHECKS = (
     ("ruff check", ("ruff", "check", ".")),
     ("ruff format", ("ruff", "format", "--check", ".")),
@@ -21,8 +25,24 @@ CHECKS = (
 )
 
 
+def marked(marks: Sequence[str]) -> int:
+    """Run the tests with each of these marks."""
+    extras = (*EXTRAS, *(mark for mark in marks if mark in EXTRAS_OF_MARKS))
+    python = str(environment.prepare(extras))
+    failed = []
+    for mark in marks:
+        print(f"== tests marked {mark}", flush=True)
+        command = [python, "-m", "pytest", "-m", mark]
+        if subprocess.run(command, cwd=environment.PROJECT, check=False).returncode:
+            failed.append(mark)
+    print(f"== failed: {', '.join(failed) or 'nothing'}", flush=True)
+    return 1 if failed else 0
+
+
 def main() -> int:
     """Set up, run all of it, say what failed."""
+    if sys.argv[1:2] == ["--marked"]:
+        return marked(sys.argv[2:])
     python = str(environment.prepare(EXTRAS))
     failed = []
     for name, command in CHECKS:
