@@ -48,6 +48,7 @@ class Batch:
     """A run: which questions, with what engine, to where.
 
     Attributes:
+        engine: answers; None where groups are answered elsewhere (`cluster`).
         read_document: the text of a path.
         document, system, max_tokens: for questions that bring none of their own.
         parallel, read_once: see `parallel.answer`.
@@ -59,7 +60,7 @@ class Batch:
             written: for reports of what was kept for it.
     """
 
-    engine: LaserKV
+    engine: LaserKV | None
     questions: Input
     output: Output
     read_document: Callable[[str], str]
@@ -86,16 +87,21 @@ class Batch:
             OutputError, Cancelled, KeyboardInterrupt: what was answered is kept.
             Stopped: with `fail_fast`; the question that failed has no line, and is asked again.
         """
+        assert self.engine is not None
+        self.refuse()
+        groups = self.groups()
+        if min(self.engine.parallel, len(groups)) > 1:
+            Crew(self.engine, iter(groups), lambda group: self.answer(group, self.add)).work()
+            return
+        for group in groups:
+            self.answer(group, self.add)
+
+    def refuse(self) -> None:
+        """Writes the lines of questions that cannot be asked."""
         done = self.output.done
         for index, item in enumerate(self.questions.items):
             if item.error and index not in done:
-                self._add(index, _failed(item, UserError(item.error), retry=False))
-        groups = self.groups()
-        if min(self.engine.parallel, len(groups)) > 1:
-            Crew(self.engine, iter(groups), lambda group: self.answer(group, self._add)).work()
-            return
-        for group in groups:
-            self.answer(group, self._add)
+                self.add(index, _failed(item, UserError(item.error), retry=False))
 
     def groups(self) -> list[Group]:
         """Questions that belong together, with one left to answer, by their first question."""
@@ -109,12 +115,19 @@ class Batch:
             if not done.issuperset(indices)
         ]
 
-    def answer(self, group: Group, put: Callable[[int, dict[str, Any]], None]) -> None:
+    def answer(
+        self,
+        group: Group,
+        put: Callable[[int, dict[str, Any]], None],
+        text: Callable[[], str | None] | None = None,
+    ) -> None:
         """Answers the questions of a group that have no line yet.
 
         Args:
             put: called with a question's index and its line, as soon as that is complete.
+            text: gives the document; None for `document_of`.
         """
+        assert self.engine is not None
         left = [index for index in group.indices if index not in group.answered]
         items = {index: self.questions.items[index] for index in group.indices}
         with self._lock:
@@ -131,7 +144,7 @@ class Batch:
                 self.on_kept(items[group.indices[number]], conversation)
 
         try:
-            document = self._document(items[group.indices[0]], begun=bool(group.answered))
+            document = self.document_of(group) if text is None else text()
             answer(
                 self.engine,
                 [
@@ -162,10 +175,21 @@ class Batch:
             for index in left:
                 put(index, _failed(items[index], error, retry=True))
 
-    def _document(self, item: Item, *, begun: bool) -> str | None:
-        """The text, as long as it is the one that other questions about it were answered with."""
+    def failed(self, group: Group, error: Exception) -> None:
+        """Writes that the questions of a group could not be asked, which none is to blame for."""
+        for index in group.indices:
+            if index not in group.answered:
+                self.add(index, _failed(self.questions.items[index], error, retry=True))
+
+    def document_of(self, group: Group) -> str | None:
+        """The text, as long as it is the one that other questions about it were answered with.
+
+        Raises:
+            LaserKVError: it cannot be read, or was changed meanwhile.
+        """
+        item = self.questions.items[group.indices[0]]
         with self._lock:
-            return self._text(item, begun=begun)
+            return self._text(item, begun=bool(group.answered))
 
     def _text(self, item: Item, *, begun: bool) -> str | None:
         if item.inline:
@@ -185,6 +209,7 @@ class Batch:
             own = isinstance(reply, UserError) and not isinstance(reply, OutOfMemory)
             return _failed(item, reply, retry=not own)
         if item.model is not None and item.id is not None:
+            assert self.engine is not None
             return openai.answered(item.id, item.model or self.engine.model.name, reply)
         line: dict[str, Any] = {
             "id": item.id,
@@ -196,7 +221,7 @@ class Batch:
             line["score"] = int(contains(reply.text, item.expected))
         return line
 
-    def _add(self, index: int, line: dict[str, Any]) -> None:
+    def add(self, index: int, line: dict[str, Any]) -> None:
         """Writes a line, unless it is an error and none may be."""
         with self._lock:
             self._write(index, line)

@@ -74,9 +74,17 @@ def _root(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code (0, 1, 2 or 130)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = filled(sys.argv[1:] if arguments is None else arguments)
     streams.prepare()
     return streams.settle(_run(given))
+
+
+def filled(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with "local" after a --ray that no address follows."""
+    found: list[str] = []
+    for part, after in zip(arguments, [*arguments[1:], "-"], strict=True):
+        found += [part, "local"] if part == "--ray" and after.startswith("-") else [part]
+    return found
 
 
 def _run(given: list[str]) -> int:

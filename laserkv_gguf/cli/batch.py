@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
-from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
+from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, log_to_stderr, with_options
 from laserkv_gguf.cli.shape import ShapeOptions, shaped
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
 
@@ -85,6 +85,17 @@ def batch(
         Optional[str],  # noqa: UP045
         Option("--report", help="Folder for a page for every answer: what was kept, and why."),
     ] = None,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        Option(
+            "--ray",
+            help="Answer on a Ray cluster: its address, or nothing to start one on this machine.",
+        ),
+    ] = None,
+    actors: Annotated[
+        int,
+        Option("--ray-actors", help="Engines on the cluster; 0: one a GPU, or one a node."),
+    ] = 0,
     fail_fast: Annotated[
         bool, Option("--fail-fast", help="Stop at the first line or question that fails.")
     ] = False,
@@ -104,6 +115,10 @@ def batch(
     if as_json and target == STANDARD_OUTPUT:
         raise UserError("--json prints where --output - writes the answers; name a file for them")
     grammar = shape.text()
+    if actors < 0 or (actors and not ray):
+        raise UserError(f"--ray-actors {actors}: give a number of engines, with --ray")
+    if ray and (report or options.rpc or grammar):
+        raise UserError("--ray goes without --report, --rpc and a grammar; leave them out")
     with _Signals() as signals, _opened(source) as file:
         from laserkv_gguf.batch.output import check_apart, summary
         from laserkv_gguf.batch.questions import read
@@ -133,16 +148,21 @@ def batch(
             }
             at_once = 1 if fail_fast else max(1, min(parallel, len(left)))
             bar.documents = len(left)
-            with options.engine(parallel=at_once) as engine, bar.shown(len(questions.items)):
+            with ExitStack() as stack:
+                engine = None if ray else stack.enter_context(options.engine(parallel=at_once))
+                stack.enter_context(bar.shown(len(questions.items)))
                 _warn_once()
-                check(parallel, engine)
+                if engine:
+                    check(parallel, engine)
                 with output:
                     job = Batch(
                         engine,
                         questions,
                         output,
                         documents.read,
-                        shaped(sampling.sampling(options.seed), engine.model, grammar),
+                        shaped(sampling.sampling(options.seed), engine.model, grammar)
+                        if engine
+                        else sampling.sampling(options.seed),
                         sampling.predict,
                         document=text,
                         system=system,
@@ -151,7 +171,11 @@ def batch(
                         fail_fast=fail_fast,
                         on_kept=None if pages is None else _Pages(pages).write,
                     )
-                    _run(job, bar, quiet)
+                    if ray:
+                        _run_on_ray(job, options, ray, actors, bar, quiet)
+                    else:
+                        assert engine is not None
+                        _run(job, job.run, engine.cancel, bar, quiet)
         counts = summary(questions.items, output)
     _report(counts, job, target, quiet, as_json)
     return 1 if counts.failed else 0
@@ -196,17 +220,30 @@ def _output(target: str, run: dict[str, Any], ids: list[Any]) -> Output:
     return Stream(sys.stdout.buffer, ids)
 
 
-def _run(job: Batch, bar: _Bar, quiet: bool) -> None:
+def _run_on_ray(
+    job: Batch, options: EngineOptions, address: str, actors: int, bar: _Bar, quiet: bool
+) -> None:
+    """The same on actors of a Ray cluster."""
+    from laserkv_gguf.batch.cluster import Cluster
+
+    log_to_stderr(options.debug)
+    with Cluster(job, options.arguments(), address, actors) as cluster:
+        _run(job, cluster.run, cluster.cancel, bar, quiet)
+
+
+def _run(
+    job: Batch, run: Callable[[], None], cancel: Callable[[], None], bar: _Bar, quiet: bool
+) -> None:
     """Says where a run stands that was stopped from outside."""
     signals = bar.signals
     job.on_progress, job.on_line = bar.reading, lambda _: bar.advance(job)
     bar.advance(job)
-    signals.cancel = job.engine.cancel
+    signals.cancel = cancel
     from laserkv_gguf.batch.output import Stream
 
     try:
         try:
-            job.run()
+            run()
         except Cancelled:
             signals.check()
             raise

@@ -331,20 +331,24 @@ class EngineOptions(PlacementOptions):
         log_to_stderr(self.debug)
         from laserkv_gguf import models
         from laserkv_gguf.api import LaserKV
+
+        given = {**self.arguments(), **changes}
+        model = given.pop("model") or models.find(self.model)
+        return LaserKV(models.find(model) if isinstance(model, str) else model, **given)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of LaserKV, with `model` as --model has it: a name, a path, or None."""
         from laserkv_gguf.llama.context import ContextOptions
 
-        settings = {**self.settings(), **changes}
-        model = settings.pop("model", None) or models.find(self.model)
-        context = ContextOptions(**self.context())
-        return LaserKV(
-            model,
-            gpu_layers=self.gpu_layers if self.gpu_layers >= 0 else None,
-            placement=self.placement(),
-            ctx_size=self.ctx_size or None,
-            context=context,
-            seed=self.seed,
-            **settings,
-        )
+        return {
+            "model": self.model,
+            "gpu_layers": self.gpu_layers if self.gpu_layers >= 0 else None,
+            "placement": self.placement(),
+            "ctx_size": self.ctx_size or None,
+            "context": ContextOptions(**self.context()),
+            "seed": self.seed,
+            **self.settings(),
+        }
 
 
 @dataclass
