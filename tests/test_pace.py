@@ -23,7 +23,6 @@ pytest.importorskip("llama_cpp")
 import llama_cpp as L
 
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama import devices
 from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.sequence import MAIN
@@ -126,8 +125,8 @@ def test_tokens_computed_at_a_time(
         Context(model, 1024, wanted) as context,
     ):
         assert context.ubatch_size == L.llama_n_ubatch(context.handle) == on_cpu
-        # with a GPU llama.cpp computes large batches there, whatever -ngl is
-        monkeypatch.setattr(devices, "can_offload", lambda: True)
+        # with a device llama.cpp computes large batches there, whatever -ngl is
+        monkeypatch.setattr(model, "devices", ("CUDA0",))
         with Context(model, 1024, wanted) as context:
             assert context.ubatch_size == on_gpu
 
