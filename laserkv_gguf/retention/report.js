@@ -319,6 +319,7 @@
 
   // ---- the map: a bar as long as much was kept, as dark as its scores are high ----
   const map = $("map");
+  let drawn = null;
   function paint() {
     const scale = devicePixelRatio || 1, width = map.clientWidth, height = map.clientHeight;
     if (!width) return;
@@ -350,10 +351,17 @@
       });
       for (let i = from; i < to; i++) if (hits[i]) { canvas.fillStyle = found; canvas.fillRect(width - 10, y, 10, step); break; }
     }
-    canvas.strokeStyle = mark;
+    drawn = canvas.getImageData(0, 0, map.width, map.height);
+    frame();
+  }
+  // what is in view, over the map as it was drawn: all that scrolling changes
+  function frame() {
+    if (!drawn) return;
+    const canvas = map.getContext("2d"), height = map.clientHeight, [top, bottom] = visible();
+    canvas.putImageData(drawn, 0, 0);
+    canvas.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark").trim();
     canvas.lineWidth = 2;
-    const [top, bottom] = visible();
-    canvas.strokeRect(1, top / count * height, width - 2, Math.max(6, (bottom - top) / count * height));
+    canvas.strokeRect(1, top / count * height, map.clientWidth - 2, Math.max(6, (bottom - top) / count * height));
   }
   function visible() {
     const from = main.getBoundingClientRect();
@@ -373,11 +381,11 @@
   const later = () => {
     if (waiting) return;
     waiting = true;
-    requestAnimationFrame(() => { waiting = false; paint(); });
+    requestAnimationFrame(() => { waiting = false; frame(); });
   };
   addEventListener("scroll", later, { passive: true });
-  addEventListener("resize", later);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", later);
+  addEventListener("resize", () => requestAnimationFrame(paint));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => requestAnimationFrame(paint));
   const jump = (event) => {
     const share = (event.clientY - map.getBoundingClientRect().top) / map.clientHeight;
     go(Math.max(0, Math.min(count - 1, Math.floor(share * count))));
