@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import Tiny, TinySpec, forward, make, random_tokens
 
+from laserkv_gguf import policies
 from laserkv_gguf.benchmark import child, processes, report, tuning
 from laserkv_gguf.benchmark.job import of_length
 from laserkv_gguf.benchmark.plan import MEASURED, Benchmark, Plan, compare, growth, turns
@@ -344,7 +345,7 @@ def test_rows(result: dict[str, Any]) -> None:
     for one in rows:
         tokens = one["length"] + BEFORE
         full = one["policy"] == "full"
-        budget = Budget(tokens, 128, one["ratio"])
+        budget = policies.make("laser").budget(tokens, 128, one["ratio"], 4)
         assert one["document_tokens"] == tokens
         assert one["kept_tokens"] == (tokens if full else budget.kept)
         assert one["generated_tokens"] == 4

@@ -15,8 +15,8 @@ pytest.importorskip("llama_cpp")
 
 from test_cli import CHATML
 
+from laserkv_gguf import policies
 from laserkv_gguf.api import LaserKV
-from laserkv_gguf.budget import Budget
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import UserError
@@ -26,6 +26,7 @@ from laserkv_gguf.llama.model import Model
 SPEC = TinySpec(layers=1, heads=2, kv_heads=1, n_ff=64, ctx_train=4096, chat_template=CHATML)
 DOCUMENT = "All work and no play makes Jack a dull boy. " * 30  # a token a character
 BLOCK, DRAFTS, ANSWER = 128, 3, 6
+LASER = policies.make("laser")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def engine(model: Model, **settings: Any) -> LaserKV:
 def largest(tokens: int, prompt: int, cells: int) -> float:
     """By trying every thousandth."""
     for thousandths in range(1000, 0, -1):
-        budget = Budget(tokens, BLOCK, thousandths / 1000)
+        budget = LASER.budget(tokens, BLOCK, thousandths / 1000, 4)
         if budget.cells(prompt, DRAFTS, prompt + ANSWER) <= cells:
             return thousandths / 1000
     return 0.0

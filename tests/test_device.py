@@ -259,7 +259,8 @@ def block_differences(
             reading = reader.read(one.tokens, budget, one.question if asked else None)
         assert reader.scoring == "device"
         assert len(reading.kept) == budget.kept
-    assert len(both.differences) == documents * len(budget.blocks) == documents * 4
+    assert len(both.differences) == documents * sum(block.evicts for block in budget.blocks)
+    assert len(both.differences) >= documents * 3
     return both.differences
 
 
@@ -320,7 +321,7 @@ def test_from_another_thread(load: Callable[[str], Loaded]) -> None:
         reader = Reader(context, both, ASKING, scoring="device")
         reader.read(one.tokens, budget, one.question)
         pool.submit(reader.read, one.tokens, budget, one.question).result()
-    assert len(both.differences) == 8
+    assert len(both.differences) == 2 * 3  # of the first block all is kept
     assert max(both.differences) < 1e-4
 
 

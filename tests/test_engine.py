@@ -55,6 +55,12 @@ TOLERANCE = 1e-4  # in standard deviations of the logits; about 3e-6 is seen
 SIZE, TOKENS, RATIO = 48, 180, 0.4  # three whole blocks and one of 36
 SPECS = {"llama": TinySpec(), "qwen2": TinySpec(arch="qwen2", seed=4)}
 CROWD = SEQUENCES  # takes cells where a test wants few to be free
+PLAIN: dict[str, Any] = {
+    "values": "none",
+    "softmax": "candidates",
+    "over": "sum",
+    "shares": "equal",
+}
 SHORT = ProbeSettings(tokens=8, lookahead=3, observation=6, rounds=99)
 
 
@@ -163,7 +169,7 @@ class Recorder(Policy):
             return list(range(last.end))
         held = set(range(min(budget.anchors, last.end)))
         held |= set(range(max(last.end - budget.window, 0), last.end))
-        for block in budget.blocks[: last.index + 1]:
+        for block in budget.blocks[: last.index + 1] if budget.accumulates else (last,):
             if not block.evicts:
                 held |= set(range(*block.candidates))
             elif block.index in self.chosen:
@@ -539,7 +545,10 @@ def test_lookahead_probe_sees_question_and_drafts(
 @pytest.mark.parametrize("compact", [False, True], ids=["original", "compact"])
 def test_drafts_of_the_block_before_are_verified(compact: bool, loaded: dict[str, Loaded]) -> None:
     """Of a text that says the same again, some stay and some change; `Cache` drafts all anew."""
-    one, recorder = loaded["llama"], Recorder(policies.make("laser", alpha=0.75, pool=7))
+    one, recorder = (
+        loaded["llama"],
+        Recorder(policies.make("laser", alpha=0.75, **{**PLAIN, "pool": 7})),
+    )
     tokens = np.tile(one.tokens[:12], TOKENS // 12)
     budget = Budget(TOKENS, SIZE, RATIO)
     settings = ProbeSettings(tokens=8, lookahead=16, rounds=99)
@@ -831,7 +840,7 @@ class Faulty(Policy):
     needs = Needs(queries=True, keys=True, precise=True)
 
     def __init__(self, fault: Callable[[Candidates, int], Any] | None) -> None:
-        self.fault, self.inner = fault, policies.make("laser", alpha=0.75)
+        self.fault, self.inner = fault, policies.make("laser", alpha=0.75, **PLAIN)
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
         if self.fault and candidates.index == 1:

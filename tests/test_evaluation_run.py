@@ -594,16 +594,17 @@ def test_presets_are_what_was_published() -> None:
         tasks.find(preset.tasks)
 
 
-def test_ablations_change_one_thing_each() -> None:
+@pytest.mark.parametrize("name", ["laser-ablations", "laser-hashing"])
+def test_ablations_change_one_thing_each(name: str) -> None:
     """Every one can be configured, alone, and is no reproduction of anything."""
-    preset = presets.PRESETS["laser-ablations"]
+    preset = presets.PRESETS[name]
     options = evaluate.EvalOptions(block_size=512)
     made = evaluate._settings(options, preset.policies, preset)
     plain = made["laser"]
-    for name in preset.policies[2:]:
-        settings = {**made[name]}
+    for one in preset.policies[2:]:
+        settings = {**made[one]}
         assert settings != plain
-        changed = dict(text.split("=") for text in name.split()[1:])
+        changed = dict(text.split("=") for text in one.split()[1:])
         for flag in ("lookahead", "probe_tokens", "protection_divisor"):
             if flag in changed:
                 assert str(settings[flag]) == changed.pop(flag)

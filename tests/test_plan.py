@@ -37,6 +37,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import CACHE_TYPES, Model
 from laserkv_gguf.models.header import Header
 from laserkv_gguf.planning import fits as plan
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 
 GIB = 1 << 30
 SHAPES = {
@@ -489,7 +490,7 @@ def test_plan_says_what_recall_takes(
     flags = ["plan", "-m", str(tiny["plain"]), "--tokens", "4000", "--block-size", "512"]
     flags += ["--ratio", "0.25"]
     spec = SHAPES["plain"]
-    row = spec.layers * spec.kv_heads * spec.head_dim * 2 * 2
+    row = spec.layers * spec.kv_heads * (spec.head_dim * 2 * 2 + 4)  # with its value's length
     found = []
     for more in ([], ["--recall", "ram"], ["--recall", "disk", "--recall-mode", "shortlist"]):
         assert run([*flags, "--json", *more]) == 0
@@ -502,8 +503,9 @@ def test_plan_says_what_recall_takes(
     off, replay, shortlist = (one["recall_cells"] for one in found)
     assert off == 0
     assert shortlist == 96  # drafts alone
-    # B = 226: anchors and windows of 56, pools of 114; the last block has 416 tokens
-    assert replay == 56 + 56 + 7 * 114 + 416 + 56 - found[1]["kept_tokens"] + 96
+    # a block beside all that was kept, the last 32 tokens, and drafts
+    assert found[1]["kept_tokens"] == 1000
+    assert replay == 512 + 32 + 96
     assert found[1]["ctx_cells"] > found[2]["ctx_cells"]
     assert run([*flags, "--recall", "ram"]) == 0
     shown = capsys.readouterr().out
@@ -528,12 +530,23 @@ QUERY = 32 * 32 * 128 * 4  # and of its queries
 @pytest.mark.parametrize("tokens", [16_384, 32_768, 131_072, 1_048_576])
 def test_an_8b_capture(tokens: int, large: tuple[Path, int]) -> None:
     """A block of 4,096 and the window before it: at most 300 MiB; the probe's queries beside."""
-    header, run_ = Header(large[0]), plan.Run(policies.make("laser"))
+    header, run_ = Header(large[0]), plan.Run(policies.make("laser", **PAPER_OPTIONS))
     budget = run_.budget(tokens, 0.25)
     held = plan.capture_bytes(header, run_, budget)
     window = int(2 * 0.25 * 4096 * tokens / (4096 + tokens)) // 4
     assert held == (4096 + window) * KEY + (8 + 5 + 96) * QUERY
     assert held - (8 + 5 + 96) * QUERY <= 300 * 2**20
+
+
+@pytest.mark.parametrize("tokens", [16_384, 32_768, 131_072, 1_048_576])
+@pytest.mark.parametrize("ratio", [0.25, 0.1])
+def test_an_8b_capture_of_one_pool(tokens: int, ratio: float, large: tuple[Path, int]) -> None:
+    """A block and all that is kept beside it, of each a key and its value's length."""
+    header, run_ = Header(large[0]), plan.Run(policies.make("laser"))
+    held = plan.capture_bytes(header, run_, run_.budget(tokens, ratio))
+    rows = int(ratio * tokens) + 4096
+    asking = (run_.question + 96) * KEY * 2  # keys of the question and drafts, float32
+    assert held == rows * (KEY + 32 * 8 * 4) + (8 + 5 + 96) * QUERY + asking
 
 
 def test_what_is_kept_whole_captures_nothing(large: tuple[Path, int]) -> None:
@@ -667,10 +680,12 @@ def test_json(large: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> No
     assert found["weights_bytes"] == large[1]
     assert found["fits"]
     assert found["gpu_layers"] == 33
+    flags = "-m", large[0], "--tokens", "65536", "--vram", "8GiB", "--ratio", "0.25"
+    found = command(capsys, *flags)
+    assert (found["kept_tokens"], found["blocks"]) == (16384, 16)
+    assert (found["anchors"], found["window"], found["long_term"]) == (4, 32, 16384 - 36)
     # section 2 of the paper's arithmetic, at the ratio that was asked for
-    found = command(
-        capsys, "-m", large[0], "--tokens", "65536", "--vram", "8GiB", "--ratio", "0.25"
-    )
+    found = command(capsys, *flags, "--preset", "paper")
     assert (found["budget"], found["blocks"]) == (1927, 16)
     assert (found["anchors"], found["window"], found["long_term"]) == (481, 481, 965)
 

@@ -15,6 +15,7 @@ from laserkv_gguf import LaserKV, policies
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = "A story that is long enough for a few blocks, told by nobody to nobody. " * 6
@@ -82,6 +83,8 @@ def test_laser_asks_for_what_its_parts_use() -> None:
         needs = policies.make(name).needs
         assert (needs.attention, needs.keys) == (attention, keys)
     assert policies.make("laser", alpha=0.75).needs == policies.find("laser").needs
+    plain = policies.make("laser", **PAPER_OPTIONS).needs
+    assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)
     for made in (policies.make("magicpig"), policies.make("laser", alpha=0.0)):
         assert (made.needs.attention, made.needs.keys) == (False, True)
     # made anew from one that did not

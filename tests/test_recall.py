@@ -46,6 +46,7 @@ from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
 from laserkv_gguf.planning.settings import RecallSettings
 from laserkv_gguf.policies import Candidates
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 from laserkv_gguf.reading.asking import Asked
 from laserkv_gguf.recall import disk
 from laserkv_gguf.recall.disk import DiskStore
@@ -147,6 +148,7 @@ class Paper:
         block: tuple[int, int, int],
         queries: NDArray[np.float32],
         others: set[int],
+        memory: dict[str, Any],
     ) -> Candidates:
         """What the policy sees: `others` of the document count, the conversation and the asking."""
         keys, norms = self.read
@@ -163,6 +165,7 @@ class Paper:
             block[2],
             queries,
             keys[:, tokens],
+            memory=memory,
             value_norms=norms[:, tokens],
             outside=outside.astype(np.float32),
         )
@@ -181,6 +184,7 @@ class Paper:
 
     def replay(self, asked: list[int]) -> set[int]:
         inside: set[int] = set()
+        memory: dict[str, Any] = {}  # of this question alone
         window = set(range(self.count - self.budget.window, self.count))
         for block in self.budget.blocks:
             inside |= set(range(block.start, block.end))
@@ -191,7 +195,7 @@ class Paper:
             tokens = np.array(sorted(t for t in inside if first <= t < last))
             others = (inside | window) - set(range(first, last))
             span = block.start, block.end, block.index
-            seen = self.candidates(tokens, span, queries, others)
+            seen = self.candidates(tokens, span, queries, others, memory)
             chosen = {int(tokens[i]) for i in self.policy.select(seen, block.pool)}
             inside = (inside - set(tokens.tolist())) | chosen
         return inside
@@ -204,7 +208,7 @@ class Paper:
             queries = self.queries(asked, self.kept, drafts)
             votes = pool(self.votes(queries, keys), 15)
             near = anchors + top_k(votes[anchors:end], 2 * room)
-            seen = self.candidates(near, (anchors, end, 0), queries, ends)
+            seen = self.candidates(near, (anchors, end, 0), queries, ends, {})
             self.kept = ends | {int(near[i]) for i in self.policy.select(seen, room)}
         return self.kept
 
@@ -236,10 +240,12 @@ class Paper:
         ("replay", {}),
         ("replay", {"policy": "finch", "positions": "original"}),
         ("replay", {"policy": "snapkv"}),
-        ("replay", {"policy_options": WHOLE}),
+        ("replay", {"policy_options": PAPER_OPTIONS}),
+        ("replay", {"policy_options": {**WHOLE, "shares": "equal"}}),
         ("replay", {"policy_options": {**WHOLE, "shares": "one", "over": "sum"}}),
         ("shortlist", {}),
-        ("shortlist", {"policy_options": WHOLE}),
+        ("shortlist", {"policy_options": {**PAPER_OPTIONS, "pool": 15}}),
+        ("shortlist", {"policy_options": {**WHOLE, "shares": "equal"}}),
     ],
     ids=str,
 )
@@ -307,7 +313,7 @@ def test_account(loaded: Loaded) -> None:
     with recalling(loaded, recall_mode="shortlist") as engine:
         talk = engine.conversation(document=DOCUMENT, max_tokens=4)
         account = turn(talk, QUESTIONS[0]).account
-        row = 2 * SPEC.kv_heads * SPEC.head_dim * 4
+        row = 2 * SPEC.kv_heads * SPEC.head_dim * 4 + SPEC.kv_heads * 4  # and its value's length
         signatures = SPEC.kv_heads * 128 // 8
         assert account.parked_bytes == tokens * SPEC.layers * (row + signatures)
         assert account.parked_tokens == account.document_tokens == tokens

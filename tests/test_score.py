@@ -8,6 +8,7 @@ pays, its mask made of what was evicted.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from test_engine import SHORT, SIZE, TOKENS, Cache, Recorder
 from tiny import TinySpec, forward, make, random_tokens, visibility
 
 from laserkv_gguf import kernels, policies
+from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import output
@@ -364,6 +366,50 @@ def test_a_model_that_shows_no_values(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scoring", ["host", "device"])
+@pytest.mark.parametrize("recall", [True, False])
+def test_laser_as_it_comes_weighs_none_where_none_are_shown(
+    scoring: str,
+    recall: bool,
+    load: Callable[[str], Loaded],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It reads on, says so once, and keeps what it would by attention alone."""
+    one = load("grouped")
+
+    def kept(values: str) -> list[NDArray[np.int64]]:
+        settings = {"recall": "ram"} if recall else {}
+        with LaserKV(
+            one.model,
+            context=ContextOptions(SIZE, 64, threads=1),
+            policy_options={"values": values},
+            ratio=0.3,
+            block_size=SIZE,
+            lookahead=2,
+            scoring=scoring,
+            **settings,  # type: ignore[arg-type]
+        ) as engine:
+            talk = engine.conversation(document="Of all the ways to go " * 9, max_tokens=4)
+            found = [talk.read(question="which way?").kept]
+            for asked in ("which way?", "how far?"):
+                list(talk.ask(asked))
+                found.append(talk.reading.kept)  # type: ignore[union-attr]
+            return found
+
+    weighed = kept("norm")
+    monkeypatch.setattr(Probe, "_want_norms", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        by_itself = kept("auto")
+    assert [record.getMessage() for record in caplog.records if "values" in record.msg] == [
+        "this build of llama.cpp shows no values of a llama model: laser weighs none"
+    ]
+    plain = kept("none")
+    for found, truth in zip(by_itself, plain, strict=True):
+        np.testing.assert_array_equal(found, truth)
+    assert any(not np.array_equal(a, b) for a, b in zip(weighed, plain, strict=True))
+
+
 # ---- a softmax over all, against the attention of a forward pass -----------------------------
 
 
@@ -597,7 +643,7 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
         value_norms=given["weights"],
         outside=given["outside"],
     )
-    policy = Laser(pool=1, values=values, softmax=softmax, over=over)
+    policy = Laser(pool=1, values=values, softmax=softmax, over=over, shares="equal")
     added = {"weights": given["weights"]} if values == "norm" else {}
     if softmax != "candidates":
         added["outside"] = given["outside"]
@@ -608,6 +654,8 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
 
 
 def test_laser_asks_for_what_its_options_need() -> None:
+    assert Laser().needs == replace(Laser.needs, keys=False)
+    assert (Laser().values, Laser().softmax, Laser().over) == ("auto", "all", "max")
     plain = Laser(values="none", softmax="candidates", over="sum").needs
     assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)
     ends = Laser(softmax="ends").needs
@@ -621,7 +669,7 @@ def test_laser_asks_for_what_its_options_need() -> None:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        ("values", "none, norm, output"),
+        ("values", "auto, none, norm, output"),
         ("softmax", "candidates, ends, all"),
         ("over", "sum, max"),
         ("shares", "equal, one, best"),
@@ -691,18 +739,23 @@ def test_one_pool_chosen_anew(load: Callable[[str], Loaded]) -> None:
 
 
 @pytest.mark.parametrize("pool", [1, 5])
-def test_what_was_found_once_keeps_its_best_score(pool: int) -> None:
-    """Every block against the formula: the largest of all scores a token was given so far."""
-    policy = Laser(pool=pool, values="norm", softmax="all", over="max", shares="best")
-    tokens, memory = np.arange(40), dict[str, Any]()
+@pytest.mark.parametrize("even", [0.0, 0.5, 1.0])
+def test_what_was_found_once_keeps_its_best_score(pool: int, even: float) -> None:
+    """Every block by the formula: the best of each block's share, then the best of all.
+
+    A token's score is the largest that it was given so far.
+    """
+    policy = Laser(pool=pool, shares="best", even=even)
+    tokens, memory, starts = np.arange(40), dict[str, Any](), [0]
     best: dict[int, float] = {}
     for index in range(4):
         given = made((2, 5, 4, 2, 16, len(tokens)), seed=index)
         if index:
             given["outside"] += 3  # more is seen: what was found before would lose anew
+            starts.append(40 + 30 * (index - 1))
         candidates = Candidates(
             tokens,
-            (0, int(tokens[-1]) + 1),
+            (starts[-1], int(tokens[-1]) + 1),
             index,
             queries=given["queries"],
             keys=given["keys"],
@@ -717,10 +770,18 @@ def test_what_was_found_once_keeps_its_best_score(pool: int) -> None:
         for token, score in zip(tokens.tolist(), (near @ scores) / near.sum(axis=1), strict=True):
             best[token] = max(score, best.get(token, 0))
         order = sorted(tokens.tolist(), key=lambda token: -best[token])
+        truth: list[int] = []
+        for start, end in zip(starts, [*starts[1:], 1000], strict=True):
+            own = [token for token in order if start <= token < end]
+            truth += own[: int(even * 15) // len(starts)]
+        truth += [token for token in order if token not in truth][: 15 - len(truth)]
         chosen = tokens[policy.select(candidates, 15)]
-        assert chosen.tolist() == sorted(order[:15])
-        tokens = np.concatenate((chosen, 40 * (index + 1) + np.arange(30)))
-    assert (tokens[:15] < 40).sum() > 5  # of the first block, though others came
+        assert chosen.tolist() == sorted(truth)
+        tokens = np.concatenate((chosen, 40 + 30 * index + np.arange(30)))
+    kept = tokens[:15]
+    assert (kept < 40).sum() >= 3  # of the first block, though others came
+    if even == 1:
+        assert all(((kept >= start) & (kept < start + 30)).any() for start in starts)
 
 
 # ---- drafts that reach ----------------------------------------------------------------------

@@ -32,6 +32,7 @@ from laserkv_gguf.llama import rows, state
 from laserkv_gguf.llama.context import SEQUENCES, Context
 from laserkv_gguf.llama.sequence import MAIN, PROBE, Sequence
 from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.saving.conversation import load, save
 
@@ -69,7 +70,7 @@ class Watching(Policy):
         """Nothing is to be seen but conversations."""
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        chosen = policies.make("laser").select(candidates, budget)
+        chosen = policies.make("laser", **PAPER_OPTIONS).select(candidates, budget)
         self.seen.append((Watching.now(), candidates, np.sort(chosen)))
         return chosen
 
@@ -653,7 +654,7 @@ def test_a_saved_conversation_goes_on(
 ) -> None:
     """The same greedy answers in a fresh engine as in the one that went on."""
     file = tmp_path / "talk.safetensors"
-    settings = {"ctx_size": 420, "positions": positions, "ratio": 0.3}
+    settings = {"ctx_size": 432, "positions": positions, "ratio": 0.3}
     with loaded.engine(**settings) as engine:
         talk = talking(engine, system=SYSTEM)
         if when != "read":
@@ -792,9 +793,11 @@ def chosen_by_hand(
     """
     tokens, seen = decoded
     budget, offset, policy = recaller.budget, recaller.offset, policies.make("laser")
-    keys = forward(one.weights, one.spec, tokens, visible=seen).keys.astype(np.float32)
+    read = forward(one.weights, one.spec, tokens, visible=seen)
+    norms = np.linalg.norm(read.values, axis=-1)
     window = set(range(budget.tokens - budget.window, budget.tokens))
     inside: set[int] = set()
+    memory: dict[str, Any] = {}
     for block in budget.blocks:
         inside |= set(range(block.start, block.end))
         if not block.evicts:
@@ -806,15 +809,24 @@ def chosen_by_hand(
         rows[before:, visible] = True
         rows[before:, before:] = np.tri(len(asked), dtype=bool)
         prompt = np.concatenate((tokens, asked))
-        found = forward(one.weights, one.spec, prompt, visible=rows).queries[:, before:]
+        found = forward(one.weights, one.spec, prompt, visible=rows)
         candidates = np.array(sorted(t for t in inside if block.candidates[0] <= t))
         candidates = candidates[candidates < block.candidates[1]]
+        queries = found.queries[:, before:]
+        wide = np.repeat(found.keys, queries.shape[2] // found.keys.shape[2], axis=2)
+        logits = np.einsum("lthd,lchd->lthc", queries, wide) / queries.shape[3] ** 0.5
+        beside = rows[before:].copy()
+        beside[:, offset + candidates] = False
+        outside = np.log(np.where(beside[None, :, None], np.exp(logits), 0).sum(axis=-1))
         view = Candidates(
             candidates,
             (block.start, block.end),
             block.index,
-            np.ascontiguousarray(found, np.float32),
-            keys[:, offset + candidates],
+            np.ascontiguousarray(queries, np.float32),
+            read.keys[:, offset + candidates].astype(np.float32),
+            memory=memory,
+            value_norms=norms[:, offset + candidates].astype(np.float32),
+            outside=outside.astype(np.float32),
         )
         kept = {int(candidates[i]) for i in policy.select(view, block.pool)}
         inside = (inside - set(candidates.tolist())) | kept
@@ -916,8 +928,12 @@ def test_many_turns_beside_what_is_recalled(mode: str, positions: str, loaded: L
 
 @pytest.mark.parametrize("mode", ["replay", "shortlist"])
 def test_a_long_question_leaves_fewer_tokens(mode: str, loaded: Loaded) -> None:
-    """But anchors and windows; the next one has them all again. Longer ones are refused."""
-    with loaded.engine(**RECALL, recall_mode=mode, ctx_size=512) as engine:
+    """But anchors and windows; the next one has them all again. Longer ones are refused.
+
+    By equal shares: one pool is replayed with a whole block beside it, for which there is no room.
+    """
+    settings = {**RECALL, "recall_mode": mode, "policy_options": {"shares": "equal"}}
+    with loaded.engine(**settings, ctx_size=512) as engine:
         talk = engine.conversation(documents={"a": DOCUMENT, "b": OTHER}, max_tokens=8)
         turn(talk, "one?")
         budgets = [recaller.budget for recaller in talk.sources.recallers]

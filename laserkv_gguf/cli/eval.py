@@ -35,7 +35,8 @@ class EvalOptions(EngineOptions):
         Option(
             "--preset",
             help="A published table (paper-table1, paper-table2, lagkv-passkey), "
-            "laser-ablations: laser with one thing changed, or paper: laser as it was published.",
+            "laser-ablations: laser with one thing changed, laser-hashing: with hash collisions, "
+            "or paper: laser as it was published.",
         ),
     ] = None
     block_size: Annotated[

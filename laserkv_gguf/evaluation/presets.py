@@ -20,6 +20,7 @@ from laserkv_gguf.policies.laser import (
     PAPER_OPTIONS,
     RESIDUALS,
     RULES,
+    SHARES,
     SOFTMAX,
     VALUES,
 )
@@ -84,11 +85,13 @@ ABLATIONS = (
     *(f"protection_divisor={n}" for n in (3, 8, 16)),
     "alpha=0.75 pool=7",
     "alpha=0.75 hash_bits=10 hash_tables=150",
-    "alpha=0.75 pool=1 lookahead=0 probe_tokens=0 rule=analytic",
-    *(f"values={values}" for values in VALUES[1:]),
-    *(f"softmax={softmax}" for softmax in SOFTMAX[1:]),
-    "over=max",
-    "shares=one",
+    "alpha=0.75 pool=1 lookahead=0 probe_tokens=0 rule=analytic values=none softmax=candidates "
+    "over=sum shares=equal",
+    *(f"values={values}" for values in VALUES if values not in ("auto", "norm")),
+    *(f"softmax={softmax}" for softmax in SOFTMAX if softmax != "all"),
+    "over=sum",
+    *(f"shares={shares}" for shares in SHARES if shares != "best"),
+    *(f"even={even}" for even in (0.0, 0.5, 1.0)),
 )
 """`laser` with one thing changed, or what the paper has."""
 
@@ -162,6 +165,28 @@ PRESETS: dict[str, Preset] = {
         ratios=(0.25, 0.1),
         policies=("full", "laser", *(f"laser {changed}" for changed in ABLATIONS)),
         samples=20,
+        block_size=512,
+    ),
+    "laser-hashing": Preset(  # whether hash collisions find what attention does not
+        source="",
+        place="",
+        models={2048: "", 4096: ""},
+        tasks=(
+            "niah_single_1",
+            "niah_multikey_1",
+            "niah_multivalue",
+            "vt",
+            "passkey",
+            "fidelity",
+        ),
+        ratios=(0.25, 0.1, 0.05),
+        policies=(
+            "full",
+            "laser",
+            "laser alpha=0.75",
+            "laser alpha=0.75 rule=analytic hash_bits=1",
+        ),
+        samples=30,
         block_size=512,
     ),
 }

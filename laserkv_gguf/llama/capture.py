@@ -429,7 +429,8 @@ class Probe:
 
         Raises:
             ValueError: an array of another shape, type or layout.
-            CaptureError: the graph did not show all rows (only when the block ended well).
+            CaptureError: the graph did not show all rows (only when the block ended well); of norms
+                only where it showed all the others.
         """
         of_values = ("values", "value_norms", "output_norms")
         if sum(wanted.get(kind) is not None for kind in of_values) > 1:
@@ -444,7 +445,8 @@ class Probe:
             # nothing may be left that points into arrays which may go
             self._control[_ARMED] = 0
             self._control[_RECORDS:] = 0
-        for kind, target in wanted.items():
+        # norms last: where only they are missing, the rest is there
+        for kind, target in sorted(wanted.items(), key=lambda item: item[0].endswith("_norms")):
             if target is None or target[0].shape[1] == 0:
                 continue
             end = target[1] + target[0].shape[1]

@@ -33,7 +33,7 @@ class Needs:
         keys, values: of every candidate.
         value_norms: one number for every candidate's value, so that none is held: "norm" for its
             length, "output" for what it adds to the stream at that length (see `Candidates`),
-            "none" for none.
+            "none" for none, "auto" for its length where the model's graph shows values.
         outside: `Candidates.outside`, for a softmax over all that the probe sees.
         outside_kept: whether that counts what was kept of earlier blocks, too. Their keys are then
             held (on the host, or read where they are on a device) as long as blocks come.
@@ -161,7 +161,8 @@ class Candidates:
         scorer: attention of queries over the candidates' keys where these are (see
             `DeviceAttention`); None on the host.
         value_norms: (layers, C, kv_heads) float32, or None: ‖v‖ of every candidate; of "output" the
-            root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805).
+            root mean square over the kv head's query heads of ‖W_o v‖ (arXiv 2502.03805). Of
+            "auto" None where the model's graph shows no values.
         repeated: (layers, C, kv_heads) float32, or None: the most attention that a token paid each
             candidate when the text was decoded again, over these tokens and over the heads that
             share its key. Every candidate has it of the part that repeats itself.

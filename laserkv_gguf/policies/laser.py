@@ -24,7 +24,7 @@ PAPER_OPTIONS: dict[str, Any] = {
     "over": "sum",
     "shares": "equal",
 }
-VALUES = ("none", "norm", "output")
+VALUES = ("auto", "none", "norm", "output")
 SOFTMAX = ("candidates", "ends", "all")
 OVER = ("sum", "max")
 SHARES = ("equal", "one", "best")
@@ -41,8 +41,9 @@ class Laser(Policy):
     (softmax over the candidates, summed) and 5 (SimHash collisions with keys centred on the
     candidates' mean, as in MagicPIG, arXiv 2410.16179) of the block loop.
 
-    The defaults are what found most in our own table (README, Measured): all by attention, and
-    wide pooling. The paper's own are `--preset paper`.
+    The defaults are what found most in our own tables (docs/selection.md): all by attention, of
+    which every probability counts times the length of the value, and one pool that remembers. The
+    paper's own are `--preset paper`.
 
     Attributes:
         alpha: share of the pool chosen by exact attention; the paper's is 0.75.
@@ -56,7 +57,8 @@ class Laser(Policy):
             what the LASER paper ranks by.
         values: what an attention weight counts. "norm": times ‖v‖, the length of the token's value
             in its layer and kv head; "output": times what the value adds to the stream, ‖W_o v‖
-            (CriticalKV, arXiv 2502.03805); "none": itself, as in the LASER paper.
+            (CriticalKV, arXiv 2502.03805); "none": itself, as in the LASER paper; "auto": as
+            "norm", or itself where the model's graph shows no values.
         softmax: over the "candidates" alone, as in the LASER paper; "ends": over anchors, window
             and the question's own tokens as well; "all": over all that the question sees, what was
             kept of earlier blocks among it, whose keys are held on the host for that (of their
@@ -67,7 +69,9 @@ class Laser(Policy):
             all that is kept, chosen anew from itself and every block (FINCH, arXiv 2408.00167),
             beside the first 4 and the last 32 tokens; `--protection-divisor` bounds these; "best":
             the same, and a token stands there with the best score that any block's question gave
-            it, so that an answer which was found once is not lost to what is read after it.
+            it, so that an answer which was found once is not lost to what is read after it; a part
+            of the pool is for every block read so far in equal parts.
+        even: that part of a pool with "best"; the rest is for the best of all blocks.
         residual: what fills the (1 - α) part. "lsh": collisions, by `rule`; "keydiff": keys least
             like the others (arXiv 2504.15364); "leverage": keys that lie apart (2507.08143).
         seed: of the hash planes, and of leverage's sketch.
@@ -75,7 +79,14 @@ class Laser(Policy):
 
     name: ClassVar[str] = "laser"
     needs: ClassVar[Needs] = Needs(
-        queries=True, attention=True, keys=True, probe_tokens=8, lookahead=16, reach=96
+        queries=True,
+        attention=True,
+        keys=True,
+        value_norms="auto",
+        outside=True,
+        probe_tokens=8,
+        lookahead=16,
+        reach=96,
     )  # of both parts; an instance needs what its own parts do
 
     alpha: float = 1.0
@@ -85,15 +96,18 @@ class Laser(Policy):
     rule: str = "fraction"
     residual: str = "lsh"
     seed: int = 0
-    values: str = "none"
-    softmax: str = "candidates"
-    over: str = "sum"
-    shares: str = "equal"
+    values: str = "auto"
+    softmax: str = "all"
+    over: str = "max"
+    shares: str = "best"
+    even: float = 0.75
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha:g}; give a fraction from 0 to 1, such as 0.75")
         check_pool(self.pool)
+        if not 0 <= self.even <= 1:
+            raise UserError(f"even is {self.even:g}; give a fraction from 0 to 1, such as 0.75")
         for name, known in (
             ("values", VALUES),
             ("softmax", SOFTMAX),
@@ -128,29 +142,36 @@ class Laser(Policy):
         return replace(whole, sinks=min(SINKS, most), recent=min(RECENT, most))
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        from laserkv_gguf import kernels
-
         exact = math.floor(self.alpha * budget + 0.5)
         kept = np.zeros(candidates.count, bool)
         if exact:
-            scores = candidates.attention(
-                values=self.values != "none",
-                softmax="candidates" if self.softmax == "candidates" else "all",
-                over=self.over,
-            )
-            scores = kernels.pool(scores, self.pool, candidates.tokens)
+            scores = self._attention(candidates)
             if self.shares == "best":
-                scores = _best(scores, candidates)
-            kept[kernels.top_k(candidates.noted(scores), exact)] = True
+                kept[_of_every_block(scores, candidates, int(self.even * exact))] = True
+            _add_best(kept, candidates.noted(scores), exact)
         if exact < budget:
             assert candidates.queries is not None
             assert candidates.keys is not None
             scores = self._residual(candidates.queries, candidates.keys)
-            rest = np.flatnonzero(~kept)
-            scores = kernels.pool(scores, self.pool, candidates.tokens)
-            scores = (scores if exact else candidates.noted(scores))[rest]
-            kept[rest[kernels.top_k(scores, budget - exact)]] = True
+            scores = self._pooled(scores, candidates)
+            _add_best(kept, scores if exact else candidates.noted(scores), budget)
         return np.flatnonzero(kept)
+
+    def _attention(self, candidates: Candidates) -> NDArray[np.float32]:
+        """Step 4's scores; of a pool that remembers, the best that the tokens ever had."""
+        shown = candidates.value_norms is not None
+        scores = candidates.attention(
+            values=shown if self.values == "auto" else self.values != "none",
+            softmax="candidates" if self.softmax == "candidates" else "all",
+            over=self.over,
+        )
+        scores = self._pooled(scores, candidates)
+        return _best(scores, candidates) if self.shares == "best" else scores
+
+    def _pooled(self, scores: NDArray[Any], candidates: Candidates) -> NDArray[np.float32]:
+        from laserkv_gguf import kernels
+
+        return kernels.pool(scores, self.pool, candidates.tokens)
 
     def _residual(self, queries: NDArray[np.float32], keys: NDArray[Any]) -> NDArray[Any]:
         """Step 5's scores, or what stands in for them."""
@@ -184,6 +205,28 @@ def _best(scores: NDArray[np.float32], candidates: Candidates) -> NDArray[np.flo
     return scores
 
 
+def _of_every_block(
+    scores: NDArray[np.float32], candidates: Candidates, count: int
+) -> NDArray[np.int64]:
+    """The best candidates of every block read so far, of each as many, `count` at most."""
+    from laserkv_gguf import kernels
+
+    starts = (*candidates.memory.get("laser blocks", ()), candidates.block[0])
+    candidates.memory["laser blocks"] = starts
+    parts = np.split(scores, np.searchsorted(candidates.tokens, starts[1:]))
+    sizes = np.cumsum([0, *map(len, parts)])
+    best = [kernels.top_k(part, count // len(parts)) for part in parts]
+    return np.concatenate([first + part for first, part in zip(sizes, best, strict=False)])
+
+
+def _add_best(kept: NDArray[np.bool_], scores: NDArray[np.float32], count: int) -> None:
+    """Keeps the best of what is not kept yet, until so many are."""
+    from laserkv_gguf import kernels
+
+    rest = np.flatnonzero(~kept)
+    kept[rest[kernels.top_k(scores[rest], count - len(kept) + len(rest))]] = True
+
+
 @dataclass(frozen=True)
 class Exact(Laser):
     """`laser` with α = 1: attention consensus alone (arXiv 2602.02199, table 1)."""
@@ -200,3 +243,4 @@ class MagicPig(Laser):
     name: ClassVar[str] = "magicpig"
 
     alpha: float = field(default=0.0, init=False)
+    shares: str = "equal"

@@ -174,6 +174,7 @@ class Reader:
         self._on_device = there and policy.needs.attention
         self._arrays = Arrays(context, precise=policy.needs.precise)
         self._reads: _State | None = None  # while a block is being looked at
+        self.weighs = True  # until the model turns out to show no values
 
     def read(
         self,
@@ -361,12 +362,27 @@ class Reader:
         except CaptureError as error:
             if not error.kind.endswith("_norms"):
                 raise
-            raise UserError(
-                f"{self.policy.name} weighs values, and this build of llama.cpp shows none of a "
-                f"{self.context.model.architecture} model; use --policy-option values=none, "
-                f'or --read-policy "{self.policy.name} values=none" where no question is known'
-            ) from error
+            if needs.value_norms == "auto":
+                self._do_not_weigh()
+            else:
+                raise self._cannot_weigh() from error
         state.kept = np.concatenate((state.kept, np.arange(block.start, block.end)))
+
+    def _do_not_weigh(self) -> None:
+        """Goes on without norms of values, which the model's graph does not show."""
+        self.weighs = False
+        log.warning(
+            "this build of llama.cpp shows no values of a %s model: %s weighs none",
+            self.context.model.architecture,
+            self.policy.name,
+        )
+
+    def _cannot_weigh(self) -> UserError:
+        return UserError(
+            f"{self.policy.name} weighs values, and this build of llama.cpp shows none of a "
+            f"{self.context.model.architecture} model; use --policy-option values=none, "
+            f'or --read-policy "{self.policy.name} values=none" where no question is known'
+        )
 
     def _scores_later(self, state: _State, block: Block) -> bool:
         """Whether the block's keys are looked at, now or when a later block looks back."""
@@ -390,7 +406,7 @@ class Reader:
         wanted = {
             "keys": needs.keys or needs.visible if self._on_device else needs.host_keys,
             "values": needs.values,
-            "value_norms": norms == "norm",
+            "value_norms": norms == "norm" or (norms == "auto" and self.weighs),
             "output_norms": norms == "output",
             "cells": self._on_device,
         }

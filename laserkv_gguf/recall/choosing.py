@@ -41,7 +41,18 @@ class Choosing:
 
     @property
     def bytes(self) -> int:
-        return 0 if self.norms is None else self.norms.nbytes
+        """Of `norms`, whether a question has asked for them yet or not."""
+        if not self._weighs:
+            return 0
+        form = self.parked.form
+        return (
+            form.layers * self.parked.budget.tokens * form.kv_heads * np.dtype(np.float32).itemsize
+        )
+
+    @property
+    def _weighs(self) -> bool:
+        """As the reading did, though what is parked has values in any case."""
+        return self.policy.needs.value_norms != "none" and self.parked.reader.weighs
 
     def beside(self, position: int, hidden: tuple[tuple[int, int], ...]) -> list[NDArray[Any]]:
         """Keys of what a question at a position sees beside the document."""
@@ -81,7 +92,7 @@ class Choosing:
             block = block.start, block.end, block.index
         if needs.outside:
             outside = asked.with_more((self.parked.keys(others), *beside))
-        if needs.value_norms != "none":
+        if self._weighs:
             norms = self._norms(tokens)
         return Candidates(
             tokens,
