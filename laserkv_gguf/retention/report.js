@@ -223,7 +223,7 @@
 
   // ---- blocks as chapters ----
   const chapters = $("chapters");
-  chapters.append(new Option(`Go to one of ${number(blocks.length)} blocks`, ""));
+  chapters.append(new Option("Go to a block", ""));
   blocks.forEach((block, i) => {
     const name = first.parts.length > 1 ? `${block.part.name}: ` : "";
     chapters.append(new Option(name + block.heading.textContent, i));
