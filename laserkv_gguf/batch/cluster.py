@@ -206,6 +206,7 @@ def _connected(address: str) -> Any:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    _check(address)
     try:
         if address == LOCAL:
             # on this machine alone: nobody else is to reach it
