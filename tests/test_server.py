@@ -314,6 +314,12 @@ def stream_of(served: Served, body: dict[str, Any]) -> socket.socket:
     return made
 
 
+def known(served: Served) -> float:
+    """Conversations that can be asked again."""
+    places = ("new", "cache", "memory", "disk", "lost")
+    return sum(served.metric(f'laserkv_conversations{{where="{place}"}}') for place in places)
+
+
 def _some(made: socket.socket) -> bytes:
     data = made.recv(4096)
     assert data, "the server has closed the connection"
@@ -322,12 +328,14 @@ def _some(made: socket.socket) -> bytes:
 
 def test_who_goes_away_is_cancelled_while_reading(served: Served) -> None:
     long = " ".join(f"Line {n} of a long book." for n in range(400))
+    before = known(served)
     made = stream_of(served, {"messages": [user(f"{long}\n\nWhat?")]})
     head = b""
     while b": read " not in head:  # it is being read
         head += _some(made)
     made.close()
     served.wait_for("laserkv_running", 0)
+    assert known(served) == before  # a document that was read to its end would be kept
     assert call(f"{served.url}/health")[0] == 200
 
 
