@@ -67,7 +67,9 @@ def test_what_stands_in_a_report_is_what_the_ledger_says(model: Path) -> None:
 @pytest.mark.parametrize("policy", ["laser", "magicpig", "snapkv", "chunkkv", "keydiff", "lagkv"])
 def test_a_pool_is_what_scored_highest(model: Path, policy: str) -> None:
     """For policies whose choice is the best by one number in every block of an accumulating run."""
-    with LaserKV(model, block_size=128, ratio=0.25, policy=policy) as engine:
+    options = {"shares": "equal"} if policy == "laser" else {}
+    settings = {"block_size": 128, "ratio": 0.25, "policy": policy, "policy_options": options}
+    with LaserKV(model, **settings) as engine:
         talk = asked(engine, TEXT)
         found = spans.of(talk)
         scored = ~np.isnan(found.scores)
