@@ -32,7 +32,9 @@ def peak_rss() -> int | None:
 
 
 def free_ram() -> int | None:
-    """What this process may still take: free memory, or less where its control group has less.
+    """What this process may still take: free memory, or what its limits leave, if that is less.
+
+    Its limits are those of its control group, and of its address space and data (`ulimit -v -d`).
 
     None where that cannot be told (not Linux).
     """
@@ -51,7 +53,21 @@ def free_ram() -> int | None:
         found.append(max(0, limit - used))
     except (OSError, ValueError):
         pass
-    return min(found, default=None)
+    return min([*found, *_left_of_limits()], default=None)
+
+
+def _left_of_limits() -> list[int]:
+    """What the process's own limits leave of address space and data, where it has any."""
+    import resource
+
+    left = []
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = {line.split(":")[0]: line.split() for line in lines if line.endswith(" kB")}
+    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most = resource.getrlimit(limit)[0]
+        if most != resource.RLIM_INFINITY and name in taken:
+            left.append(max(0, most - int(taken[name][1]) * 1024))
+    return left
 
 
 def human(size: int) -> str:

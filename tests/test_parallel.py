@@ -160,7 +160,7 @@ def test_without_a_document_and_with_system_prompts(loaded: Loaded) -> None:
         Question("three?", max_tokens=7),
         Question("four?", system="Be brief.", max_tokens=4),
     ]
-    with loaded.engine() as engine:
+    with loaded.engine(recall="off") as engine:
         for document in (None, DOCUMENT):
             answers = answered(engine, questions, document=document, read_once=False, parallel=2)
             expected = [alone(engine, question, document=document) for question in questions]
@@ -171,7 +171,7 @@ def test_without_a_document_and_with_system_prompts(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("policy", ["laser", "snapkv", "tova"])
 def test_policies_that_ask_read_for_each_question(policy: str, loaded: Loaded) -> None:
-    with loaded.engine(policy=policy) as engine:
+    with loaded.engine(policy=policy, recall="off") as engine:
         expected = [alone(engine, question) for question in QUESTIONS[:4]]
         answers = answered(engine, QUESTIONS[:4], parallel=3)
         assert answers.tokens == [reply.tokens for reply in expected]
@@ -186,7 +186,7 @@ def test_policies_that_ask_read_for_each_question(policy: str, loaded: Loaded) -
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_read_once_is_the_reading_of_a_conversation(positions: str, loaded: Loaded) -> None:
     """Which does not know its questions either."""
-    with loaded.engine(policy="laser", positions=positions) as engine:
+    with loaded.engine(policy="laser", positions=positions, recall="off") as engine:
         expected = []
         for question in QUESTIONS:
             conversation = engine.conversation(document=DOCUMENT, max_tokens=question.max_tokens)

@@ -30,7 +30,7 @@ from laserkv_gguf import models, policies
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.cli.plan import parse_size
+from laserkv_gguf.cli.options import parse_size
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import devices, library
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -757,7 +757,7 @@ def test_a_name_that_is_not_here_is_pulled(
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size("--vram", text) == size
 
 
 REFUSED = {

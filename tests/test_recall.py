@@ -910,7 +910,7 @@ def test_votes_of_nothing_and_of_nonsense() -> None:
 @pytest.mark.parametrize(
     ("settings", "said_so"),
     [
-        ({"recall": "tape"}, "--recall tape is unknown; use off, ram, disk"),
+        ({"recall": "tape"}, "--recall tape is unknown; use auto, ram, disk, off"),
         ({"recall_mode": "fast"}, "--recall-mode fast is unknown; use replay or shortlist"),
         ({"recall_file": "x"}, "--recall disk"),
         ({"policy": "random"}, "does not look at the question"),

@@ -119,7 +119,7 @@ def test_recall_goes_on_as_it_was(kept: Path, loaded: Loaded) -> None:
     with engine_of(loaded, ratio=0.9, block_size=100) as engine:  # the file's win
         talk = engine.load(kept, max_tokens=6)
         assert [turn(talk, question).tokens for question in QUESTIONS] == expected
-        assert engine.settings.recall == "ram"
+        assert engine.settings.recall == "auto"
         talk.reset()
         assert turn(talk, QUESTIONS[0]).tokens == expected[0]
     answers = []

@@ -29,6 +29,7 @@ from laserkv_gguf import models, policies
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.cli import commands
 from laserkv_gguf.cli.app import run
+from laserkv_gguf.cli.editing import Plain
 from laserkv_gguf.cli.loop import Loop
 from laserkv_gguf.cli.options import EngineOptions
 from laserkv_gguf.conversation.conversation import Conversation
@@ -645,7 +646,7 @@ class Line:
     """A chat with the scene's conversation."""
 
     def __init__(self, scene: Scene) -> None:
-        self.loop = Loop(scene.engine, scene.talk, lambda: "", commands.run)
+        self.loop = Loop(scene.engine, scene.talk, Plain(lambda: ""), commands.run)
 
     def types(self, line: str) -> None:
         assert commands.run(self.loop, line)

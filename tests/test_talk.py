@@ -141,6 +141,7 @@ def test_everything_computed_with_evicted_tokens_hidden(
     """Logits of all answers, and what the policy saw: keys in the cache, the newest question's."""
     Watching.seen.clear()
     settings: dict[str, Any] = {"policy": f"{__name__}:Watching", "probe_tokens": 0, "lookahead": 0}
+    settings["recall"] = "off"  # what recalling asks is another test
     with loaded.engine(ctx_size=CELLS, ratio=0.2, positions="original", **settings) as engine:
         talk = engine.conversation(document=DOCUMENT, system=SYSTEM, max_tokens=12)
         Watching.now = lambda: len(decodes)
@@ -1121,7 +1122,7 @@ def test_a_saved_conversation_recalls_on(
         agrees(talk, engine)
     with loaded.engine(ratio=0.3, positions=positions) as engine:
         talk = engine.load(file, max_tokens=6)
-        assert (engine.settings.recall, engine.settings.recall_mode) == ("ram", mode)
+        assert (engine.settings.recall, engine.settings.recall_mode) == ("auto", mode)
         said = [turn(talk, question) for question in QUESTIONS[2:5]]
         assert [reply.tokens for reply in said] == [reply.tokens for reply in wanted]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -188,8 +187,8 @@ def _print(reply: Reply, as_json: bool) -> None:
         streams.say(terminal.printable(said), end="\n")
         return
     streams.say("\n")
-    if sys.stderr.isatty():
-        terminal.dim(terminal.account_line(reply.account))
+    for line in terminal.account_lines(reply):
+        terminal.dim(line)
 
 
 def _prepare_saved(options: EngineOptions, save: str | None, load: str | None) -> Saved | None:

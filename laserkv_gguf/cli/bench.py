@@ -24,7 +24,7 @@ Number = TypeVar("Number", int, float)
 QUESTION = "What happens in this text? Answer in one sentence."
 
 
-@with_options(EngineOptions, hide=("recall", "recall_mode", "recall_file", "keep"))
+@with_options(EngineOptions, hide=("recall", "recall_mode", "recall_file", "recall_limit", "keep"))
 def bench(
     options: EngineOptions,
     tokens: Annotated[

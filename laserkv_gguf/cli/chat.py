@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -11,7 +12,7 @@ from typer import Option
 
 from laserkv_gguf.cli import commands, documents, editing, streams
 from laserkv_gguf.cli.commands import COMMANDS, SETTINGS
-from laserkv_gguf.cli.loop import Loop
+from laserkv_gguf.cli.loop import Left, Loop
 from laserkv_gguf.cli.options import EngineOptions, SamplingOptions, with_options
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.shown import one_line
@@ -48,15 +49,18 @@ def chat(
     streams.check_output()
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
-    with options.engine() as engine:
-        talk = engine.conversation(
-            documents=texts,
-            system=system,
-            max_tokens=sampling.predict,
-            sampling=sampling.sampling(options.seed),
-        )
-        read = editing.reader(list(COMMANDS), lambda: SETTINGS)
-        loop = Loop(engine, talk, read, commands.run, debug=options.debug)
+    lines = editing.reader(list(COMMANDS), lambda: SETTINGS)
+    with ExitStack() as opened:
+        with lines.quiet():
+            engine = opened.enter_context(options.engine())
+            talk = engine.conversation(
+                documents=texts,
+                system=system,
+                max_tokens=sampling.predict,
+                sampling=sampling.sampling(options.seed),
+            )
+        loop = Loop(engine, talk, lines, commands.run, debug=options.debug)
+        opened.enter_context(suppress(Left))
         loop.open(question)
         loop.run()
 

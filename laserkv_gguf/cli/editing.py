@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+from laserkv_gguf.shown import harmless, one_line
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.document import Document
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
+
+    from laserkv_gguf.cli.background import Work
 
 QUOTES = '"""'
 PROMPT = "> "
 TAKES_A_FILE = ("/add", "/load", "/save")
+_OFTEN = 0.1  # seconds between two looks at the bar
 
 
-def reader(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> Callable[[], str]:
+class Lines(Protocol):
+    """Where lines come from.
+
+    Attributes:
+        edits: whether a line can be typed while something else is under way.
+    """
+
+    edits: bool
+
+    def line(self) -> str:
+        """What is typed next.
+
+        Raises:
+            EOFError, KeyboardInterrupt: the end, or Ctrl-C on an empty line.
+        """
+
+    def line_beside(self, work: Work) -> str | None:
+        """What is typed while something is under way; None when it has ended before."""
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Nothing of what is typed meanwhile is shown; it stands in the next line instead."""
+        yield
+
+
+def reader(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> Lines:
     """Asks for what to say: with editing and completion on a terminal, plainly from elsewhere.
 
     Args:
@@ -27,23 +60,135 @@ def reader(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> Ca
         settings: the names that /set knows.
     """
     if not sys.stdin.isatty():
-        return _line
+        return Plain(_line)
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
-        return _plain
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import create_output
+        return Plain(_plain)
+    return Editor(commands, settings)
 
-    # answers alone go to stdout
-    session: PromptSession[str] = PromptSession(
-        completer=_completer(commands, settings),
-        complete_while_typing=False,
-        history=_history(),
-        multiline=True,
-        prompt_continuation="  ",
-        key_bindings=_keys(),
-        output=create_output(sys.stderr),
-    )
-    return lambda: unquoted(session.prompt(PROMPT))
+
+class Plain:
+    """Lines from a pipe, a file, or a terminal that moves no cursor."""
+
+    edits = False
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self.line = line
+
+    def line_beside(self, work: Work) -> str | None:
+        raise NotImplementedError
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        yield
+
+
+class Editor:
+    """Lines that are edited, with history and completion; see `reader`."""
+
+    edits = True
+
+    def __init__(self, commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+
+        self._typed = ""  # not entered yet
+        # answers alone go to stdout
+        self._session: PromptSession[str | None] = PromptSession(
+            completer=_completer(commands, settings),
+            complete_while_typing=False,
+            history=_history(),
+            multiline=True,
+            prompt_continuation="  ",
+            key_bindings=_keys(),
+            output=create_output(sys.stderr),
+        )
+
+    def line(self) -> str:
+        typed, self._typed = self._typed, ""
+        self._session.app.erase_when_done = False
+        line = self._session.prompt(PROMPT, default=typed, refresh_interval=0)
+        assert line is not None
+        return unquoted(line)
+
+    def line_beside(self, work: Work) -> str | None:
+        session, typed = self._session, self._typed
+        app = session.app
+        self._typed, app.erase_when_done = "", True
+
+        def leave() -> None:
+            """The work has ended; what was typed so far goes on in the next line."""
+            if app.is_running and not app.is_done:
+                self._typed = session.default_buffer.text
+                app.exit(result=None)
+
+        def begun() -> None:
+            loop = app.loop
+
+            def ended() -> None:
+                with contextlib.suppress(RuntimeError):  # a line was entered just now
+                    if loop is not None:
+                        loop.call_soon_threadsafe(leave)
+
+            work.on_end = ended
+            if work.ended:
+                ended()
+
+        try:
+            line = session.prompt(
+                lambda: _above(work, app.output.get_size().columns),
+                default=typed,
+                refresh_interval=_OFTEN,
+                pre_run=begun,
+            )
+        finally:
+            work.on_end = lambda: None
+            app.erase_when_done = False
+        return None if line is None else unquoted(line)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        try:
+            import termios
+        except ImportError:  # Windows
+            yield
+            return
+        handle = sys.stdin.fileno()
+        before = termios.tcgetattr(handle)
+        mute = termios.tcgetattr(handle)
+        mute[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(handle, termios.TCSANOW, mute)
+        try:
+            yield
+        finally:
+            self._typed += _pending(handle)
+            termios.tcsetattr(handle, termios.TCSANOW, before)
+
+
+def _pending(handle: int) -> str:
+    """What was typed and not read yet, as text that can be edited."""
+    import select
+
+    found = b""
+    while select.select([handle], [], [], 0)[0]:
+        part = os.read(handle, 1 << 16)
+        if not part:
+            break
+        found += part
+    text = found.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    for mark in ("\x1b[200~", "\x1b[201~"):  # around what was pasted
+        text = text.replace(mark, "")
+    return harmless(text, running=True).strip("\n") if text.strip() else ""
+
+
+def _above(work: Work, columns: int) -> StyleAndTextTuples:
+    """What waits, the bar, and the prompt."""
+    room = max(columns - 12, 20)
+    shown: Any = []
+    for line in list(work.waiting):
+        said = one_line(line)
+        said = said if len(said) <= room else f"{said[: room - 1]}…"
+        shown.append(("class:waiting italic", f"waiting: {said}\n"))
+    return [*shown, ("", f"{work.bar.line(columns)}\n"), ("", PROMPT)]
 
 
 def _line() -> str:

@@ -6,14 +6,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from laserkv_gguf.cli import streams, terminal
+from laserkv_gguf.cli.background import Work
 from laserkv_gguf.shown import whole
 
 if TYPE_CHECKING:
     from laserkv_gguf.api import LaserKV
+    from laserkv_gguf.cli.editing import Lines
     from laserkv_gguf.conversation.answer import Answer
     from laserkv_gguf.conversation.conversation import Conversation
     from laserkv_gguf.conversation.generation import Reply
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+AT_ONCE = ("/help", "/quit")  # what need not wait until a document is read
+
+
+class Left(Exception):
+    """The chat was left while something was under way, which is stopped."""
 
 
 @dataclass
@@ -28,19 +35,21 @@ class Loop:
     """The loop of a conversation on a terminal.
 
     Attributes:
-        line: reads what is typed next.
+        lines: what is typed.
         command: runs a line that begins with a slash; returns whether the loop goes on.
         last: the last answer.
         running: whether the loop has begun.
+        early: lines that were entered while a document was read, in order.
     """
 
     engine: LaserKV
     talk: Conversation
-    line: Callable[[], str]
+    lines: Lines
     command: Callable[[Loop, str], bool]
     last: Reply | None = None
     running: bool = False
     debug: bool = False
+    early: list[str] = field(default_factory=list)
 
     def open(self, question: str | None) -> None:
         """Reads the documents, and answers the first question if there is one."""
@@ -59,7 +68,7 @@ class Loop:
         self.running, leaving = True, False
         while True:
             try:
-                line = self.line().strip()
+                line = self._line().strip()
             except KeyboardInterrupt:
                 if leaving:
                     return
@@ -80,10 +89,18 @@ class Loop:
                     return
             except KeyboardInterrupt:
                 terminal.note("(stopped)")
-            except (BrokenPipeError, streams.OutputLost):
+            except (BrokenPipeError, streams.OutputLost, Left):
                 raise
             except Exception as error:
                 terminal.failed(error, self.debug)
+
+    def _line(self) -> str:
+        """What was entered early, or is typed next."""
+        if not self.early:
+            return self.lines.line()
+        line = self.early.pop(0)
+        terminal.note(f"> {line}")
+        return line
 
     def ask(self, prompt: str) -> str:
         """One line typed in between."""
@@ -97,10 +114,11 @@ class Loop:
     def answer(self, ask: Callable[[], Answer]) -> None:
         """Streams an answer; Ctrl-C drops the turn, the document stays."""
         try:
-            stream = ask()
-            for piece in stream:
-                streams.say(terminal.printable(piece))
-            streams.say("\n")
+            with self.lines.quiet():
+                stream = ask()
+                for piece in stream:
+                    streams.say(terminal.printable(piece))
+                streams.say("\n")
         except KeyboardInterrupt:
             streams.say("\n")
             terminal.note("(stopped; this turn is dropped)")
@@ -111,14 +129,19 @@ class Loop:
             terminal.failed(error, self.debug)
             return
         self.last = stream.reply
-        terminal.dim(terminal.account_line(stream.reply.account))
+        for line in terminal.account_lines(stream.reply):
+            terminal.dim(line)
 
     # reading
 
     def read(self) -> None:
         """Reads the documents; the turns are forgotten."""
         started = time.perf_counter()
-        if self._under_a_bar(self.talk.read, self._not_read) is not None:
+
+        def read(shown: Callable[[Progress], None], asks: Callable[[], str | None] | None) -> Any:
+            return self.talk.read(shown, asks=asks)
+
+        if self._beside(read, self._not_read) is not None:
             terminal.dim(
                 f"read {self.talk.ledger.tokens_read:,} tokens in "
                 f"{time.perf_counter() - started:.1f} s, kept {self.talk.cells_used:,}"
@@ -131,7 +154,8 @@ class Loop:
             stream = self.talk.begin(question, on_progress=on_progress)
             return stream, next(iter(stream), "")
 
-        begun = self._under_a_bar(begin, self._not_read)
+        with self.lines.quiet():
+            begun = self._under_a_bar(begin, self._not_read)
         if begun is None:
             return
         stream, first = begun
@@ -144,15 +168,80 @@ class Loop:
         def stopped(said: str) -> None:
             terminal.note(f"{said}; nothing of {name} is kept")
 
-        added = self._under_a_bar(lambda shown: self.talk.add(name, text, shown), stopped)
+        def add(shown: Callable[[Progress], None], asks: Callable[[], str | None] | None) -> Any:
+            return self.talk.add(name, text, shown, asks=asks)
+
+        added = self._beside(add, stopped)
         if added is not None:
             terminal.dim(f"read {added.tokens:,} tokens of {name}, kept {added.kept:,}")
+
+    def _beside(
+        self,
+        read: Callable[[Callable[[Progress], None], Callable[[], str | None] | None], T],
+        stopped: Callable[[str], None],
+    ) -> T | None:
+        """Runs something that reads while its user types; None where it was stopped or refused.
+
+        What is entered meanwhile waits in sight; the first question is asked along while the rest
+        is read. Ctrl-C drops what waits, the last line first, and then the reading.
+
+        Raises:
+            Left: the chat was left.
+        """
+        if not self.lines.edits:
+            return self._under_a_bar(lambda shown: read(shown, None), stopped)
+        work = Work(read)
+        left = False
+        with streams.held():
+            while not (left or work.stopped):
+                try:
+                    line = self.lines.line_beside(work)
+                except KeyboardInterrupt:
+                    if work.waiting:
+                        work.waiting.pop()
+                    else:
+                        work.stopped = True
+                    continue
+                except EOFError:
+                    left = True
+                    continue
+                except BaseException:
+                    work.stop(self.engine.cancel)
+                    raise
+                if line is None:
+                    break
+                line = line.strip()
+                if line == "/quit":
+                    left = True
+                elif line == "/help":
+                    self.command(self, line)
+                elif line:
+                    work.waiting.append(whole(line))
+            if left or work.stopped:
+                work.stop(self.engine.cancel)
+        if left:
+            raise Left
+
+        def ended(_shown: Callable[[Progress], None]) -> T:
+            found: T = work.end()
+            return found
+
+        found = self._told(ended, stopped, work.bar)
+        self.early = work.waiting + self.early
+        return found
 
     def _under_a_bar(
         self, read: Callable[[Callable[[Progress], None]], T], stopped: Callable[[str], None]
     ) -> T | None:
         """Runs something that reads; None where it was stopped or refused, which is then told."""
-        bar = terminal.ReadingBar()
+        return self._told(read, stopped, terminal.ReadingBar())
+
+    def _told(
+        self,
+        read: Callable[[Callable[[Progress], None]], T],
+        stopped: Callable[[str], None],
+        bar: terminal.ReadingBar,
+    ) -> T | None:
         try:
             with bar.shown() as on_progress:
                 return read(on_progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import sys
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
-from laserkv_gguf.cli import config
+from laserkv_gguf.cli import config, streams
 from laserkv_gguf.cli.help import CACHE, COMMON, DEVICES, SAMPLING, SELECTION, SPEED
 from laserkv_gguf.cli.placing import PlacementOptions
 from laserkv_gguf.errors import UserError
@@ -39,6 +39,7 @@ _GROUP = {
     "recall": CACHE,
     "recall_mode": CACHE,
     "recall_file": CACHE,
+    "recall_limit": CACHE,
     "policy": SELECTION,
     "policy_option": SELECTION,
     "read_policy": SELECTION,
@@ -56,6 +57,11 @@ _GROUP = {
     "scoring": SPEED,
 }
 _ONCE = ("list_devices", "debug")  # what no file and no variable asks for
+
+_MOST_GIB = 4096  # no machine has as much: whoever writes more means another unit
+_DIGITS = 16
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
 
 # flags that a saved file may set, and what it calls them
 _OF_FILES = {
@@ -206,9 +212,17 @@ class EngineOptions(PlacementOptions):
         str,
         Option(
             "--recall",
-            help="ram or disk: evicted tokens wait there and come back when a question needs them.",
+            help="Where evicted tokens wait for questions that need them: ram, disk, off, or auto "
+            "(in chat, as there is room).",
         ),
-    ] = "off"
+    ] = "auto"
+    recall_limit: Annotated[
+        Optional[str],  # noqa: UP045
+        Option(
+            "--recall-limit",
+            help="Most memory for tokens that wait, such as 4GiB (a quarter of what is free).",
+        ),
+    ] = None
     recall_mode: Annotated[
         Optional[str],  # noqa: UP045
         Option(
@@ -226,7 +240,7 @@ class EngineOptions(PlacementOptions):
     ] = "auto"
     recall_file: Annotated[
         Optional[str],  # noqa: UP045
-        Option("--recall-file", help="File for --recall disk; else one in your cache folder."),
+        Option("--recall-file", help="File for those on disk; else one in your cache folder."),
     ] = None
     debug: Annotated[
         bool, Option("--debug", help="Show llama.cpp's log, and where errors come from.")
@@ -251,6 +265,8 @@ class EngineOptions(PlacementOptions):
         if self.ratio is not None and self.keep is not None:
             raise UserError("--keep and --ratio both say how much to keep; give one of them")
         settings = {name: getattr(self, name) for name in names.split()}
+        if self.recall_limit is not None:
+            settings["recall_limit"] = parse_size("--recall-limit", self.recall_limit, least=0)
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
         if self.preset is not None:
             if self.preset != "paper":
@@ -307,7 +323,7 @@ class EngineOptions(PlacementOptions):
         Raises:
             UserError: --recall was given.
         """
-        if self.recall != "off":
+        if self.recall not in ("off", "auto"):
             raise UserError(f"{command} cannot recall yet: leave --recall out, or {instead}")
 
     def refuse_keep(self, command: str) -> None:
@@ -375,6 +391,30 @@ class SamplingOptions:
         from laserkv_gguf.llama.sampler import Sampling
 
         return Sampling(self.temp, self.top_k, self.top_p, self.min_p, seed)
+
+
+def parse_size(flag: str, text: str, *, least: int = 1) -> int:
+    """Bytes: 8GiB, 8G and 8 are 8 * 2^30, 8GB is 8 * 10^9.
+
+    Args:
+        flag: what it was given with, for errors.
+
+    Raises:
+        UserError: not a size of at least `least`, or a number that cannot be of GiB.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)\s*", text.upper())
+    size = -1
+    if found and len(found[1]) < _DIGITS:
+        number, unit = float(found[1]), found[2]
+        if not unit and not found[3]:
+            if number >= _MOST_GIB:
+                raise UserError(f"{flag} {text}: a number alone is GiB; write 8, or 8000MB")
+            unit = "G"
+        base = 1000 if unit and found[3] == "B" else 1024
+        size = int(number * base ** _UNITS[unit])
+    if size < least:
+        raise UserError(f"{flag} {text:.40}: give a size such as 8GiB, 8G or 6000MB")
+    return size
 
 
 _SETTABLE: dict[str, dict[str, type]] = {}
@@ -475,9 +515,16 @@ def tokens_of(text: str) -> int:
     return int(said[:-1]) * 1024 if said.endswith("k") else int(said)
 
 
+class _Complaining(logging.Handler):
+    """Log records on stderr, when it is free for them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        streams.complain(self.format(record))
+
+
 def log_to_stderr(debug: bool) -> None:
     """Warnings as one line each on stderr; with `debug` everything, llama.cpp's log included."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Complaining()
     handler.setFormatter(Formatter("%(name)s: %(message)s" if debug else "warning: %(message)s"))
     logging.basicConfig(
         handlers=[handler], level=logging.DEBUG if debug else logging.WARNING, force=True

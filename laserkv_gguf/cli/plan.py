@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -11,16 +11,20 @@ from rich.table import Table
 from typer import Option
 
 from laserkv_gguf.cli import documents, streams, terminal
-from laserkv_gguf.cli.options import EngineOptions, log_to_stderr, tokens_of, with_options
+from laserkv_gguf.cli.options import (
+    EngineOptions,
+    log_to_stderr,
+    parse_size,
+    tokens_of,
+    with_options,
+)
 from laserkv_gguf.errors import UserError
 
 if TYPE_CHECKING:
     from laserkv_gguf.llama.placement import Placement
     from laserkv_gguf.planning.fits import Memory, Plan, Run, Share
-
-_MOST_GIB = 4096  # no card has as much: whoever writes more means another unit
-_DIGITS = 16
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    from laserkv_gguf.planning.settings import RecallSettings
+    from laserkv_gguf.policies import Policy
 
 
 def _tokens(text: str) -> int:
@@ -117,6 +121,7 @@ def _header_file(model: str | None) -> Path:
 def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run:
     """The run the flags ask for, checked as `ask` checks them."""
     from laserkv_gguf.llama.context import ContextOptions
+    from laserkv_gguf.planning import parking
     from laserkv_gguf.planning.fits import Run
     from laserkv_gguf.planning.settings import BITS, Settings
 
@@ -155,12 +160,24 @@ def _run(options: EngineOptions, card: bool, predict: int, question: int) -> Run
         probe_tokens=settings.probe_tokens,
         lookahead=settings.lookahead,
         positions=settings.positions,
-        recall=recalling.where,
+        recall=("ram" if policy.needs.recall else "off")
+        if recalling.where == "auto"
+        else recalling.where,
+        chat_recall=recalling.where if _can_recall(recalling, policy) else "off",
+        room=parking.room(settings.recall_limit, file=recalling.file),
         recall_mode=recalling.mode_for(policy),
         read_policy=settings.make_read_policy(policy, options.seed),
         signature_bits=BITS if recalling.votes_for(policy) else 0,
         placement=options.placement(),
     )
+
+
+def _can_recall(recalling: RecallSettings, policy: Policy) -> bool:
+    try:
+        replace(recalling, where="ram", file=None).check_policy(policy)
+    except UserError:
+        return False
+    return True
 
 
 def _count(path: Path, names: list[str]) -> int:
@@ -169,27 +186,6 @@ def _count(path: Path, names: list[str]) -> int:
     text = documents.load(names)
     assert text is not None
     return max(count_tokens(path, text), 1)
-
-
-def parse_size(text: str) -> int:
-    """Bytes: 8GiB, 8G and 8 are 8 * 2^30, 8GB is 8 * 10^9.
-
-    Raises:
-        UserError: not a size above 0, or a number that cannot be of GiB.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)\s*", text.upper())
-    size = 0
-    if found and len(found[1]) < _DIGITS:
-        number, unit = float(found[1]), found[2]
-        if not unit and not found[3]:
-            if number >= _MOST_GIB:
-                raise UserError(f"--vram {text}: a number alone is GiB; write 8, or 8000MB")
-            unit = "G"
-        base = 1000 if unit and found[3] == "B" else 1024
-        size = int(number * base ** _UNITS[unit])
-    if size < 1:
-        raise UserError(f"--vram {text:.40}: give a size such as 8GiB, 8G or 6000MB")
-    return size
 
 
 def _by_device(shares: list[Share]) -> Table:
@@ -215,7 +211,7 @@ def _cards(vram: str, placement: Placement) -> Memory:
     from laserkv_gguf.planning.fits import Card, Memory
 
     said = [part.strip() for part in vram.split(",")]
-    sizes = [parse_size(part) for part in said]
+    sizes = [parse_size("--vram", part) for part in said]
     names = [f"{part}{'' if part[-1].isalpha() else ' GiB'}" for part in said]
     if placement.device and len(placement.device) != len(sizes):
         raise UserError(f"--vram {vram:.40}: give the memory of each --device, one after the other")
@@ -271,8 +267,12 @@ def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
     table.add_row("KV cache", size(made.kv_bytes), f"full {size(made.full_kv_bytes)}")
     table.add_row("compute buffers", size(made.compute_bytes), "estimated")
     table.add_row("to choose by", size(made.capture_bytes), "keys and queries, in RAM")
+    places = {"ram": "in RAM", "disk": "on disk", "off": ""}
     if made.parked_bytes:
-        table.add_row("parked", size(made.parked_bytes), "in RAM" if recall == "ram" else "on disk")
+        table.add_row("parked", size(made.parked_bytes), places[recall])
+    parks = f"{size(made.chat_parked_bytes)} parked {places[made.chat_recall]}"
+    said = parks if made.chat_parked_bytes else "nothing parked"
+    table.add_row("chat about it", f"{made.chat_cells:,} cells", f"with room for turns; {said}")
     where = ("on the cards" if len(made.devices) > 2 else "on the card") if card else "in RAM"
     table.add_row(f"in all, {where}", size(made.device_bytes), f"of {size(made.memory_bytes)}")
     console.print(table)

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
 
 from laserkv_gguf.errors import LaserKVError, UserError
 
@@ -71,8 +72,28 @@ def say(text: str, end: str = "") -> None:
         raise lost(error) from error
 
 
+_held: list[str] | None = None  # lines that wait, while the terminal is somebody else's
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Lets what `complain` says wait, for something else draws on the terminal."""
+    global _held
+    lines: list[str] = []
+    _held = lines
+    try:
+        yield
+    finally:
+        _held = None
+        for line in lines:
+            complain(line)
+
+
 def complain(text: str) -> None:
     """Writes a line to standard error, if it takes one."""
+    if _held is not None:
+        _held.append(text)
+        return
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 

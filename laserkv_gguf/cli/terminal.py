@@ -21,7 +21,7 @@ from laserkv_gguf.shown import harmless, one_line
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
 
-    from laserkv_gguf.conversation.account import Account
+    from laserkv_gguf.conversation.generation import Reply
     from laserkv_gguf.reading.reader import Progress as Read
 
 
@@ -54,29 +54,43 @@ class Console(rich.console.Console):
 console = Console(stderr=True, highlight=False)
 
 
+_EVERY = 30.0  # seconds between two lines about a reading where there is no terminal
+
+
 class ReadingBar:
     """A progress bar for reading, and what was read when it stopped."""
 
     def __init__(self) -> None:
-        self.read = self.total = 0
+        self.read = self.total = self.kept = 0
+        self.seconds = self._said = 0.0
+        self._logs = False  # a line every so often, in place of the bar
         self._bar: Progress | None = None
 
     def update(self, state: Read) -> None:
         """Takes a report of the engine."""
-        self.read, self.total = state.read, state.total
+        self.read, self.total, self.kept = state.read, state.total, state.kept
+        self.seconds = state.seconds
+        if self._logs and self.seconds - self._said >= _EVERY:
+            self._said = self.seconds
+            dim(self.line(0))
         if self._bar is None:
             return
-        speed = state.read / state.seconds if state.seconds else 0
-        note = f"{state.read:,}/{state.total:,} tokens · {speed:,.0f} tok/s · kept {state.kept:,}"
+        note = self._note
         if not self._bar.tasks:
             self._bar.add_task("", total=state.total, note=note)
         task = self._bar.tasks[0].id
         self._bar.update(task, completed=state.read, total=state.total, note=note)
 
+    @property
+    def _note(self) -> str:
+        speed = self.read / self.seconds if self.seconds else 0
+        return f"{self.read:,}/{self.total:,} tokens · {speed:,.0f} tok/s · kept {self.kept:,}"
+
     @contextmanager
     def shown(self) -> Iterator[Callable[[Read], None]]:
         """Shows the bar, on a terminal, while the block runs."""
         if not console.is_terminal:
+            self._logs = True
             yield self.update
             return
         columns = (
@@ -91,20 +105,47 @@ class ReadingBar:
             finally:
                 self._bar = None
 
+    def line(self, columns: int) -> str:
+        """The bar as text, for where something else is drawn below it."""
+        if not self.total:
+            return "reading …"
+        note, left = self._note, ""
+        if self.read and self.seconds:
+            seconds = round(self.seconds * (self.total - self.read) / self.read)
+            left = f" · {seconds // 60}:{seconds % 60:02} left"
+        width = max(0, min(40, columns - len("reading  ") - len(note) - len(left) - 1))
+        done = width * self.read // self.total
+        bar = f"{'━' * done}{'─' * (width - done)} " if width else ""
+        return f"reading {bar}{note}{left}"
+
     @property
     def stopped(self) -> str:
         return f"stopped after reading {self.read:,} of {self.total:,} tokens"
 
 
-def account_line(account: Account) -> str:
-    """Kept of read, cells, first token, speed."""
-    return (
-        f"kept {account.kept_tokens:,} of {account.document_tokens:,} tokens "
-        f"({account.kept_fraction:.1%}) · {account.ctx_cells:,} cells, "
-        f"{size(account.kv_bytes)} (full {size(account.full_kv_bytes)}) · "
-        f"first token {account.first_token_seconds:.2f} s · "
-        f"{account.decode_tokens_per_second:.1f} tok/s"
-    )
+def account_lines(reply: Reply) -> list[str]:
+    """What an answer saw, how full the cache is, how fast it was; and whether it was cut."""
+    account = reply.account
+    parts = []
+    if account.text_tokens:
+        share = account.text_kept / account.text_tokens
+        seen = f"{account.text_kept:,} of {account.text_tokens:,} tokens"
+        parts.append(f"saw {seen} of the document ({share:.0%})")
+    parts += [
+        f"cache {account.used_cells:,} of {account.ctx_cells:,} used",
+        f"first token {account.first_token_seconds:.2f} s",
+        f"{account.decode_tokens_per_second:.1f} tok/s",
+    ]
+    lines = [" · ".join(parts)]
+    if account.recall_seconds:
+        lines.insert(
+            0,
+            f"looked again at {account.parked_tokens:,} tokens in {account.recall_seconds:.1f} s",
+        )
+    if reply.finish_reason == "length":
+        limit = len(reply.tokens)
+        lines.append(f"cut at {limit:,} tokens: -n, in chat /set predict, allows longer answers")
+    return lines
 
 
 def printable(text: str) -> str:

@@ -25,7 +25,9 @@ class Account:
     document, question and answer would take. `first_token_seconds` runs from the start of reading
     to the first token of the answer. `recall` says where rows of evicted tokens are parked, if they
     are, and `parked_bytes` what they take with what finds them; `recalled_tokens` came in for this
-    question, in `recall_seconds` and `recall_calls` state calls.
+    question, in `recall_seconds` and `recall_calls` state calls. `used_cells` of `ctx_cells` are
+    taken when the answer ends. `text_tokens` are those of the documents alone, and `text_kept` of
+    them could be seen.
     """
 
     policy: str = ""
@@ -66,6 +68,9 @@ class Account:
     recalled_tokens: int = 0
     recall_calls: int = 0
     recall_seconds: float = 0.0
+    used_cells: int = 0
+    text_tokens: int = 0
+    text_kept: int = 0
 
     @property
     def overhead_share(self) -> float:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,20 @@ from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.conversation.looks import Looks, Watch
 from laserkv_gguf.conversation.lookup import Lookup
+from laserkv_gguf.conversation.parking import Parking
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.chat import SEPARATOR, Prompt
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sampler import Likelihood, Sampling, likelihood
+from laserkv_gguf.planning.demand import TURNS
+from laserkv_gguf.policies import Policy
 from laserkv_gguf.reading.reader import Progress, Reader, Reading
 from laserkv_gguf.recall.recaller import Recalled, Recaller
 from laserkv_gguf.timings import Timings
 
-CONVERSATION_CELLS = 2048  # room for turns beside what is kept, where no --ctx-size says otherwise
+TALKING = 256  # cells for a turn beside its answer, that recall must leave to be on by itself
 LEAST_BLOCK = 64  # tokens; smaller blocks than this read too badly to be worth trying
 
 
@@ -102,8 +104,10 @@ class Conversation:
         ageing: how room is made for turns that do not fit; by default none is, and the conversation
             ends when the cells are full.
         one_turn: whether no cells are kept for turns after the first.
+        recall: where rows are parked, whatever the settings say; None for what they say.
 
     Attributes:
+        parks: where rows of what is read go: "ram", "disk" or "off".
         turns: answered so far.
         thinnings: how often turns were compressed.
         recalled: what was moved for the last question; None for nothing.
@@ -129,6 +133,7 @@ class Conversation:
         framing: Framing | None = None,
         ageing: Ageing | None = None,
         one_turn: bool = False,
+        recall: str | None = None,
     ) -> None:
         if max_tokens < 1:
             raise UserError(f"-n {max_tokens}: give at least 1 token for the answer")
@@ -137,7 +142,8 @@ class Conversation:
         self.sampling = sampling or Sampling(seed=engine.seed)
         self.stop = check_stop(stop)
         self.framing, self.ageing = framing or Framing(), ageing or Refusing()
-        self.one_turn = one_turn
+        self.one_turn, self._recall_given = one_turn, recall
+        self.parks = recall or engine.demand.recall
         given = {} if document is None else {"document": document}
         self.sources = Documents({**given, **(documents or {})})
         self.turns = self.thinnings = 0
@@ -151,6 +157,7 @@ class Conversation:
         self._open_turn: int | None = None  # the turn whose question is still to come
         self._compact = False
         self._without_document = False  # reading it was stopped
+        self._tokenized: dict[str, Tokens] = {}
         self._adding: str | None = None
         self.last: Exchange | None = None
         self.watches = False
@@ -214,13 +221,32 @@ class Conversation:
         return self.engine.drafts
 
     @property
-    def _recalls(self) -> bool:
-        return self.engine.settings.recall != "off"
-
-    @property
     def _reads_apart(self) -> bool:
         """Whether every document is read, and recalled, by itself."""
-        return self._recalls and self.ageing.endless
+        return self.parks != "off" and self.ageing.endless
+
+    @property
+    def _recall_is_open(self) -> bool:
+        """Whether it is ours to say if rows are parked."""
+        auto = self._recall_given is None and self.engine.settings.recall == "auto"
+        return auto and self.ageing.endless
+
+    def _place_rows(self, tokens: int) -> None:
+        """Decides where the rows of so many tokens go."""
+        engine = self.engine
+        if not self._recall_is_open:
+            self.parks = self._recall_given or engine.demand.recall
+        elif engine.fills_cells and len(self.texts) > 1 and engine.can_recall():
+            self._recall_is_off(
+                "--ctx-size does not say how much to keep of each of several documents; give "
+                "--ratio too"
+            )
+        else:
+            self.parks = engine.place_rows(tokens)
+
+    def _recall_is_off(self, why: str) -> None:
+        self.parks = "off"
+        self.engine.say_recall_is_off(why)
 
     # reading
 
@@ -229,6 +255,7 @@ class Conversation:
         on_progress: Callable[[Progress], None] | None = None,
         *,
         question: str | None = None,
+        asks: Callable[[], str | None] | None = None,
         keep_all_cells: bool = False,
     ) -> Reading:
         """Reads the documents, with a question in mind if one is given.
@@ -238,6 +265,8 @@ class Conversation:
         Args:
             on_progress: called after every micro-batch.
             question: what the next turn will ask.
+            asks: called with every block where no question is known: from the first one that it
+                returns, the rest is read with that question in mind.
             keep_all_cells: of a one-shot policy, so that it can `choose_again`.
 
         Raises:
@@ -246,7 +275,15 @@ class Conversation:
         self._without_document = False
         with self.engine.access.inside(self):
             tokens, segments, asked, reply = self._wanted(question)
-            self._read(tokens, segments, asked, reply, on_progress, keep_all_cells=keep_all_cells)
+            self._read(
+                tokens,
+                segments,
+                asked,
+                reply,
+                on_progress,
+                keep_all_cells=keep_all_cells,
+                asks=asks,
+            )
             reading = self.reading
             assert reading is not None
             return reading
@@ -281,6 +318,7 @@ class Conversation:
             reply,
             question_known=asked is not None,
             protected=self._protected(segments),
+            recall=self.parks,
         ).budget
 
     def choose_again(self, ratio: float) -> bool:
@@ -312,6 +350,41 @@ class Conversation:
 
     def _wanted(self, question: str | None) -> tuple[Tokens, list[Segment], Prompt | None, int]:
         """What is read, what asks, and cells for what follows."""
+        documents = {} if self._without_document else self.texts
+        self._place_rows(sum(len(self._tokens(text)) for text in documents.values()))
+        wanted = self._wanted_then(question)
+        if not self._recall_is_open or self.parks == "off" or self.engine.share is None:
+            return wanted
+        place, self.parks = self.parks, "off"
+        without = self._wanted_then(question)
+        least = min(without[3], self.max_tokens + TALKING)
+        self.parks = place
+        if wanted[3] < least or not self._fits(*wanted):
+            self._recall_is_off(f"--ctx-size {self.engine.ctx_size} has no room for it")
+            return without
+        return wanted
+
+    def _fits(
+        self, tokens: Tokens, segments: list[Segment], asked: Prompt | None, reply: int
+    ) -> bool:
+        """Whether the cells that are given hold it."""
+        try:
+            self.engine.plan(
+                len(tokens),
+                0 if asked is None else len(asked),
+                reply,
+                question_known=asked is not None,
+                protected=self._protected(segments),
+                recall=self.parks,
+            )
+        except UserError:
+            return False
+        return True
+
+    def _wanted_then(
+        self, question: str | None
+    ) -> tuple[Tokens, list[Segment], Prompt | None, int]:
+        """The same, once it is decided whether rows are parked."""
         opening = self._opening(question or "")
         segments = self._segments(opening.before)
         tokens = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
@@ -342,7 +415,7 @@ class Conversation:
             return segments
         together = list(self.texts.items())[: 1 if self._reads_apart else None]
         for name, text in together:
-            own = tokenize(text) if isinstance(text, str) else text
+            own = self._tokens(text)
             if len(segments) > 1:
                 own = np.concatenate((tokenize(SEPARATOR), own)).astype(np.int32)
             segments.append(Segment(DOCUMENT, own, name))
@@ -361,12 +434,12 @@ class Conversation:
             budget: what was kept of them, where they were read before.
         """
         engine = self.engine
-        room = max(CONVERSATION_CELLS, 2 * self.max_tokens)
+        room = max(TURNS, 2 * self.max_tokens)
         if budget is None and engine.fills_cells and engine.share is not None:
             # what is kept will take the rest
             return max(self.max_tokens, min(room, engine.share // 4))
         budget = budget or engine.budget(tokens, protected)
-        kept = budget.kept + engine.recall_cells(budget)
+        kept = budget.kept + engine.recall_cells(budget, self.parks)
         cells = room if engine.share is None else engine.share - kept
         trained = engine.model.trained_context
         if trained > 0:
@@ -400,6 +473,7 @@ class Conversation:
         *,
         extra_cells: int = 0,
         keep_all_cells: bool = False,
+        asks: Callable[[], str | None] | None = None,
     ) -> None:
         engine = self.engine
         later = [] if self._without_document else list(self.texts.items())[len(segments) - 1 :]
@@ -416,30 +490,36 @@ class Conversation:
             protected=self._protected(segments),
             keep_all_cells=keep_all_cells,
             compact=compact,
+            recall=self.parks,
         )
         fits = run.reader.context.cells >= len(tokens) + reply
-        recaller = None
+        parking = Parking(None)
         try:
             run.reader.forget()
             if self.ageing.endless or self.watches:
                 # while cells are free to try it: rows will be read later
                 engine.try_row_format(run.reader)
-            recaller = engine.recaller(run)
-            known = question is not None
-            reader = run.reader if known else engine.reader_without_question(run)
+            parking.recaller = recaller = engine.recaller(run, recall=self.parks)
+            place = self.parks if recaller else "off"
+            asks, unasked = self._hearing(place, None if question else asks)
+            known = question is not None or asks is not None
+            reader = run.reader if known else engine.reader_without_question(run, place)
+            parking.reader, parking.may_end = reader, self._recall_is_open
             reading = reader.read(
                 tokens,
                 run.budget,
                 None if question is None else question.probing,
                 on_progress=on_progress,
                 keep_all_cells=keep_all_cells and reader is run.reader and not recaller and fits,
-                park=partial(recaller.park, reader=reader) if recaller else None,
+                park=parking if recaller else None,
+                asks=self._prompts(asks, lambda question: self._opening(question).after),
+                unasked=unasked,
             )
+            recaller = parking.recaller
             if recaller:
                 recaller.settle(reading)
         except BaseException:
-            if recaller:
-                recaller.close()
+            parking.close()
             engine.leave(self)
             raise
         self._run, self._compact = run, run.compact
@@ -452,10 +532,35 @@ class Conversation:
             engine.warm_up_beside()
         try:
             for name, text in later:
-                self._read_onto(name, text, on_progress)
+                self._read_onto(name, text, on_progress, asks)
         except BaseException:
             self.without_document()
             raise
+
+    def _hearing(
+        self, recall: str, asks: Callable[[], str | None] | None
+    ) -> tuple[Callable[[], str | None] | None, Policy | None]:
+        """What may bring a question while a document is read, and the policy until it does."""
+        if asks is None:
+            return None, None
+        hears, policy = self.engine.hears(recall)
+        return (asks, policy) if hears else (None, None)
+
+    def _prompts(
+        self, asks: Callable[[], str | None] | None, render: Callable[[str], Prompt]
+    ) -> Callable[[], Prompt | None] | None:
+        """The same with the template around what is asked; a question is rendered once."""
+        rendered: dict[str, Prompt] = {}
+
+        def prompt() -> Prompt | None:
+            question = asks() if asks else None
+            if question is None:
+                return None
+            if question not in rendered:
+                rendered[question] = render(question)
+            return rendered[question]
+
+        return prompt if asks else None
 
     def _enter(self, segments: list[Segment], reading: Reading, recaller: Recaller | None) -> None:
         """Writes down what a reading from an empty cache has left."""
@@ -496,10 +601,14 @@ class Conversation:
             )
         if self.engine.settings.positions == "auto" and trained > 0:
             tokens += sum(len(self._tokens(text)) for _, text in later)
-        return self.engine.demand.moves(beyond=0 < trained < tokens)
+        return self.engine.demand_with(self.parks).moves(beyond=0 < trained < tokens)
 
     def _tokens(self, text: str | Tokens) -> Tokens:
-        return self.engine.model.tokenize(text) if isinstance(text, str) else text
+        if not isinstance(text, str):
+            return text
+        if text not in self._tokenized:
+            self._tokenized[text] = self.engine.model.tokenize(text)
+        return self._tokenized[text]
 
     def without_document(self) -> None:
         """Goes on without the documents until `read` is called; nothing of them is in the cache."""
@@ -523,10 +632,10 @@ class Conversation:
         started = time.perf_counter()
         self._without_document = False
         # where each document is read by itself, a question recalls of each in turn
+        tokens, segments, asked, room = self._wanted(question)
+        assert asked is not None
         apart = self._reads_apart and len(self.texts) > 1
-        tokens, segments, asked, room = self._wanted(None if apart else question)
-        self._read(tokens, segments, asked, room, on_progress)
-        asked = asked or self._opening(question).after
+        self._read(tokens, segments, None if apart else asked, room, on_progress)
         if apart:
             self._recall(asked)
         else:
@@ -725,6 +834,9 @@ class Conversation:
             else engine.settings.ratio,
             positions="compact" if self._compact else "original",
             scoring=run.reader.scoring,
+            used_cells=self.cells.used + apart,
+            text_tokens=ledger.tokens_of(DOCUMENT),
+            text_kept=int(ledger.of_kind(DOCUMENT).sum()),
         )
         if self.sources.parked:
             recaller = self.sources.recallers[0]
@@ -997,11 +1109,17 @@ class Conversation:
     # documents that come and go
 
     def add(
-        self, name: str, text: str, on_progress: Callable[[Progress], None] | None = None
+        self,
+        name: str,
+        text: str,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        asks: Callable[[], str | None] | None = None,
     ) -> Document:
         """Reads one more document, block by block, after what was said so far.
 
-        The next question is asked about it. As that is not known yet, `read_policy` chooses.
+        The next question is asked about it. As that is not known yet, `read_policy` chooses; `asks`
+        may bring it, as of `read`.
 
         Raises:
             UserError: it does not fit, or one of this name is here already.
@@ -1014,15 +1132,20 @@ class Conversation:
                 self._without_document = True  # what was stopped before waits for read()
             self._be_there()
             self._adding = name
+            self._place_rows(len(self._tokens(text)))
             try:
-                self._read_onto(name, text, on_progress)
+                self._read_onto(name, text, on_progress, asks)
             finally:
                 self._adding = None
             self.texts[name] = text
         return self.documents[-1]
 
     def _read_onto(
-        self, name: str, text: str | Tokens, on_progress: Callable[[Progress], None] | None
+        self,
+        name: str,
+        text: str | Tokens,
+        on_progress: Callable[[Progress], None] | None,
+        asks: Callable[[], str | None] | None = None,
     ) -> None:
         engine, opens = self.engine, self._open_turn is None and self.turns > 0
         opening = np.empty(0, np.int32)
@@ -1032,14 +1155,14 @@ class Conversation:
         if not opens and self._documents_in_turn():
             tokens = np.concatenate((engine.model.tokenize(SEPARATOR), tokens)).astype(np.int32)
         glue = len(self.pending) + len(opening)
-        budget, wanted, compact = self._planned(name, len(tokens), glue)
+        budget, wanted, compact = self._planned_or_without_recall(name, len(tokens), glue)
         self._grow(wanted)
         if compact:
             self.move_down(glue + len(tokens), always=True)
         cells, run = self.cells, self.run
         reader = engine.reader_for(self, compact)
         run = replace(run, budget=budget, reader=reader, compact=compact)
-        mark, before, recaller, park = cells.mark(), (self.pending, self._open_turn), None, None
+        mark, before, parking = cells.mark(), (self.pending, self._open_turn), Parking(None)
         try:
             if self.pending:
                 last = self.ledger.numbers(TURN)[-1]
@@ -1048,16 +1171,25 @@ class Conversation:
                 self._open_turn = self.ledger.new(Segment(TURN))
                 cells.decode(opening, self._open_turn)
             start = cells.position
-            recaller = engine.recaller(run, start, self.ledger.next_number)
-            reader = engine.reader_without_question(run)
-            if recaller:
-                park = partial(recaller.park, reader=reader)
-            reading = reader.read(tokens, budget, on_progress=on_progress, start=start, park=park)
+            recaller = engine.recaller(run, start, self.ledger.next_number, self.parks)
+            place = self.parks if recaller else "off"
+            asks, unasked = self._hearing(place, asks)
+            reader = run.reader if asks else engine.reader_without_question(run, place)
+            parking = Parking(recaller, reader, self._recall_is_open)
+            reading = reader.read(
+                tokens,
+                budget,
+                on_progress=on_progress,
+                start=start,
+                park=parking if recaller else None,
+                asks=self._prompts(asks, self._prompt),
+                unasked=unasked,
+            )
+            recaller = parking.recaller
             if recaller:
                 recaller.settle(reading)
         except BaseException:
-            if recaller:
-                recaller.close()
+            parking.close()
             self.pending, self._open_turn = before
             if self.owns_cells:
                 cells.revert(mark)
@@ -1079,6 +1211,25 @@ class Conversation:
         first = -1 if self._open_turn is None else self._open_turn
         return any(number > first for number in self.ledger.numbers(DOCUMENT))
 
+    def _planned_or_without_recall(
+        self, name: str, tokens: int, glue: int
+    ) -> tuple[Budget, int, bool]:
+        """As `_planned`; where it is ours to say, rows are parked only if the cells allow it."""
+        try:
+            return self._planned(name, tokens, glue)
+        except UserError:
+            if not self._recall_is_open or self.parks == "off":
+                raise
+            before, self.parks = self.parks, "off"
+            try:
+                planned = self._planned(name, tokens, glue)
+            except UserError:
+                self.parks = before
+            else:
+                self._recall_is_off(f"the cells have no room for it beside {name}")
+                return planned
+            raise
+
     def _planned(self, name: str, tokens: int, glue: int) -> tuple[Budget, int, bool]:
         """Budget, cells and whether positions move, for one more document.
 
@@ -1087,7 +1238,7 @@ class Conversation:
         engine, cells = self.engine, self.cells
         settings, trained = engine.settings, engine.model.trained_context
         beyond = 0 < trained < cells.position + glue + tokens + self.max_tokens
-        compact = engine.demand.moves(beyond=beyond)
+        compact = engine.demand_with(self.parks).moves(beyond=beyond)
         limits = [(engine.share, "cells")] if engine.share else []
         limits += [(trained - self._gaps, "positions")] if compact else []
         limit, of = min(limits, default=(None, ""))
@@ -1096,7 +1247,8 @@ class Conversation:
         turn = 2 * min(self.max_tokens, SHORT_ANSWER) + SHORT_ANSWER
 
         def extra(budget: Budget) -> int:
-            return max(self.sources.extra_cells(self.drafts), engine.recall_cells(budget))
+            own = engine.recall_cells(budget, self.parks)
+            return max(self.sources.extra_cells(self.drafts), own)
 
         def needed(budget: Budget, used: int) -> int:
             later = stays + budget.kept + extra(budget) + turn
@@ -1135,7 +1287,7 @@ class Conversation:
                 f"{name} ({tokens} tokens) does not fit beside what is here into {limit} {of}; "
                 f"/drop a document, or {remedy}"
             )
-        room = max(CONVERSATION_CELLS, 2 * self.max_tokens) + extra(budget)
+        room = max(TURNS, 2 * self.max_tokens) + extra(budget)
         wanted = max(needed(budget, cells.used), stays + budget.kept + room)
         return budget, wanted if limit is None else min(wanted, limit), compact
 
@@ -1162,7 +1314,9 @@ class Conversation:
         if name not in self.texts:
             raise UserError(f"there is no document {name}; /docs lists them")
         with self.engine.access.inside(self):
-            del self.texts[name]
+            text = self.texts.pop(name)
+            if isinstance(text, str):
+                self._tokenized.pop(text, None)
             number = self.ledger.document(name)
             if number is None or not self.engine.residents.can_come_back(self):
                 return

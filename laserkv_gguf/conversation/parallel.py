@@ -109,8 +109,9 @@ def answer(
 
     The document is tokenised once, and read once where reading does not depend on the question:
     where the policy looks at no queries of a probe, or evicts nothing. Else it is read for each
-    question, with that question in mind, and one question is answered at a time. With recall it is
-    read once, without a question, and every question recalls its own tokens, one at a time.
+    question, with that question in mind, and one question is answered at a time. With recall, which
+    several questions about a document have by default, it is read once, without a question, and
+    every question recalls its own tokens, one at a time.
 
     Greedy answers are those of `LaserKV.ask`, but for ties so close that the rounding of
     llama.cpp's kernels decides them: these differ for one token and for several.
@@ -232,6 +233,7 @@ class _BatchedAnswers:
         self.tokens = engine.model.tokenize(document or "")
         self.conversation: Conversation | None = None
         self.on_kept: Callable[[int, Conversation], None] | None = None
+        self.recall = engine.demand.recall
 
     def leave(self) -> None:
         """Frees what the document takes."""
@@ -241,6 +243,8 @@ class _BatchedAnswers:
 
     def run(self, questions: Sequence[Question], read_once: bool, answered: Container[int]) -> None:
         """Sorts the questions by what is read before them, and answers those of one kind."""
+        place = self._place_rows(len(questions), read_once)
+        self.recall = "off" if self._without_recall(questions, place) else place
         kinds: dict[tuple[str | None, bool], list[_Planned]] = {}
         for index, question in enumerate(questions):
             try:
@@ -255,10 +259,7 @@ class _BatchedAnswers:
         for (system, _), alike in kinds.items():
             self.leave()
             waiting = [planned for planned in alike if planned.index not in answered]
-            conversation = Conversation(
-                self.engine, document=self.tokens, system=system, one_turn=True
-            )
-            self.conversation = conversation
+            conversation = self._conversation(system)
             if alike[0].recalls:
                 self._answer_recalling(conversation, alike, waiting)
             elif alike[0].asked:
@@ -266,6 +267,51 @@ class _BatchedAnswers:
                     self._answer(conversation, [planned], [planned])
             elif waiting:
                 self._answer(conversation, alike, waiting)
+
+    def _conversation(self, system: str | None) -> Conversation:
+        """What reads the document for questions of one kind, in place of the one before."""
+        self.leave()
+        made = Conversation(
+            self.engine, document=self.tokens, system=system, one_turn=True, recall=self.recall
+        )
+        self.conversation = made
+        return made
+
+    def _place_rows(self, questions: int, read_once: bool) -> str:
+        """Where rows go: as the settings say, or where several questions share a document.
+
+        Reading once and choosing anew for each takes a fraction of reading once for each.
+        """
+        engine = self.engine
+        if engine.settings.recall != "auto" or questions < 2 or read_once:
+            return engine.demand.recall
+        if not engine.policy.needs.queries or not len(self.tokens):
+            return engine.demand.recall
+        if engine.policy.budget(8, 2, 0.5, 4).keeps_all:
+            return "off"
+        return engine.place_rows(len(self.tokens))
+
+    def _without_recall(self, questions: Sequence[Question], place: str) -> bool:
+        """Whether cells that the user has counted are too few for it, which is told."""
+        if place == "off" or self.engine.settings.recall != "auto" or self.engine.share is None:
+            return False
+        self.recall = place
+        try:
+            for index, question in enumerate(questions):
+                self._plan(index, question, False)
+        except (Cancelled, Closed):
+            raise
+        except Exception as refused:
+            self.recall = "off"
+            try:  # is it the question's own fault?
+                self._plan(index, question, False)
+            except (Cancelled, Closed):
+                raise
+            except Exception:
+                return False
+            self.engine.say_recall_is_off(str(refused))
+            return True
+        return False
 
     def _plan(self, index: int, question: Question, read_once: bool) -> _Planned:
         """Alone, as `ask` would."""
@@ -284,7 +330,7 @@ class _BatchedAnswers:
         prompt, tokens = len(opening.after), len(opening.before) + len(self.tokens)
         if len(self.tokens):
             engine.settings.check_keep(tokens)
-        recalls = engine.settings.recall != "off"
+        recalls = self.recall != "off"
         asked = engine.policy.needs.queries and not read_once and not recalls
         plan = engine.plan(
             tokens,
@@ -292,6 +338,7 @@ class _BatchedAnswers:
             prompt + question.max_tokens,
             question_known=asked,
             protected=len(opening.before) if question.system else 0,
+            recall=self.recall,
         )
         asked = asked and any(block.evicts for block in plan.budget.blocks)
         return _Planned(
@@ -319,6 +366,14 @@ class _BatchedAnswers:
     ) -> None:
         """Reads once; then each question recalls its own tokens and is answered alone."""
         ready, _ = self._read(conversation, alike, waiting, 1)
+        if not conversation.sources.parked and self.engine.settings.recall == "auto":
+            # nothing could be parked, which was told: each has to read for itself
+            self.recall = "off"
+            conversation = self._conversation(conversation.system)
+            for planned in ready:
+                alone = replace(planned, asked=True, recalls=False)
+                self._answer(conversation, [alone], [alone])
+            return
         for planned in ready:
             began = time.perf_counter()
             try:

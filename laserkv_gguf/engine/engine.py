@@ -24,14 +24,16 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.placement import Placement
 from laserkv_gguf.llama.sequence import Sequence
-from laserkv_gguf.machine import free_ram
+from laserkv_gguf.machine import free_ram, human
+from laserkv_gguf.planning import parking
 from laserkv_gguf.planning.demand import Demand
-from laserkv_gguf.planning.settings import Settings
+from laserkv_gguf.planning.settings import BITS, Settings
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.reading.repeating import RepeatPrompt
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.signatures import warm_up
+from laserkv_gguf.recall.store import held
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ class Engine:
             self.options = replace(self.options, sequences=max(self.options.sequences, needed))
             self.options.check()
         self._use(wanted)
+        self._said_recall_off: set[str] = set()
         self.ignore_end = False  # llama.cpp's --ignore-eos: generate on past the answer's end
         self._owns_model = not isinstance(model, Model)
         self.model = (
@@ -138,7 +141,7 @@ class Engine:
         policy = settings.make_policy(self.seed)
         settings.recalling.check_policy(policy)
         self.policy, self.settings = policy, settings
-        self.read_policy = settings.make_read_policy(policy, self.seed)
+        self._read_policies: dict[str, policies.Policy] = {}
 
     def configure(self, **changes: Any) -> None:
         """Changes settings; what was read stays readable only in the answers already given.
@@ -210,20 +213,31 @@ class Engine:
     @property
     def demand(self) -> Demand:
         """How documents are read, as it is counted."""
+        return self.demand_with(None)
+
+    def demand_with(self, recall: str | None) -> Demand:
+        """The same where rows go to "ram", "disk" or, "off", nowhere; None for what settings say.
+
+        They leave it open with "auto": then a single question is meant, which needs no recall.
+        """
         settings = self.settings
-        repeating = self._repeating(self.read_policy) or self._repeating(self.policy)
+        if recall is None:
+            alone = "ram" if self.policy.needs.recall else "off"
+            recall = alone if settings.recall == "auto" else settings.recall
+        read_policy = self.read_policy(recall)
+        repeating = self._repeating(read_policy) or self._repeating(self.policy)
         return Demand(
             self.policy,
             settings.block_size,
             settings.protection_divisor,
             settings.lookahead,
             settings.positions,
-            settings.recall,
+            recall,
             settings.recalling.mode_for(self.policy),
             movable=rope.movable(self.model, self.options),
             exact_keys=self.options.type_k in ("f16", "f32"),
             any_cells=self.ctx_size is None,
-            read_policy=self.read_policy,
+            read_policy=read_policy,
             repeat_prompt=0 if repeating is None else len(repeating),
         )
 
@@ -245,9 +259,9 @@ class Engine:
             ratio = ratio_keeping(keep, tokens, lambda ratio: make(tokens, ratio, protected))
         return self.demand.budget(tokens, ratio, protected)
 
-    def recall_cells(self, budget: Budget) -> int:
+    def recall_cells(self, budget: Budget, recall: str | None = None) -> int:
         """Cells beside what is kept and the conversation that recalling needs; 0 without."""
-        return self.demand.recall_cells(budget)
+        return self.demand_with(recall).recall_cells(budget)
 
     def plan(
         self,
@@ -260,6 +274,7 @@ class Engine:
         protected: int = 0,
         budget: Budget | None = None,
         compact: bool | None = None,
+        recall: str | None = None,
     ) -> Needed:
         """What a run needs; nothing is made.
 
@@ -271,13 +286,15 @@ class Engine:
             extra_cells: for answers to other questions, generated at the same time.
             protected: first tokens that stay whole (a system prompt).
             budget, compact: of a document that was read before; None for what the settings say.
+            recall: where rows go; as of `demand_with`.
 
         Raises:
             UserError: the question does not fit a block, the cells do not fit --ctx-size, or the
                 positions do not fit what the model was trained for.
         """
         self.access.check()
-        settings, demand, trained = self.settings, self.demand, self.model.trained_context
+        settings, trained = self.settings, self.model.trained_context
+        demand = self.demand_with(recall)
         is_read = budget is not None
 
         def needed(budget: Budget) -> int:
@@ -293,7 +310,7 @@ class Engine:
         if budget is None:
             budget = self.budget(tokens, protected)
             if self.fills_cells:
-                ratio = self._largest_ratio(tokens, reply, protected, needed)
+                ratio = self._largest_ratio(demand, tokens, reply, protected, needed)
                 budget = demand.budget(tokens, ratio, protected)
         cells = needed(budget)
         if compact is None:
@@ -322,12 +339,14 @@ class Engine:
             )
         return Needed(budget, cells, compact)
 
-    def _largest_ratio(self, tokens: int, reply: int, protected: int, needed: Any) -> float:
+    def _largest_ratio(
+        self, demand: Demand, tokens: int, reply: int, protected: int, needed: Any
+    ) -> float:
         """The largest ratio whose run fits --ctx-size; the least there is where none does."""
         cells, trained = self.share or 0, self.model.trained_context
         if self.settings.positions != "original" and tokens + reply > trained > 0:
             cells = min(cells, trained)
-        ratio = self.demand.largest_ratio(lambda b: needed(b) <= cells, tokens, protected)
+        ratio = demand.largest_ratio(lambda b: needed(b) <= cells, tokens, protected)
         if 0 < ratio < LOW_RATIO:
             log.warning(
                 "--ctx-size %d leaves room for %g of %d tokens: expect poor answers",
@@ -637,21 +656,40 @@ class Engine:
         reader.limit = self._context.cells if self.residents.most == 1 else place.cells
         return reader
 
-    def reader_without_question(self, run: Run) -> Reader:
-        """The reader of a document while no question is known."""
-        if self.read_policy is self.policy:
+    def reader_without_question(self, run: Run, recall: str) -> Reader:
+        """The reader of a document while no question is known; `recall`: where its rows go."""
+        policy = self.read_policy(recall)
+        if policy is self.policy:
             return run.reader
         reader = Reader(
             run.reader.context,
-            self.read_policy,
+            policy,
             self.probe_settings,
             compact=run.compact,
             scoring=self.settings.scoring,
             sequence=run.reader.main.number,
-            repeating=self._repeating(self.read_policy),
+            repeating=self._repeating(policy),
         )
         reader.limit = run.reader.limit
         return reader
+
+    def read_policy(self, recall: str) -> policies.Policy:
+        """What chooses while no question is known, where rows go to "ram", "disk" or nowhere."""
+        if recall not in self._read_policies:
+            settings = replace(self.settings, recall=recall, recall_file=None)
+            made = settings.make_read_policy(self.policy, self.seed)
+            self._read_policies[recall] = made
+        return self._read_policies[recall]
+
+    def hears(self, recall: str) -> tuple[bool, policies.Policy | None]:
+        """Whether a question may come while a document is read, and the policy until it does.
+
+        A policy that must see all of it without a question hears none; None: the own policy.
+        """
+        policy = self.read_policy(recall)
+        if policy is self.policy:
+            return True, None
+        return not (policy.needs.repeat or policy.needs.every_block), policy
 
     def _repeating(self, policy: policies.Policy) -> RepeatPrompt | None:
         """What asks for a repetition, if the policy wants one."""
@@ -665,7 +703,8 @@ class Engine:
 
     def _warm_up(self) -> None:
         try:
-            for policy in {id(one): one for one in (self.policy, self.read_policy)}.values():
+            reading = self.read_policy("off" if self.settings.recall == "off" else "ram")
+            for policy in {id(one): one for one in (self.policy, reading)}.values():
                 policy.warm_up()
             if self.settings.recalling.votes_for(self.policy):
                 warm_up()
@@ -674,17 +713,71 @@ class Engine:
 
     # recall
 
-    def recaller(self, run: Run, offset: int = 0, number: int = 0) -> Recaller | None:
+    def room_for_rows(self, cells: int = 0) -> parking.Room:
+        """What there is for parked rows, beside a cache of so many cells."""
+        there = self._context.kv_bytes if self._context else 0
+        settings = self.settings
+        return parking.room(
+            settings.recall_limit,
+            held=held(),
+            coming=max(0, cells * self.cell_bytes - there),
+            file=settings.recall_file,
+        )
+
+    def row_bytes(self, tokens: int) -> int:
+        """What the rows of so many tokens take, with what finds them again."""
+        beside = 0
+        if self.settings.recalling.votes_for(self.policy):
+            beside = BITS // 8
+        if self.policy.needs.value_norms != "none":
+            beside += 4
+        model = self.model
+        return tokens * (self.cell_bytes + model.layers * model.kv_heads * beside)
+
+    def place_rows(self, tokens: int, cells: int = 0) -> str:
+        """Where rows of so many tokens go: as the settings say, or where there is room.
+
+        Args:
+            cells: of the cache that will stand beside them.
+        """
+        if self.settings.recall != "auto":
+            return self.settings.recall
+        if not self.can_recall():
+            return "off"
+        size = self.row_bytes(tokens)
+        place = self.room_for_rows(cells).place(size)
+        if place == "off":
+            self.say_recall_is_off(
+                f"parking {tokens} tokens takes {human(size)}, more than memory and disk can spare"
+            )
+        return place
+
+    def can_recall(self) -> bool:
+        """Whether a question can choose anew, with this policy."""
+        try:
+            replace(self.settings.recalling, where="ram", file=None).check_policy(self.policy)
+        except UserError:
+            return False
+        return True
+
+    def recaller(
+        self, run: Run, offset: int = 0, number: int = 0, recall: str | None = None
+    ) -> Recaller | None:
         """What parks and recalls the document of a run; None without recall, or nothing to recall.
+
+        Where the settings leave open where rows go ("auto"), what memory cannot hold goes to disk,
+        and what neither can hold is not parked, which is told.
 
         Args:
             offset: the position where it begins.
             number: of the document where others are parked beside it, for its file's name.
+            recall: where rows go; as of `demand_with`.
 
         Raises:
             UserError: neither memory nor disk hold the rows, or they cannot be compacted.
         """
-        if not self.demand.parks(run.budget):
+        demand = self.demand_with(recall)
+        if not demand.parks(run.budget):
             return None
         try:
             form = rows.known(run.reader.context)
@@ -692,9 +785,32 @@ class Engine:
             log.warning("recall is off: %s; evicted tokens are lost", error)
             return None
         settings = self.settings.recalling
-        if number and settings.file is not None:
-            settings = replace(settings, file=f"{settings.file}.{number}")
-        return Recaller(run.reader, run.budget, form, settings, offset)
+        file = settings.file
+        if number and file is not None:
+            file = f"{file}.{number}"
+        wants = self.settings.recall == "auto"
+        places = [demand.recall] if not wants or demand.recall == "disk" else ["ram", "disk"]
+        for place in places:
+            settings = replace(settings, where=place, file=file if place == "disk" else None)
+            try:
+                return Recaller(run.reader, run.budget, form, settings, offset)
+            except (UserError, MemoryError) as error:
+                if not wants:
+                    raise
+                refused = error
+        self.say_recall_is_off(str(refused) or "the memory is full")
+        return None
+
+    def say_recall_is_off(self, why: str) -> None:
+        """Tells, in one line, that a conversation goes on without, and what follows from that."""
+        if why in self._said_recall_off:
+            return
+        self._said_recall_off.add(why)
+        log.warning(
+            "recall is off (%s): what reading evicts stays away from every question; "
+            "/read QUESTION reads with one in mind",
+            why,
+        )
 
     def try_row_format(self, reader: Reader) -> None:
         """Tries the form of the rows while cells are free for that."""
@@ -710,11 +826,12 @@ class Engine:
             UserError: not with this policy.
         """
         self.access.check()
-        if self.settings.recall == "off":
-            settings = replace(self.settings, recall="ram", recall_mode=saved["recall_mode"])
+        if self.settings.recall in ("off", "auto"):
+            where = "ram" if self.settings.recall == "off" else "auto"
+            settings = replace(self.settings, recall=where, recall_mode=saved["recall_mode"])
             settings.recalling.check_policy(self.policy)
             self.settings = settings
-            self.read_policy = settings.make_read_policy(self.policy, self.seed)
+            self._read_policies = {}
 
 
 def _folder() -> Path:

@@ -245,7 +245,8 @@ class Runner:
         ]
 
     def _said_of_recall(self) -> list[str]:
-        given = {str(one.get("recall", "off")) for one in self.plan.settings.values()} - {"off"}
+        given = {str(one.get("recall", "off")) for one in self.plan.settings.values()}
+        given -= {"off", "auto"}
         return [
             f"recall: {where}; documents are read before their question is known, and recalled for "
             "it before it is asked (fidelity asks nothing: it is read without recall)"
@@ -362,7 +363,7 @@ class Runner:
 
     def _asked(self, task: Task, sample: Sample) -> str | None:
         """What the document is read for; with recall the question comes later."""
-        recalls = self.engine.settings.recall != "off" and self.engine.policy.name != "full"
+        recalls = self.engine.demand.recall != "off" and self.engine.policy.name != "full"
         return None if recalls else measure.question(task, sample)
 
     def _configure(self, policy: str, ratio: float, length: int, task: Task | None = None) -> None:

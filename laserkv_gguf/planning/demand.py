@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from laserkv_gguf.budget import Budget, largest_ratio_that
 from laserkv_gguf.policies import Policy
 
+TURNS = 2048  # cells for turns beside what is kept, where no --ctx-size says otherwise
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -65,6 +67,19 @@ class Demand:
     def parks(self, budget: Budget) -> bool:
         """Whether there is anything to recall."""
         return self.recall != "off" and not budget.keeps_all
+
+    def turns(self, budget: Budget, most: int, trained: int) -> int:
+        """Cells for the turns of a conversation whose cells nobody has counted.
+
+        Args:
+            most: tokens of an answer.
+            trained: positions the model was trained for; 0 for any number.
+        """
+        cells = max(TURNS, 2 * most)
+        # no position need move where there is room for a few turns behind all that is read
+        if 0 < trained < budget.tokens + cells and self.positions != "original":
+            cells = min(cells, trained - budget.kept - self.recall_cells(budget))
+        return max(cells, most)
 
     def recall_cells(self, budget: Budget) -> int:
         """Cells beside what is kept and the conversation that recalling needs; 0 without."""

@@ -16,6 +16,7 @@ from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.placement import AS_IT_COMES, Placement, assigned
 from laserkv_gguf.models.header import Header
 from laserkv_gguf.planning.demand import Demand
+from laserkv_gguf.planning.parking import Room
 
 OUTPUTS, SEQUENCES = 64, 8  # as llama.context asks for
 QUESTION = 64  # tokens of a question with the template around it, where nobody says
@@ -106,6 +107,7 @@ class Run(Demand):
         probe_tokens: None for the policy's own.
         signature_bits: of a parked token, per layer and kv head.
         placement: what goes where.
+        chat_recall: where a conversation parks rows: "auto" for where `room` says.
     """
 
     type_k: str = "f16"
@@ -120,6 +122,8 @@ class Run(Demand):
     probe_tokens: int | None = None
     signature_bits: int = 0
     placement: Placement = AS_IT_COMES
+    chat_recall: str = "off"
+    room: Room | None = None
 
     @property
     def reply(self) -> int:
@@ -152,6 +156,9 @@ class Plan:
         compute_bytes: llama.cpp's buffers for what it computes, estimated.
         recall_cells: of `ctx_cells`, what --recall needs while it looks at parked tokens again.
         capture_bytes: keys and queries held on the host to choose by.
+        chat_cells, chat_kv_bytes: of a conversation about the document, with room for turns.
+        chat_recall, chat_parked_bytes: where such a conversation parks rows of all tokens ("ram",
+            "disk" or "off"), and what they take.
         parked_bytes: rows of all tokens that --recall holds in RAM or on disk, with signatures;
             without what `quest` and `infllm` note to find pages and chunks by.
         gpu_layers: layers that fit on the card, counted as llama.cpp counts them: the output layer
@@ -187,6 +194,10 @@ class Plan:
     compute_bytes: int
     capture_bytes: int
     parked_bytes: int
+    chat_cells: int
+    chat_kv_bytes: int
+    chat_recall: str
+    chat_parked_bytes: int
     gpu_layers: int
     layers: int
     device_bytes: int
@@ -317,6 +328,7 @@ class _Planner:
         budget = run.budget(tokens, chosen)
         cells, layers = run.run_cells(budget), self.layers(budget)
         cell = sum(header.cell_bytes(run.type_k, run.type_v))
+        chat = self._chat(budget)
         return Plan(
             model=header.name,
             policy=run.policy.name,
@@ -340,6 +352,10 @@ class _Planner:
             compute_bytes=self._compute(cells),
             capture_bytes=capture_bytes(header, run, budget),
             parked_bytes=self._parked(budget),
+            chat_cells=chat[1],
+            chat_kv_bytes=self._allocated(chat[1]) * cell,
+            chat_recall=chat[0],
+            chat_parked_bytes=self._rows(budget) if chat[0] != "off" else 0,
             gpu_layers=layers,
             layers=header.layers,
             device_bytes=self.device_bytes(budget, layers),
@@ -370,17 +386,36 @@ class _Planner:
 
     def _parked(self, budget: Budget) -> int:
         """What is parked: a cell a token, its signatures, and the lengths of its values."""
+        return self._rows(budget) if self.run.parks(budget) else 0
+
+    def _chat(self, budget: Budget) -> tuple[str, int]:
+        """Where a conversation parks rows, and the cells it has."""
+        run, recall = self.run, self.run.chat_recall
+        size = self._rows(budget)
+        if recall == "auto":
+            recall = "off" if run.room is None else run.room.place(size)
+        if not replace(run, recall="ram").parks(budget) or self._cannot_park(budget, recall):
+            recall = "off"
+        talk = replace(run, recall=recall)
+        turns = talk.turns(budget, run.predict, self.header.context)
+        cells = talk.cells(budget, 0, turns, question_known=False)
+        if recall != "off" and run.ctx_size is not None and cells > run.ctx_size:
+            talk = replace(run, recall="off")
+            turns = talk.turns(budget, run.predict, self.header.context)
+            return "off", talk.cells(budget, 0, turns, question_known=False)
+        return recall, cells
+
+    def _rows(self, budget: Budget) -> int:
+        """Rows of all tokens, with what finds them."""
         header, run = self.header, self.run
-        if not run.parks(budget):
-            return 0
         signatures = sum(header.kv_heads) * run.signature_bits // 8
         if run.policy.needs.value_norms != "none":
             signatures += sum(header.kv_heads) * FLOAT
         return budget.tokens * (sum(header.cell_bytes(run.type_k, run.type_v)) + signatures)
 
-    def _cannot_park(self, budget: Budget) -> bool:
+    def _cannot_park(self, budget: Budget, recall: str | None = None) -> bool:
         """Whether keys would have to be turned that cannot be."""
-        run = self.run
+        run = self.run if recall is None else replace(self.run, recall=recall)
         return run.parks(budget) and self._compacts(budget) and run.type_k not in ("f16", "f32")
 
     def _cells_fit(self, budget: Budget) -> bool:

@@ -12,7 +12,7 @@ from laserkv_gguf.errors import UserError
 
 POSITIONS = ("auto", "original", "compact")
 SCORING = ("auto", "host", "device")
-WHERE = ("off", "ram", "disk")
+WHERE = ("auto", "ram", "disk", "off")
 MODES = ("replay", "shortlist")
 RECALL_POLICY = "keydiff"  # what chooses before there is a question to recall for
 BITS = 128  # of a parked token's signature, per layer and kv head
@@ -23,9 +23,10 @@ class RecallSettings:
     """How evicted tokens come back.
 
     Attributes:
-        where: "ram" or "disk" to park rows in, "off" for no recall.
+        where: "ram" or "disk" to park rows in, "off" for no recall; "auto": for conversations,
+            where there is room (see `parking`).
         mode: "replay" or "shortlist"; None for the policy's own way.
-        file: of "disk"; None for one of our own.
+        file: of rows on disk; None for one of our own.
     """
 
     where: str = "off"
@@ -42,7 +43,7 @@ class RecallSettings:
             raise UserError(f"--recall {self.where} is unknown; use {', '.join(WHERE)}")
         if self.mode is not None and self.mode not in MODES:
             raise UserError(f"--recall-mode {self.mode} is unknown; use {' or '.join(MODES)}")
-        if self.file is not None and self.where != "disk":
+        if self.file is not None and self.where not in ("auto", "disk"):
             raise UserError("--recall-file is where --recall disk parks rows; give that too")
 
     def check_policy(self, policy: policies.Policy) -> None:
@@ -60,6 +61,8 @@ class RecallSettings:
                 )
             return
         if policy.budget(8, 2, 0.5, 4).keeps_all:  # `full`: there will be nothing to recall
+            return
+        if self.where == "auto" and not needs.recall:  # where it cannot be, it is off
             return
         if not needs.queries:
             raise UserError(
@@ -106,7 +109,10 @@ class Settings:
             if that is not the host's memory.
         policy_options: fields of the policy's class, as `policies.parse` gives them.
         recall: "ram" or "disk" to park rows of evicted tokens there and to choose anew among all
-            of the document for every question of a conversation; "off" to lose them.
+            of the document for every question; "off" to lose them; "auto": as a conversation with
+            turns has room for them, and where one document is asked several questions. A single
+            question needs none.
+        recall_limit: most bytes of parked rows in memory; None for a quarter of what is free.
         recall_mode, recall_file: see `RecallSettings`.
         read_policy: what chooses while no question is known, with options as in "kvzip chunk=512":
             in a chat that begins with reading, for questions that share one reading, and before
@@ -127,11 +133,12 @@ class Settings:
     positions: str = "auto"
     scoring: str = "auto"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
-    recall: str = "off"
+    recall: str = "auto"
     recall_mode: str | None = None
     recall_file: str | None = None
     read_policy: str = "auto"
     keep: int | None = None
+    recall_limit: int | None = None
 
     @property
     def recalling(self) -> RecallSettings:
@@ -160,6 +167,11 @@ class Settings:
             raise UserError(f"--positions {self.positions} is unknown; use {', '.join(POSITIONS)}")
         if self.scoring not in SCORING:
             raise UserError(f"--scoring {self.scoring} is unknown; use {', '.join(SCORING)}")
+        if self.recall_limit is not None and self.recall_limit < 0:
+            raise UserError(
+                f"--recall-limit is {self.recall_limit}; give the memory for parked rows, such as "
+                "4GiB, or 0 to park on disk"
+            )
         self.recalling.check()
         self._check_read_policy()
 

@@ -74,6 +74,23 @@ class Needs:
     every_block: bool = False
     unrotated: bool = False
 
+    def with_those_of(self, other: Needs | None) -> Needs:
+        """Needs of a reading in which another policy chooses first: what it looks at, too."""
+        if other is None:
+            return self
+        return replace(
+            self,
+            keys=self.keys or other.keys,
+            attention=self.attention or other.attention,
+            values=self.values or other.values,
+            value_norms=self.value_norms if self.value_norms != "none" else other.value_norms,
+            outside=self.outside or other.outside,
+            outside_kept=self.outside_kept or other.outside_kept,
+            visible=self.visible or other.visible,
+            unrotated=self.unrotated or other.unrotated,
+            recent_queries=self.recent_queries if self.block_queries else other.recent_queries,
+        )
+
     @property
     def host_keys(self) -> bool:
         """Whether the host must have the keys; attention needs them unless a device computes it."""

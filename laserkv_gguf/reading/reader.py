@@ -25,7 +25,7 @@ from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sequence import MAIN, SPARE, Sequence
-from laserkv_gguf.policies import Candidates, Held, Policy, checked
+from laserkv_gguf.policies import Candidates, Held, Needs, Policy, checked
 from laserkv_gguf.reading.asking import Arrays, Asked, Asker, Drafts, ProbeSettings
 from laserkv_gguf.reading.repeating import Repeater, RepeatPrompt
 from laserkv_gguf.timings import Timings
@@ -101,6 +101,8 @@ class _State:
     question: Prompt | None
     on_progress: Callable[[Progress], None] | None
     start: int = 0  # the position of the first token
+    asks: Callable[[], Prompt | None] | None = None  # whether there is a question by now
+    unasked: Policy | None = None  # chooses until there is
     read: int = 0
     kept: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     # which tokens the rows of the captured keys and values belong to
@@ -175,6 +177,7 @@ class Reader:
         self._arrays = Arrays(context, precise=policy.needs.precise)
         self._reads: _State | None = None  # while a block is being looked at
         self.weighs = True  # until the model turns out to show no values
+        self._needs = policy.needs  # of all that may choose in this reading
 
     def read(
         self,
@@ -186,6 +189,8 @@ class Reader:
         keep_all_cells: bool = False,
         start: int = 0,
         park: Callable[[Block, int], None] | None = None,
+        asks: Callable[[], Prompt | None] | None = None,
+        unasked: Policy | None = None,
     ) -> Reading:
         """Reads a sequence block by block, keeping what the budget allows.
 
@@ -202,6 +207,11 @@ class Reader:
                 stays and is seen; with 0 the sequence is emptied first.
             park: called with every block while it is whole, and the position it begins at. It may
                 use the spare sequence, so `keep_all_cells` is not for it.
+            asks: called when a block is whole, as long as there is no question: from the first one
+                that it returns, that question asks this block and all that follow. One that the
+                cells have no room for beside the block asks a later one, or none.
+            unasked: chooses as long as there is no question; None for the reader's own policy,
+                which the last tokens of each block then ask.
 
         Returns:
             What is in the cache. Whatever goes wrong instead (a policy's error, Ctrl-C, a full
@@ -211,14 +221,15 @@ class Reader:
             Cancelled, LaserKVError, PolicyError, KeyboardInterrupt.
         """
         self._forget_from(start)
+        self._needs = self.policy.needs.with_those_of(unasked.needs if unasked else None)
         if not budget.keeps_all:
             self._learn_rotation()
         if self._on_device and not budget.keeps_all:
             self._on_device = device.prepare(self.context)
         if not budget.keeps_all:
             self.use_factors()
-        state = _State(tokens, budget, question, on_progress, start)
-        looks_past = self.policy.needs.outside or self.policy.needs.repeat
+        state = _State(tokens, budget, question, on_progress, start, asks, unasked)
+        looks_past = self._needs.outside or self._needs.repeat
         if start and looks_past and not budget.keeps_all:
             if self.compact:
                 moving.settle(self.context)
@@ -226,6 +237,7 @@ class Reader:
         try:
             for block in budget.blocks:
                 self._decode(state, block)  # 1
+                self._hear(state)
                 if park:
                     self._reads = state
                     with state.timings.spent("park"):
@@ -257,7 +269,7 @@ class Reader:
     def _learn_rotation(self) -> None:
         if self.compact and self._rotation is None:
             self._rotation = rope.measure(self.context)
-        elif self.policy.needs.unrotated and self._rotation is None:
+        elif self._needs.unrotated and self._rotation is None:
             self._rotation = rope.known(self.context)
 
     def _reading(self, state: _State) -> Reading:
@@ -331,11 +343,28 @@ class Reader:
         state.kept_per_block.append(len(state.kept))
         return self._reading(state)
 
+    def _chooser(self, state: _State) -> Policy:
+        """The policy that chooses now."""
+        unasked = state.unasked
+        return self.policy if unasked is None or state.question is not None else unasked
+
+    def _hear(self, state: _State) -> None:
+        """Takes a question that has come meanwhile, where there is room to ask it."""
+        if state.question is not None or state.asks is None:
+            return
+        question = state.asks()
+        if question is None:
+            return
+        if len(question) + self.asker.lookahead <= self.limit - state.start - len(state.kept):
+            state.question = question
+            if state.unasked is not None:  # its notes are no use to the other
+                state.memory = {}
+
     # 1
 
     def _decode(self, state: _State, block: Block) -> None:
         """Decodes the block on top of what was kept; its tokens see that and each other."""
-        needs, held = self.policy.needs, len(state.held)
+        needs, held = self._chooser(state).needs, len(state.held)
         wanted: dict[str, tuple[NDArray[Any], int] | None] = {}
         if self._scores_later(state, block):
             for kind in self._seen():
@@ -348,7 +377,7 @@ class Reader:
         elif block.evicts and needs.queries and state.question is None:
             queries = self._observed(block)
             wanted["queries"] = (queries, block.tokens - queries.shape[1])
-        if block.evicts and state.question is None and self._observes_own(wanted):
+        if block.evicts and state.question is None and self._observes_own(needs, wanted):
             keys = self._arrays.of("own_keys", min(self.asker.observation, block.tokens))
             wanted["keys"] = (keys, block.tokens - keys.shape[1])
         try:
@@ -362,7 +391,7 @@ class Reader:
         except CaptureError as error:
             if not error.kind.endswith("_norms"):
                 raise
-            if needs.value_norms == "auto":
+            if self._needs.value_norms == "auto":
                 self._do_not_weigh()
             else:
                 raise self._cannot_weigh() from error
@@ -401,7 +430,7 @@ class Reader:
 
     def _seen(self) -> list[str]:
         """What is captured of every candidate; on a device, of its keys, where they are."""
-        needs = self.policy.needs
+        needs = self._needs
         norms = needs.value_norms if not needs.values else "none"  # else made of the values
         wanted = {
             "keys": needs.keys or needs.visible if self._on_device else needs.host_keys,
@@ -414,24 +443,24 @@ class Reader:
 
     def _observes(self, state: _State, block: Block) -> bool:
         """Whether the policy looks at a block after which nothing is evicted."""
-        wanted = self.policy.needs.every_block and not block.evicts
+        wanted = self._chooser(state).needs.every_block and not block.evicts
         return wanted and self._scores_later(state, block)
 
     def _rows(self, budget: Budget) -> int:
         """Most tokens that are looked at, or looked past, at a time."""
-        return self.policy.needs.rows(budget)
+        return self._needs.rows(budget)
 
     def block_queries(self, block: Block) -> NDArray[Any]:
         """Where queries of a block's last tokens are captured: (layers, tokens, heads, head_dim).
 
         As many as the policy wants; of most policies all.
         """
-        wanted = self.policy.needs.recent_queries or block.tokens
+        wanted = self._needs.recent_queries or block.tokens
         return self._arrays.of("block_queries", min(wanted, block.tokens))
 
-    def _observes_own(self, wanted: Mapping[str, Any]) -> bool:
+    def _observes_own(self, needs: Needs, wanted: Mapping[str, Any]) -> bool:
         """Whether keys of the block's last tokens are needed that are on the device only."""
-        return self._on_device and self.policy.needs.outside and "keys" not in wanted
+        return self._on_device and needs.outside and "keys" not in wanted
 
     def _observed(self, block: Block) -> NDArray[Any]:
         return self._arrays.of("queries", min(self.asker.observation, block.tokens))
@@ -444,10 +473,10 @@ class Reader:
         In a scratch sequence that shares the cells and is dropped. A last block that is shorter
         than a probe with drafts is not worth one: the queries of the block before look at it, too.
         """
-        if not self.policy.needs.queries:
+        if not self._chooser(state).needs.queries:
             return None
         if state.question is None:
-            if self.policy.needs.block_queries:
+            if self._chooser(state).needs.block_queries:
                 last = self.block_queries(block)[:, -self.asker.observation :]
                 queries = last.astype(np.float32)
             else:
@@ -491,7 +520,7 @@ class Reader:
         Raises:
             UserError: the model's file does not hold what they need.
         """
-        if self.policy.needs.value_norms == "output":
+        if self._needs.value_norms == "output":
             self.context.probe.use_factors(output.factors(self.context.model))
 
     # 3
@@ -505,7 +534,7 @@ class Reader:
         self, state: _State, block: Block, first: int, last: int, asked: Asked | None
     ) -> Candidates:
         """The tokens first … last - 1 of those that are held, as a policy sees them."""
-        needs = self.policy.needs
+        needs = self._chooser(state).needs
         held = {
             kind: self._arrays.of(kind, self._rows(state.budget))[:, : len(state.held)]
             for kind in self._seen()
@@ -544,7 +573,7 @@ class Reader:
             memory=state.memory,
             held=self._held(state, first),
             asked_at=None if asked is None else asked.at,
-            rotation=self._rotation if self.policy.needs.unrotated else None,
+            rotation=self._rotation if needs.unrotated else None,
             scores=state.scores,
             **views,
         )
@@ -574,13 +603,13 @@ class Reader:
 
         first, last = np.searchsorted(state.held, (block.start, block.end)).tolist()
         with state.timings.spent("score"), kernels.threads(self.context.threads):
-            self.policy.observe(self._looked_at(state, block, first, last, None))
+            self._chooser(state).observe(self._looked_at(state, block, first, last, None))
 
     def _norms(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """What the probe makes of values, of such as are held."""
         from laserkv_gguf import kernels
 
-        factors = self.context.probe.factors if self.policy.needs.value_norms == "output" else None
+        factors = self.context.probe.factors if self._needs.value_norms == "output" else None
         return kernels.value_norms(values, factors)
 
     def _outside(
@@ -648,9 +677,9 @@ class Reader:
         from laserkv_gguf import kernels
 
         with state.timings.spent("score"), kernels.threads(self.context.threads):
-            chosen = self.policy.select(candidates, block.pool)
+            chosen = self._chooser(state).select(candidates, block.pool)
         with state.timings.spent("select"):
-            return candidates.tokens[checked(self.policy, chosen, candidates, block.pool)]
+            return candidates.tokens[checked(self._chooser(state), chosen, candidates, block.pool)]
 
     # 6
 
@@ -673,7 +702,7 @@ class Reader:
         In an accumulating run these are the new window's, and the anchors' where the policy looks
         past them, unless it looks at all that the question sees; else those of all that was kept.
         """
-        needs, budget = self.policy.needs, state.budget
+        needs, budget = self._needs, state.budget
         held = state.kept
         if budget.accumulates and not needs.holds_all:
             stays_held = held >= block.end - budget.window

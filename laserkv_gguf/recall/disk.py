@@ -17,6 +17,7 @@ import numpy as np
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.files.lock import lock, unlock
 from laserkv_gguf.machine import human
+from laserkv_gguf.planning import parking
 from laserkv_gguf.recall.store import Bytes, Indices, Store
 
 MAGIC = b"laserkv-gguf parked rows 1\n"
@@ -57,7 +58,7 @@ class DiskStore(Store):
             self._file.flush()
         except OSError as error:
             self.close()
-            where = self.path or _folder()
+            where = self.path or parking.folder()
             raise UserError(
                 f"parking {self.tokens} tokens takes {human(self.bytes)} on disk, which {where} "
                 f"cannot hold ({error.strerror}); give another place with --recall-file"
@@ -67,12 +68,12 @@ class DiskStore(Store):
     def _open(self) -> BinaryIO:
         try:
             if self.path is None:
-                _folder().mkdir(parents=True, exist_ok=True)
-                return tempfile.TemporaryFile(dir=_folder(), buffering=0)
+                parking.folder().mkdir(parents=True, exist_ok=True)
+                return tempfile.TemporaryFile(dir=parking.folder(), buffering=0)
             file, made = _open_or_make(self.path)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot park rows in {self.path or _folder()}: "
+                f"cannot park rows in {self.path or parking.folder()}: "
                 f"{getattr(error, 'strerror', None) or error}; "
                 "give another place with --recall-file"
             ) from error
@@ -122,10 +123,10 @@ class DiskStore(Store):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise LaserKVError(
-                    f"cannot park rows in {self.path or _folder()}: {error.strerror}"
+                    f"cannot park rows in {self.path or parking.folder()}: {error.strerror}"
                 ) from error
             raise LaserKVError(
-                f"the disk of {self.path or _folder()} is full after {self.parked} of "
+                f"the disk of {self.path or parking.folder()} is full after {self.parked} of "
                 f"{self.tokens} tokens were parked ({human(self.bytes)} are needed); free some "
                 "room, or give another place with --recall-file"
             ) from error
@@ -201,7 +202,7 @@ class DiskStore(Store):
             complete = _read_at(handle, rows, at)
         except OSError as error:
             raise LaserKVError(
-                f"cannot read parked rows from {self.path or _folder()}: {error.strerror}; "
+                f"cannot read parked rows from {self.path or parking.folder()}: {error.strerror}; "
                 "read the document again"
             ) from error
         if not complete:
@@ -234,12 +235,6 @@ class DiskStore(Store):
                 return
         with suppress(OSError):  # somebody's own, or it has another name by now: no rows stay
             os.ftruncate(handle, 0)
-
-
-def _folder() -> Path:
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("laserkv-gguf")) / "recall"
 
 
 def _open_or_make(path: Path) -> tuple[BinaryIO, bool]:

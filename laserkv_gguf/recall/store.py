@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from laserkv_gguf import machine
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.machine import human
+
+_in_memory: WeakSet[Store] = WeakSet()  # all that are alive and hold something
 
 Bytes = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -70,6 +73,7 @@ class Store:
             self._values: Bytes = np.empty((self.layers, self.tokens, self.value_bytes), np.uint8)
         except MemoryError:
             raise self._too_large("there is less") from None
+        _in_memory.add(self)
 
     def _too_large(self, found: str) -> UserError:
         smaller = "" if self.quantised else ", or -ctk q8_0 -ctv q8_0 for half of it"
@@ -126,6 +130,12 @@ class Store:
         """Gives the memory, and the file, back."""
         self._keys = self._values = np.empty((self.layers, 0, 0), np.uint8)
         self.parked = 0
+        _in_memory.discard(self)
+
+
+def held() -> int:
+    """Bytes of rows that this process holds in memory."""
+    return sum(store.bytes for store in _in_memory)
 
 
 def _selection(tokens: Indices) -> Any:

@@ -11,13 +11,14 @@ import numpy as np
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation.ageing import Compressing
-from laserkv_gguf.conversation.conversation import CONVERSATION_CELLS, Conversation, State
+from laserkv_gguf.conversation.conversation import Conversation, State
 from laserkv_gguf.conversation.documents import Parked
 from laserkv_gguf.conversation.ledger import SYSTEM, Ledger, Segment
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import archive
 from laserkv_gguf.llama import state as llama_state
+from laserkv_gguf.planning.demand import TURNS
 from laserkv_gguf.saving import fields, schema
 from laserkv_gguf.saving import parked as parked_rows
 from laserkv_gguf.saving.contents import prefix_of
@@ -106,7 +107,7 @@ def load(engine: Engine, path: str | Path | Saved, **options: Any) -> Conversati
         found = file.about
         options = {"max_tokens": found["max_tokens"], **options}
         cells = _cells(engine, file, options["max_tokens"])
-        if not found.get("parked") and engine.settings.recall != "off":
+        if not found.get("parked") and engine.settings.recall not in ("off", "auto"):
             log.warning("%s holds no parked rows: nothing can be recalled", file.path)
         texts = {
             name: file.array(f"text {number}").tobytes().decode("utf-8")
@@ -137,7 +138,7 @@ def _cells(engine: Engine, file: Saved, max_tokens: int) -> int:
     if engine.share:
         return cells
     most = held + file.tensors["tokens"].shape[0]
-    most += 2 * max(CONVERSATION_CELLS, min(2 * max_tokens, 1 << 14))
+    most += 2 * max(TURNS, min(2 * max_tokens, 1 << 14))
     if cells > most:
         log.warning(
             "%s was saved with %d cells, of which it needs no more than %d; "
@@ -172,6 +173,9 @@ def _load(engine: Engine, conversation: Conversation, file: Saved, cells: int) -
         engine.try_row_format(run.reader)
         run.reader.context.doubtful = True
         conversation.sources.parked = _parked(engine, run, file, state.ledger)
+        conversation.parks = "off"
+        if conversation.sources.parked:
+            conversation.parks = conversation.sources.recallers[-1].store.kind
         llama_state.restore(run.reader.context.handle, run.reader.main.number, state.saved)
     except BaseException:
         conversation.sources.forget_parked()
@@ -189,7 +193,8 @@ def _parked(engine: Engine, run: Run, file: Saved, ledger: Ledger) -> list[Parke
             reader = engine.reader_at(run.reader, compact)
             number = entry["number"] if entry["offset"] else 0
             document = Run(budget, run.cells, reader, compact)
-            recaller = engine.recaller(document, entry["offset"], number)
+            place = engine.place_rows(budget.tokens)
+            recaller = engine.recaller(document, entry["offset"], number, place)
             if recaller is None:  # the rows' format is not known; that was said
                 break
             # what opens the conversation was read along with the document after it

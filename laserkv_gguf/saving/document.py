@@ -121,7 +121,7 @@ def load(
         conversation = Conversation(
             engine, system=file.about["system"], max_tokens=max_tokens, sampling=sampling
         )
-        if not file.about["parked"] and engine.settings.recall != "off":
+        if not file.about["parked"] and engine.settings.recall not in ("off", "auto"):
             log.warning("%s holds no parked rows: nothing can be recalled", file.path)
         with engine.access.alone(), engine.keeping_others():
             _load(engine, conversation, file)
@@ -134,6 +134,7 @@ def _load(engine: Engine, conversation: Conversation, file: Saved) -> None:
     if about["parked"]:
         engine.turn_recall_on(about["settings"])
     budget = Budget(**about["budget"])
+    conversation.parks = engine.place_rows(budget.tokens) if about["parked"] else "off"
     reading = Reading(
         file.array("tokens"),
         budget,
@@ -150,13 +151,14 @@ def _load(engine: Engine, conversation: Conversation, file: Saved) -> None:
         question_known=False,
         budget=budget,
         compact=about["compact"],
+        recall=conversation.parks,
     )
     context, recaller = run.reader.context, None
     try:
         run.reader.forget()
         form = rows.known(context)
         context.doubtful = True
-        recaller = engine.recaller(run) if about["parked"] else None
+        recaller = engine.recaller(run, recall=conversation.parks)
         if recaller:
             parked_rows.park(recaller, file)
             recaller.tokens = reading.tokens

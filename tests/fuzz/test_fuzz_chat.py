@@ -23,6 +23,7 @@ pytest.importorskip("llama_cpp")
 from laserkv_gguf import ContextOptions, LaserKV
 from laserkv_gguf.cli import commands
 from laserkv_gguf.cli.commands import COMMANDS, SETTINGS
+from laserkv_gguf.cli.editing import Plain
 from laserkv_gguf.cli.loop import Loop
 from laserkv_gguf.conversation.conversation import Conversation as Talk
 
@@ -108,7 +109,7 @@ def test_chat_lines(engine: LaserKV, capsys: pytest.CaptureFixture[str]) -> None
             except StopIteration:
                 raise EOFError from None
 
-        loop = Loop(engine, engine.conversation(max_tokens=4), line, commands.run)
+        loop = Loop(engine, engine.conversation(max_tokens=4), Plain(line), commands.run)
         loop.run()
         counts["lines"] += len(typed)
         loop.talk.max_tokens = 4
