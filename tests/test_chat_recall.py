@@ -266,7 +266,7 @@ class Switching(Policy):
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_the_rest_is_read_with_the_question(at: int, loaded: Loaded) -> None:
     """As if it had been known all along, to a policy that looked at it from a block on only."""
-    settings: dict[str, Any] = {"lookahead": 0, "recall_first": "keydiff"}
+    settings: dict[str, Any] = {"lookahead": 0, "read_policy": "keydiff"}
     with loaded.engine(**settings) as engine:
         blocks: list[int] = []
 
