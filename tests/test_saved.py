@@ -239,7 +239,7 @@ def test_another_model_build_format_or_context(
 def talked(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """What a chat's /save writes after its first turn, and the tokens of its second one."""
     path = tmp_path_factory.mktemp("talked") / "talk.laserkv"
-    with engine_of(loaded) as engine:
+    with engine_of(loaded, recall="off") as engine:
         talk = engine.conversation(document=DOCUMENT, system="Be brief.", max_tokens=6)
         turn(talk, QUESTIONS[0])
         assert talk.save(path) == path.stat().st_size

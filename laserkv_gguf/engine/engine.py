@@ -829,7 +829,7 @@ class Engine:
         if self.settings.recall in ("off", "auto"):
             where = "ram" if self.settings.recall == "off" else "auto"
             settings = replace(self.settings, recall=where, recall_mode=saved["recall_mode"])
-            settings.recalling.check_policy(self.policy)
+            replace(settings.recalling, where="ram", file=None).check_policy(self.policy)
             self.settings = settings
             self._read_policies = {}
 
