@@ -245,7 +245,7 @@ def ask(reader: Reader, words: Sequence[str]) -> None:
     else:
         assert out.strip()
         assert out.endswith("\n")
-    assert all(re.match("saw |cache |cut at ", line) for line in err.splitlines())
+    assert all(re.match("looked again |saw |cache |cut at ", line) for line in err.splitlines())
     for flag in ("--save", "--report"):
         if flag in words:
             assert (reader.folder / value(words, flag)).stat().st_size > 1000
