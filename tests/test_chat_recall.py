@@ -24,6 +24,7 @@ from laserkv_gguf.llama.sequence import PROBE
 from laserkv_gguf.planning import parking
 from laserkv_gguf.planning.parking import Room
 from laserkv_gguf.policies import Candidates, Needs, Policy
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 from laserkv_gguf.reading.asking import Asker
 from laserkv_gguf.recall import disk
 
@@ -204,7 +205,7 @@ from laserkv_gguf import ContextOptions, LaserKV
 model, spare, text = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]).read_text()
 logging.basicConfig(format="%(message)s")
 options = ContextOptions(batch_size=1024, type_k="f32", type_v="f32", threads=1)
-with LaserKV(model, gpu_layers=0, block_size=1024, context=options) as engine:
+with LaserKV(model, gpu_layers=0, block_size=1024, ratio=0.1, context=options) as engine:
     warm = engine.conversation(document=text[:3000], max_tokens=2)  # threads, kernels, the cache
     "".join(warm.ask("What?"))
     warm.drop("document")
@@ -255,19 +256,21 @@ class Switching(Policy):
     """On paper: `keydiff` before a block, `laser` from there on."""
 
     name: ClassVar[str] = "switching"
-    needs: ClassVar[Needs] = policies.make("laser").needs
+    needs: ClassVar[Needs] = policies.make("laser", **PAPER_OPTIONS).needs
     at: int = 2
 
     def select(self, candidates: Candidates, budget: int) -> NDArray[np.int64]:
-        name = "keydiff" if candidates.index < self.at else "laser"
-        return policies.make(name).select(candidates, budget)
+        late = policies.make("laser", **PAPER_OPTIONS)
+        return (late if candidates.index >= self.at else policies.make("keydiff")).select(
+            candidates, budget
+        )
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_the_rest_is_read_with_the_question(at: int, loaded: Loaded) -> None:
     """As if it had been known all along, to a policy that looked at it from a block on only."""
     settings: dict[str, Any] = {"lookahead": 0, "read_policy": "keydiff"}
-    with loaded.engine(**settings) as engine:
+    with loaded.engine(**settings, policy_options=PAPER_OPTIONS) as engine:
         blocks: list[int] = []
 
         def asks() -> str | None:

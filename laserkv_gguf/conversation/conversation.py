@@ -353,8 +353,18 @@ class Conversation:
         documents = {} if self._without_document else self.texts
         self._place_rows(sum(len(self._tokens(text)) for text in documents.values()))
         wanted = self._wanted_then(question)
-        if not self._recall_is_open or self.parks == "off" or self.engine.share is None:
+        if not self._recall_is_open or self.parks == "off":
             return wanted
+        if self.engine.share is None:
+            if self._fits(*wanted):
+                return wanted
+            place, self.parks = self.parks, "off"
+            without = self._wanted_then(question)
+            if not self._fits(*without):
+                self.parks = place
+                return wanted
+            self._recall_is_off("there are too few positions for it")
+            return without
         place, self.parks = self.parks, "off"
         without = self._wanted_then(question)
         least = min(without[3], self.max_tokens + TALKING)
