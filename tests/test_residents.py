@@ -65,7 +65,7 @@ def rows_of(conversation: Conversation) -> list[NDArray[Any]]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "f16": {"type_k": "f16", "type_v": "f16"},
     "q8_0": {"type_k": "q8_0", "type_v": "q8_0", "flash_attn": "on"},
-    "replay": {**RECALL, "recall_mode": "replay"},
+    "replay": {"policy_options": {"shares": "equal"}, **RECALL, "recall_mode": "replay"},
     "shortlist": {**RECALL, "recall_mode": "shortlist"},
     "compact": {"positions": "compact"},
     "compact recall": {**RECALL, "positions": "compact"},
