@@ -188,6 +188,10 @@ def test_saved_and_loaded(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert it.exit_code() == 0
 
 
+# with one pool the anchors are four tokens, which the opening of the conversation takes
+EQUAL = ("--policy-option", "shares=equal")
+
+
 def kept_characters(document: str, shown: str) -> int:
     """Counts what stands in brackets; without them the document is there whole."""
     assert "".join(re.sub(r"(?s)\[[alw]:(.*?)\]", r"\1", shown).split()) == "".join(
@@ -199,7 +203,7 @@ def kept_characters(document: str, shown: str) -> int:
 def test_what_is_kept_without_colours(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     text = "".join(f"{number} is a number, and so is é{number + 1}. " for number in range(40))
     (tmp_path / "numbers.md").write_text(text)
-    given = ("-d", str(tmp_path / "numbers.md"), "--block-size", "256", "-n", "5")
+    given = ("-d", str(tmp_path / "numbers.md"), *EQUAL, "--block-size", "256", "-n", "5")
     with terminal(*chat(folder, "quick", *given), NO_COLOR="1") as it:
         it.wait_for_prompt()
         kept = re.search(r"kept ([\d,]+) of ([\d,]+)", it.ask("/docs"))
@@ -217,7 +221,7 @@ def test_what_is_kept_without_colours(folder: Path, tmp_path: Path) -> None:  # 
 
 
 def test_what_is_kept_in_colours_by_the_screen(folder: Path) -> None:  # noqa: F811
-    given = ("-d", str(folder / "short.md"), "--block-size", "256", "-n", "5")
+    given = ("-d", str(folder / "short.md"), *EQUAL, "--block-size", "256", "-n", "5")
     with terminal(*chat(folder, "quick", *given)) as it:
         it.wait_for_prompt()
         it.child.setwinsize(10, 130)
