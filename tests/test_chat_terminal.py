@@ -342,7 +342,7 @@ def test_sigterm_in_a_pipe(folder: Path) -> None:  # noqa: F811
 def test_a_terminal_that_moves_no_cursor(folder: Path) -> None:  # noqa: F811
     """Without an escape sequence; lines are continued as anywhere."""
     document = str(folder / "short.md")
-    given = ("-d", document, "--block-size", "256", "-n", "20")
+    given = ("-d", document, *EQUAL, "--block-size", "256", "-n", "20")
     with terminal(*chat(folder, "quick", *given), TERM="dumb") as it:
         it.wait_for_prompt()
         assert len(answer_of(it.ask("hello"))) == 20
