@@ -409,7 +409,8 @@ def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert found["parked_tokens"] == 1818
         assert found["recalled_tokens"] > 0
         assert found["recall_calls"] > 0
-        row = 2 * 2 * QUICK.layers * QUICK.kv_heads * QUICK.head_dim  # keys and values, two bytes
+        heads = QUICK.layers * QUICK.kv_heads
+        row = 2 * 2 * heads * QUICK.head_dim + 4 * heads  # keys, values; and how long these are
         assert found["parked_bytes"] == found["parked_tokens"] * row
         it.ask("and what of the lazy dog?")
         it.ask(f"/add {tmp_path / 'notes.txt'}")
