@@ -155,7 +155,7 @@ REFUSED = {
     "negative answer": ("{ask} -n -5", "-n -5", "at least 1"),
     "bench no tokens": ("bench -m {model} --tokens 0", "--tokens", "at least 1"),
     "bench no answer": ("bench -m {model} -n 0", "-n", "at least 1"),
-    "bench no number": ("bench -m {model} --tokens 4k", "--tokens 4k", "4096,8192"),
+    "bench no number": ("bench -m {model} --tokens four", "--tokens four", "4096,8k"),
     "bench no runs": ("bench -m {model} --repeats 0", "--repeats", "at least 1"),
     "bench ratio": ("bench -m {model} --ratios 0.2,2", "--ratio is 2", "at most 1"),
     # settings

@@ -137,8 +137,8 @@ def test_a_low_ratio_is_warned_of(
     asked = ["ask", "-m", str(model.path), "-d", str(tmp_path / "long.txt"), "-q", "Who?", "-c"]
     assert run([*asked, cells, "-n", "6", "-t", "1", "--block-size", str(BLOCK)]) == 0
     err = capsys.readouterr().err
-    found = re.fullmatch(r"warning: --ctx-size 240 leaves room for 0\.0\d+ of \d+ tokens.*\n", err)
-    assert (found is not None) if low else (err == "")
+    found = re.match(r"warning: --ctx-size 240 leaves room for 0\.0\d+ of \d+ tokens.*\n", err)
+    assert (found is not None) if low else ("warning" not in err)
 
 
 @pytest.mark.parametrize("cells", [4096, 6000])
@@ -156,7 +156,7 @@ def test_more_cells_than_the_model_was_trained_for(cells: int, model: Model) -> 
 
 def test_a_long_document_with_more_cells_than_positions(model: Model) -> None:
     """It moves together, and what is kept with its turns stays below the trained context."""
-    with engine(model, ctx_size=6000, ratio=0.25) as one:
+    with engine(model, ctx_size=6000, ratio=0.25, recall="off") as one:
         talk = one.conversation(document=DOCUMENT * 4, max_tokens=ANSWER)
         reading = talk.read()
         assert len(reading.tokens) > SPEC.ctx_train

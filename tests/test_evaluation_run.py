@@ -191,7 +191,12 @@ def test_only_one_shot_policies_choose_again(engine: LaserKV) -> None:
 
 def test_settings_that_cannot_be_used_leave_the_old_ones(engine: LaserKV) -> None:
     engine.configure(policy="laser", ratio=0.4)
-    for changes in ({"ratio": 0.0}, {"block_size": 4096}, {"policy": "infllm"}, {"policy": "no"}):
+    for changes in (
+        {"ratio": 0.0},
+        {"block_size": 4096},
+        {"policy": "infllm", "recall": "off"},
+        {"policy": "no"},
+    ):
         with pytest.raises(UserError):
             engine.configure(**changes)
     assert (engine.settings.policy, engine.settings.ratio) == ("laser", 0.4)

@@ -19,6 +19,7 @@ from laserkv_gguf.llama.context import Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.policies import Candidates, Held, checked
 from laserkv_gguf.policies.lagkv import _standing_out as standing_out
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 from laserkv_gguf.policies.quest import bounds
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
@@ -62,6 +63,7 @@ def seen(
         held=Held(tokens, tokens, 0, keys, values),
         value_norms=np.linalg.norm(values[:, :count].astype(np.float32), axis=3),
         repeated=rng.random((layers, count, kv_heads)).astype(np.float32),
+        outside=rng.normal(4, 2, (layers, 5, heads)).astype(np.float32),
     )
 
 
@@ -411,8 +413,8 @@ def test_laser_rules_and_residuals(seed: int, shape: Any) -> None:
         ({"residual": "leverage", "rule": "analytic"}, leverage_reference(one, 48, 4)),
     ]
     for options, scores in cases:
-        kept = chosen("laser", one, 30, alpha=0.5, pool=1, seed=4, **options)
-        assert kept == laser_reference(one, 30, scores)
+        options = {**PAPER_OPTIONS, "rule": "fraction", "alpha": 0.5, "seed": 4, **options}
+        assert chosen("laser", one, 30, **options) == laser_reference(one, 30, scores)
     pooled = chosen("magicpig", one, 30, pool=7, residual="keydiff")
     assert pooled == best(kernels.pool(keydiff_reference(one.keys, one.count), 7), 30)
 

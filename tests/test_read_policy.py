@@ -25,7 +25,7 @@ CONTEXT = ContextOptions(128, 64, threads=1)
 
 
 def read_policy(**given: Any) -> tuple[policies.Policy, policies.Policy]:
-    settings = Settings(**given)
+    settings = Settings(**{"recall": "off", **given})
     settings.check()
     policy = settings.make_policy(3)
     return policy, settings.make_read_policy(policy, 3)
@@ -94,7 +94,7 @@ def test_a_question_is_never_read_for_by_another(
 ) -> None:
     seen = seen_by(monkeypatch, "laser", "random")
     settings: dict[str, Any] = {"block_size": 64, "ratio": 0.4, "read_policy": "random"}
-    with LaserKV(path, context=CONTEXT, **settings) as engine:
+    with LaserKV(path, context=CONTEXT, recall="off", **settings) as engine:
         engine.ask("why?", document=DOCUMENT, max_tokens=1)
         assert set(seen) == {"laser"}
         seen.clear()

@@ -39,7 +39,7 @@ def engine_of(loaded: Loaded, **settings: Any) -> LaserKV:
     context = {
         key: settings.pop(key) for key in ("type_k", "type_v", "flash_attn") if key in settings
     }
-    settings = {"block_size": 64, "ratio": 0.4, "lookahead": 3, **settings}
+    settings = {"block_size": 64, "ratio": 0.4, "lookahead": 3, "recall": "off", **settings}
     return LaserKV(loaded.model, context=replace(OPTIONS, **context), **settings)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "parked": {"recall": "ram"},
     "signed": {"recall": "ram", "recall_mode": "shortlist"},
     "units": {"recall": "ram", "policy": "quest"},
-    "chat": {"talk": True},
+    "chat": {"talk": True, "recall": "off"},
     "recalling": {"talk": True, "recall": "ram", "positions": "compact"},
 }
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs what POSIX has")
@@ -261,7 +262,8 @@ def test_no_file_chooses_what_is_run(
     assert "evil" not in sys.modules
     assert not Path("mark").exists()
     # the user's own word is another matter, and another policy of theirs too
-    assert ask(capsys, *model, "--load", path, "--policy", "evil:Policy") == (0, "")
+    code, said = ask(capsys, *model, "--load", path, "--policy", "evil:Policy")
+    assert (code, re.findall("error|warning", said)) == (0, [])
     assert Path("mark").exists()
     for option in ("recall_first", "policy"):  # nor in the engine, which has its own policy
         file = scene.files[name].copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -82,7 +83,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def filled(arguments: Sequence[str]) -> list[str]:
     """The arguments, with "local" after a --ray that no address follows."""
     found: list[str] = []
-    for part, after in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for part, after in itertools.zip_longest(arguments, arguments[1:], fillvalue="-"):
         found += [part, "local"] if part == "--ray" and after.startswith("-") else [part]
     return found
 

@@ -355,24 +355,21 @@ class Conversation:
         wanted = self._wanted_then(question)
         if not self._recall_is_open or self.parks == "off":
             return wanted
-        if self.engine.share is None:
-            if self._fits(*wanted):
-                return wanted
-            place, self.parks = self.parks, "off"
-            without = self._wanted_then(question)
-            if not self._fits(*without):
-                self.parks = place
-                return wanted
-            self._recall_is_off("there are too few positions for it")
-            return without
         place, self.parks = self.parks, "off"
         without = self._wanted_then(question)
         least = min(without[3], self.max_tokens + TALKING)
+        if self.engine.share is None and not self._fits(*without):
+            least = 0  # nor would it fit without: what is refused then is said as it is
         self.parks = place
-        if wanted[3] < least or not self._fits(*wanted):
+        if self._fits(*wanted) and wanted[3] >= least:
+            return wanted
+        if self.engine.share is None:
+            if not least:
+                return wanted
+            self._recall_is_off("there are too few positions for it")
+        else:
             self._recall_is_off(f"--ctx-size {self.engine.ctx_size} has no room for it")
-            return without
-        return wanted
+        return without
 
     def _fits(
         self, tokens: Tokens, segments: list[Segment], asked: Prompt | None, reply: int

@@ -48,10 +48,10 @@ FACT = "The secret number of the {topic} is {number}."
 QUESTION = "What is the secret number of the {topic}?"
 
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"policy": "full"},
-    "first question": {"policy": "laser"},
-    "read again": {"policy": "laser"},
-    "no question": {"policy": "keydiff"},
+    "full": {"policy": "full", "recall": "off"},
+    "first question": {"policy": "laser", "recall": "off"},
+    "read again": {"policy": "laser", "recall": "off"},
+    "no question": {"policy": "keydiff", "recall": "off"},
     "replay": {"policy": "laser", "recall": "ram", "recall_mode": "replay"},
     "replay after laser": {
         "policy": "laser",

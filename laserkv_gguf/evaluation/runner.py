@@ -373,7 +373,8 @@ class Runner:
             settings.update(policy="full", ratio=1.0, keep=None, recall="off")
         else:
             settings.setdefault("policy", policy)
-            if settings.get("recall", "off") == "off":
+            # what a policy keeps is measured, unless recall is asked for
+            if settings.setdefault("recall", "off") == "off":
                 settings["read_policy"] = "same"  # what is named is measured
             settings["keep"] = self.plan.keep
         if isinstance(task, Fidelity):
