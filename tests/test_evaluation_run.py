@@ -745,7 +745,7 @@ def test_a_folder_that_has_more(
 def test_all_leaves_out_what_cannot_run(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = "niah_single_1 --lengths 800 --samples 1 --policies all"
+    more = "niah_single_1 --lengths 800 --samples 1 --policies all --recall off"
     assert run(arguments(loaded, tmp_path / "out", *more.split())) == 0
     assert re.search("^infllm is left out: .*recall", capsys.readouterr().err, re.MULTILINE)
     found = {row["policy"] for row in results_in(tmp_path / "out")}
@@ -758,7 +758,10 @@ REFUSED = {
     "no task": ("", "no task; name some of"),
     "unknown task": ("nia", "task nia is unknown; use .*niah"),
     "unknown policy": ("vt --policies lasr", "lasr is unknown; did you mean laser"),
-    "refusing policy": ("vt --policies full,infllm --lengths 800", "infllm needs recall"),
+    "refusing policy": (
+        "vt --policies full,infllm --lengths 800 --recall off",
+        "infllm needs recall",
+    ),
     "option of none": ("vt --policy-option nothing=1", "no option 'nothing'"),
     "ratios": ("vt --ratios 0.5,2", "--ratio is 2"),
     "ratios no number": ("vt --ratios half", "--ratios: give fractions"),

@@ -373,8 +373,7 @@ class Runner:
             settings.update(policy="full", ratio=1.0, keep=None, recall="off")
         else:
             settings.setdefault("policy", policy)
-            # what a policy keeps is measured, unless recall is asked for
-            if settings.setdefault("recall", "off") == "off":
+            if settings.get("recall", "auto") in ("off", "auto"):
                 settings["read_policy"] = "same"  # what is named is measured
             settings["keep"] = self.plan.keep
         if isinstance(task, Fidelity):
