@@ -18,6 +18,8 @@ import environment
 
 EXTRAS = ("test",)
 EXTRAS_OF_MARKS = ("browser", "ray")
+# a file of tests a process, so that what its tests share is made once
+AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 CHECKS = (
     ("ruff check", ("ruff", "check", ".")),
     ("ruff format", ("ruff", "format", "--check", ".")),
@@ -52,7 +54,7 @@ def main() -> int:
             failed.append(name)
     print(f"== failed so far: {', '.join(failed) or 'nothing'}; now the tests", flush=True)
     tests = subprocess.run(
-        [python, "-m", "pytest", *sys.argv[1:]], cwd=environment.PROJECT, check=False
+        [python, "-m", "pytest", *AT_ONCE, *sys.argv[1:]], cwd=environment.PROJECT, check=False
     )
     return 1 if failed or tests.returncode else 0
 

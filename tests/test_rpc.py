@@ -243,9 +243,10 @@ def test_a_server_that_is_killed_takes_no_answer_with_it(model: Path, tmp_path: 
     questions, out = write_questions(tmp_path), tmp_path / "answers.jsonl"
     flags = [
         *("-m", str(model), "-i", str(questions), "-n", "6", "--block-size", "64", "-fa", "on"),
-        *("-ctk", "f32", "-ctv", "f32", "-t", "1"),
+        *("-ctk", "f32", "-ctv", "f32", "-t", "1", "--recall", "off"),
     ]
-    ended("batch", *flags, "-o", str(tmp_path / "alone.jsonl"))
+    with Server() as calm:
+        ended("batch", *flags, "-o", str(tmp_path / "alone.jsonl"), "--rpc", calm.address)
     with Server() as first, Server() as second:
         process = subprocess.Popen(
             command(
