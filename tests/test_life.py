@@ -359,6 +359,15 @@ ENGINE_INSIDE |= {
     "keeping_others",
     "warm_up_beside",
     "save",
+    # where rows go, and what reads without a question: conversations ask
+    "demand_with",
+    "read_policy",
+    "hears",
+    "can_recall",
+    "place_rows",
+    "room_for_rows",
+    "row_bytes",
+    "say_recall_is_off",
 }
 
 TALK_CALLS: dict[str, Callable[[Any, Path], Any]] = {
