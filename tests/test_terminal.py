@@ -24,6 +24,7 @@ pytest.importorskip("llama_cpp")
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, COLUMNS = 200, 140
 PATIENCE = 300.0  # for what takes a second on an idle machine
+SIZES = "COLUMNS", "LINES"  # pytest-xdist sets them; the program is to ask its terminal
 CTRL_C, CTRL_D = "\x03", "\x04"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -81,7 +82,7 @@ class Terminal:
             sys.executable,
             ["-m", "laserkv_gguf", *map(str, arguments)],
             env={
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name not in SIZES},
                 "PYTHONPATH": str(ROOT),
                 "OPENBLAS_NUM_THREADS": "1",
                 "TERM": "xterm-256color",
