@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tiny import TinySpec, forward, make
 
 pytest.importorskip("llama_cpp")
 
 from laserkv_gguf import LaserKV
 from laserkv_gguf.cli.app import run
-from laserkv_gguf.conversation.conversation import Conversation
+from laserkv_gguf.conversation import parallel
+from laserkv_gguf.conversation.conversation import Conversation, Exchange
 from laserkv_gguf.conversation.framing import Framing
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.files import text as text_file
@@ -112,6 +114,39 @@ def test_what_an_answer_looked_at_is_attention(tmp_path: Path) -> None:
         for token, (rows, weights) in enumerate(zip(looks.most, looks.weights, strict=True)):
             assert weights == pytest.approx(truth[token, rows], abs=2e-3)
             assert weights[0] == pytest.approx(truth[token, : len(looks.share)].max(), abs=2e-3)
+
+
+def test_what_answers_looked_at_that_were_generated_together_is_attention(tmp_path: Path) -> None:
+    """Each in a sequence of its own, beside the other: against NumPy, as above."""
+    tiny = make(tmp_path, spec=TinySpec(layers=2, heads=4, kv_heads=2, ctx_train=512))
+    found: dict[int, tuple[Exchange, NDArray[np.int32]]] = {}
+
+    def kept(number: int, talk: Conversation) -> None:
+        assert talk.last is not None
+        segments = [segment.tokens for segment in talk.ledger.segments.values()]
+        found[number] = talk.last, np.concatenate(segments)
+
+    asked = [parallel.Question("why?", max_tokens=5), parallel.Question("and how?", max_tokens=3)]
+    with LaserKV(tiny.path, policy="full", block_size=256) as engine:
+        document, prompts = "abcdefgh" * 6, []
+        for question in asked:
+            opening = engine.template.opening(question.text, system=None, document=True)
+            prompts.append(opening.after.tokens)
+        parallel.answer(
+            engine, asked, lambda *_: None, document=document, on_kept=kept, watches=True
+        )
+    assert sorted(found) == [0, 1]
+    for number, (last, read) in found.items():
+        said, looks = last.reply.tokens, last.looks
+        assert looks is not None
+        assert len(said) == asked[number].max_tokens
+        tokens = np.concatenate((read, prompts[number], said)).astype(np.int64)
+        asking = np.arange(len(tokens) - len(said) - 1, len(tokens) - 1)
+        truth = forward(tiny.weights, tiny.spec, tokens[:-1]).attention.mean(axis=(0, 1))[asking]
+        assert len(looks.share) == len(read) + len(prompts[number])
+        assert looks.share == pytest.approx(truth[:, : len(looks.share)].mean(axis=0), abs=2e-3)
+        for token, (rows, weights) in enumerate(zip(looks.most, looks.weights, strict=True)):
+            assert weights == pytest.approx(truth[token, rows], abs=2e-3)
 
 
 def test_watching_changes_no_answer_and_is_off(model: Path) -> None:
@@ -303,6 +338,9 @@ def test_batch_writes_a_page_for_every_answer(
         shown = Retention.from_dict(json.loads(found.within[0])[0])
         assert shown.question == line["question"]
         assert shown.account == answers[number - 1]["account"]
+        assert shown.looked is not None
+        assert 0 < shown.looked.sum() < 1
+        assert len(shown.most) == len(shown.answer) > 0
     (tmp_path / "out.jsonl").unlink()
     (tmp_path / "out.jsonl.run").unlink()
     for path in pages.iterdir():

@@ -167,6 +167,7 @@ class Batch:
                 },
                 on_progress=self.on_progress,
                 on_kept=kept if self.on_kept else None,
+                watches=self.on_kept is not None,
                 spent=self.spent,
             )
         except (Cancelled, Closed, OutputError, Stopped, BrokenPipeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,23 @@ class Watch:
         with self._context.probe.armed(queries=(kept, tokens - 1)):
             yield
         self._queries.append(kept)
+
+    @staticmethod
+    @contextmanager
+    def one_each(watches: Sequence[Watch]) -> Iterator[None]:
+        """Keeps a query for each of some answers of one context.
+
+        In the block one token of each is decoded, in one batch and in this order.
+        """
+        if not watches:
+            yield
+            return
+        probe = watches[0]._context.probe
+        kept = probe.new("queries", len(watches))
+        with probe.armed(queries=(kept, 0)):
+            yield
+        for number, watch in enumerate(watches):
+            watch._queries.append(kept[:, number : number + 1].copy())
 
     def looks(self, cells: Cells, before: int, answered: int) -> Looks | None:
         """What the answer looked at.

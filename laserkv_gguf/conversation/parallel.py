@@ -11,12 +11,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from laserkv_gguf.budget import padded
+from laserkv_gguf.conversation.cells import Cells
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Generation, Reply
+from laserkv_gguf.conversation.ledger import TURN, Ledger, Segment
+from laserkv_gguf.conversation.looks import Looks, Watch
 from laserkv_gguf.engine.engine import Engine
 from laserkv_gguf.engine.residents import sequence_count
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError, OutOfMemory, UserError
@@ -103,6 +108,7 @@ def answer(
     answered: Container[int] = (),
     on_progress: Callable[[Progress], None] | None = None,
     on_kept: Callable[[int, Conversation], None] | None = None,
+    watches: bool = False,
     spent: Spent | None = None,
 ) -> Spent:
     """Answers questions about one document, several at a time.
@@ -137,6 +143,8 @@ def answer(
         on_progress: called while reading.
         on_kept: called with a question's number and the conversation it was answered in, before
             `on_reply`: for reports of what was kept for it. Its `last` is the question.
+        watches: whether `last` has what the answer looked at, too. As `Conversation.watches` it
+            takes a look at every token's queries, and at all keys at an answer's end.
         spent: added to while answers are generated, and returned.
 
     Raises:
@@ -147,7 +155,7 @@ def answer(
     check(parallel, engine)
     with engine.access.inside():
         together = _BatchedAnswers(engine, document, sampling, parallel, on_reply, on_progress)
-        together.on_kept = on_kept
+        together.on_kept, together.watches = on_kept, watches
         together.spent = together.spent if spent is None else spent
         try:
             together.run(questions, read_once, answered)
@@ -200,6 +208,7 @@ class _Live:
     position: int
     generation: Generation
     started: float
+    watch: Watch | None = None
     first: float = 0.0
     decoded: int = 0
     error: Exception | None = None
@@ -207,6 +216,23 @@ class _Live:
     @property
     def ended(self) -> bool:
         return bool(self.error or self.generation.ended)
+
+    def looks(self, read: Cells) -> Looks | None:
+        """What it looked at; its cells are still there.
+
+        Args:
+            read: of the conversation that has read the document.
+        """
+        if self.watch is None or self.error is not None:
+            return None
+        prompt, said = self.planned.prompt.tokens, self.generation.reply.tokens
+        ledger = Ledger.of_rows(dict(read.ledger.segments), read.ledger.rows)
+        number = ledger.new(Segment(TURN))
+        ledger.extend(number, prompt.astype(np.int32), self.position)
+        before = len(ledger)
+        ledger.extend(number, np.array(said, np.int32), ledger.next_position)
+        cells = Cells(read.context, self.cells.number, ledger=ledger)
+        return self.watch.looks(cells, before, len(said))
 
     def leave(self) -> None:
         """Frees its cells; the document's stay."""
@@ -233,6 +259,7 @@ class _BatchedAnswers:
         self.tokens = engine.model.tokenize(document or "")
         self.conversation: Conversation | None = None
         self.on_kept: Callable[[int, Conversation], None] | None = None
+        self.watches = False
         self.recall = engine.demand.recall
 
     def leave(self) -> None:
@@ -274,6 +301,7 @@ class _BatchedAnswers:
         made = Conversation(
             self.engine, document=self.tokens, system=system, one_turn=True, recall=self.recall
         )
+        made.watches = self.watches
         self.conversation = made
         return made
 
@@ -505,10 +533,11 @@ class _BatchedAnswers:
                 with self.spent.timed():
                     self._step(context, [one for one in live if not one.ended])
                 for one in [one for one in live if one.ended]:
+                    looks = one.looks(conversation.cells)
                     live.remove(one)
                     one.leave()
                     free.append(one.cells.number)
-                    self._deliver(conversation, one)
+                    self._deliver(conversation, one, looks)
         finally:
             for one in live:
                 one.leave()
@@ -533,6 +562,7 @@ class _BatchedAnswers:
             conversation.cells.position,
             generation,
             time.perf_counter(),
+            Watch(context) if self.watches else None,
         )
 
     def _ask(self, context: Context, main: sequence.Sequence, one: _Live) -> None:
@@ -540,7 +570,8 @@ class _BatchedAnswers:
         tokens = one.planned.prompt.tokens
         try:
             main.share_with(one.cells)
-            context.decode(tokens, one.position, one.cells.number, outputs=1)
+            with one.watch.last_of(len(tokens)) if one.watch else nullcontext():
+                context.decode(tokens, one.position, one.cells.number, outputs=1)
             one.first = time.perf_counter()
             one.decoded = len(tokens)
             self._sample(context, one, -1)
@@ -555,11 +586,12 @@ class _BatchedAnswers:
         if not live:
             return
         try:
-            context.decode_parallel(
-                [one.generation.last for one in live],
-                [one.position + one.decoded for one in live],
-                [one.cells.number for one in live],
-            )
+            with Watch.one_each([one.watch for one in live if one.watch]):
+                context.decode_parallel(
+                    [one.generation.last for one in live],
+                    [one.position + one.decoded for one in live],
+                    [one.cells.number for one in live],
+                )
             for row, one in enumerate(live):
                 one.decoded += 1
                 self._sample(context, one, row)
@@ -575,7 +607,7 @@ class _BatchedAnswers:
         one.generation.sample(context.handle, context.row(row))
         self.spent.tokens += len(one.generation.reply.tokens) - before
 
-    def _deliver(self, conversation: Conversation, one: _Live) -> None:
+    def _deliver(self, conversation: Conversation, one: _Live, looks: Looks | None) -> None:
         reply, planned = one.generation.reply, one.planned
         if one.error is not None:
             self.on_reply(planned.index, one.error)
@@ -583,7 +615,7 @@ class _BatchedAnswers:
         conversation.fill(reply, len(planned.prompt), one.started, one.first, apart=one.decoded)
         # the context may be larger, for what was asked before; that is no cost of this answer
         reply.account.kv_bytes = padded(conversation.run.cells) * self.engine.cell_bytes
-        conversation.note(planned.question.text, reply)
+        conversation.note(planned.question.text, reply, looks)
         if self.on_kept:
             self.on_kept(planned.index, conversation)
         self.on_reply(planned.index, reply)
