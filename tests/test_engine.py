@@ -819,7 +819,10 @@ def test_a_sequence_is_gathered_bit_for_bit(loaded: dict[str, Loaded]) -> None:
         form = rows.check(context)
         before = rows.read(context, form, MAIN, kept)
         for at_once in (1, 7, 1000):
-            moving.gather(context, MAIN, kept, at_once)
+            cell = context.kv_bytes // context.allocated_cells
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(moving, "_BYTES_AT_ONCE", at_once * cell)
+                moving.gather(context, MAIN, kept)
             after = rows.read(context, form, MAIN, kept)
             assert np.array_equal(before.keys, after.keys)
             assert np.array_equal(before.values, after.values)

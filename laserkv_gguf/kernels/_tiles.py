@@ -55,6 +55,11 @@ class Tensors:
         return self.tokens * (self.heads // self.kv_heads)
 
     @property
+    def scale(self) -> float:
+        """Factor on q . k: 1 / sqrt(head_dim)."""
+        return float(self.dim**-0.5)
+
+    @property
     def asked(self) -> int:
         """How many (layer, head, token) look at each candidate."""
         return self.layers * self.heads * self.tokens

@@ -45,32 +45,29 @@ def attention_consensus(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
     *,
-    scale: float | None = None,
-    out: NDArray[np.float32] | None = None,
     weights: NDArray[np.float32] | None = None,
     outside: NDArray[np.float32] | None = None,
     over: str = "sum",
 ) -> NDArray[np.float32]:
     """Each candidate's attention weight, summed over layers, heads and probe tokens.
 
-    With ``e = exp(q . k * scale)``, ``p[l, t, h, c] = e / (exp(outside[l, t, h]) + sum_c e)`` and
-    ``w[l, c, kv(h)]`` the weights, a probe token's score is ``sum_l sum_h p * w``; ``over`` says
-    how the tokens' scores become one. Without weights and outside, summed, it is the exact score of
-    LASER-KV's long-term pool (arXiv 2602.02199). The result does not depend on the number of
-    threads. NaN and infinite inputs give NaN.
+    With ``e = exp(q . k / sqrt(head_dim))``,
+    ``p[l, t, h, c] = e / (exp(outside[l, t, h]) + sum_c e)`` and ``w[l, c, kv(h)]`` the weights, a
+    probe token's score is ``sum_l sum_h p * w``; ``over`` says how the tokens' scores become one.
+    Without weights and outside, summed, it is the exact score of LASER-KV's long-term pool (arXiv
+    2602.02199). The result does not depend on the number of threads. NaN and infinite inputs give
+    NaN.
 
     Args:
         queries: (layers, tokens, heads, head_dim) float32.
         keys: (layers, candidates, kv_heads, head_dim) float32 or float16. May be a slice of a
             larger array along the first two axes. Head ``h`` reads kv head
             ``h // (heads // kv_heads)``. float16 is widened tile by tile, never as a whole.
-        scale: Factor on q . k, default ``1 / sqrt(head_dim)``.
-        out: (candidates,) float32, overwritten and returned.
         weights: (layers, candidates, kv_heads) float32, not negative: what a weight counts, such
             as the length of the value behind it; None for 1.
-        outside: (layers, tokens, heads) float32: log-sum-exp of ``q . k * scale`` over keys that
-            are no candidates but seen all the same, -inf for none (see :func:`log_sums`); None for
-            a softmax over the candidates alone.
+        outside: (layers, tokens, heads) float32: log-sum-exp of ``q . k / sqrt(head_dim)`` over
+            keys that are no candidates but seen all the same, -inf for none (see
+            :func:`log_sums`); None for a softmax over the candidates alone.
         over: "sum" over the probe's tokens, or "max", the largest of their scores (KVzip, arXiv
             2505.23416).
 
@@ -79,32 +76,26 @@ def attention_consensus(
         layers * heads * tokens.
 
     Raises:
-        ValueError: Shapes do not fit together, ``out`` does not fit, or ``over`` is unknown.
+        ValueError: Shapes do not fit together, or ``over`` is unknown.
         TypeError: Another dtype.
     """
     tensors = check(queries, keys)
-    if out is None:
-        out = np.empty(tensors.candidates, dtype=np.float32)
-    elif out.shape != (tensors.candidates,) or out.dtype != np.float32:
-        raise ValueError(f"out must be ({tensors.candidates},) float32, got {out.shape}")
     if over not in OVER:
         raise ValueError(f"over must be {' or '.join(OVER)}, not {over!r}")
     factors = _factors(tensors, weights)
     beside = _beside(tensors, outside)
     if over == "max":
-        out[...] = _largest(tensors, scale, factors, beside)
-        return out
-    by_layer = _by_layer(tensors, scale, factors, beside)
+        return _largest(tensors, factors, beside)
+    by_layer = _by_layer(tensors, factors, beside)
     # float64: thousands of additions of unlike size, and still one float32 a candidate.
-    out[...] = by_layer.sum(axis=0, dtype=np.float64)
-    return out
+    total: NDArray[np.float32] = by_layer.sum(axis=0, dtype=np.float64).astype(np.float32)
+    return total
 
 
 def attention_by_layer(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
     *,
-    scale: float | None = None,
     weights: NDArray[np.float32] | None = None,
     outside: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
@@ -114,7 +105,7 @@ def attention_by_layer(
     outside every row sums to heads * tokens.
     """
     tensors = check(queries, keys)
-    return _by_layer(tensors, scale, _factors(tensors, weights), _beside(tensors, outside))
+    return _by_layer(tensors, _factors(tensors, weights), _beside(tensors, outside))
 
 
 def attention_peaks(
@@ -122,7 +113,6 @@ def attention_peaks(
     keys: NDArray[Any],
     out: NDArray[np.float32],
     *,
-    scale: float | None = None,
     outside: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """The largest attention weight that any query of a group pays each key.
@@ -132,7 +122,7 @@ def attention_peaks(
     2505.23416). So the queries may come in parts. A softmax that is no number counts for nothing.
 
     Args:
-        queries, keys, scale, outside: as in attention_consensus.
+        queries, keys, outside: as in attention_consensus.
         out: (layers, kv_heads, candidates) float32, not negative; changed, and returned.
 
     Raises:
@@ -155,7 +145,7 @@ def attention_peaks(
             tensors.addresses,
             tensors.sizes,
             tensors.half,
-            _scale(tensors, scale),
+            tensors.scale,
             rows,
             workers,
             scratch.ctypes.data,
@@ -170,17 +160,15 @@ def log_sums(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
     *,
-    scale: float | None = None,
     visible: NDArray[Any] | None = None,
 ) -> NDArray[np.float32]:
-    """Log-sum-exp of q . k * scale over keys: what they add to each query's softmax.
+    """Log-sum-exp of q . k / sqrt(head_dim) over keys: what they add to each query's softmax.
 
     Sums of several sets of keys are joined by ``numpy.logaddexp``. NaN gives NaN.
 
     Args:
         queries: (layers, tokens, heads, head_dim) float32.
         keys: (layers, n, kv_heads, head_dim) float32 or float16, as in attention_consensus.
-        scale: Factor on q . k, default ``1 / sqrt(head_dim)``.
         visible: (tokens,) integers: token ``t`` sees the first ``visible[t]`` keys only; None
             where all see all.
 
@@ -193,28 +181,24 @@ def log_sums(
     """
     tensors = check(queries, keys)
     if visible is None:
-        return _sums(tensors, scale)
+        return _sums(tensors)
     if np.shape(visible) != (tensors.tokens,):
         raise ValueError(f"visible must be ({tensors.tokens},), got {np.shape(visible)}")
     whole = int(np.min(visible, initial=tensors.candidates))
-    common = _sums(check(queries, keys[:, :whole]), scale)
+    common = _sums(check(queries, keys[:, :whole]))
     late = np.asarray(keys[:, whole : int(np.max(visible, initial=0))], np.float32)
     if not late.size or not tensors.tokens:
         return common
     grouped = tensors.queries.reshape(*tensors.queries.shape[:2], tensors.kv_heads, -1, tensors.dim)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         logits = np.einsum("ltkgd,lckd->ltkgc", grouped, late, optimize=True)
-        logits = logits.reshape(*common.shape, -1) * np.float32(_scale(tensors, scale))
+        logits = logits.reshape(*common.shape, -1) * np.float32(tensors.scale)
         hidden = np.arange(whole, whole + late.shape[1]) >= np.asarray(visible)[:, None]
         logits = np.where(hidden[:, None], np.float32(-np.inf), logits)
         joined: NDArray[np.float32] = np.logaddexp(
             common, np.logaddexp.reduce(logits, axis=-1), dtype=np.float32
         )
     return joined
-
-
-def _scale(tensors: Tensors, scale: float | None) -> float:
-    return float(tensors.dim**-0.5) if scale is None else float(scale)
 
 
 def _factors(tensors: Tensors, weights: NDArray[Any] | None) -> NDArray[np.float32] | None:
@@ -238,7 +222,6 @@ def _beside(tensors: Tensors, outside: NDArray[Any] | None) -> NDArray[np.float3
 
 def _by_layer(
     tensors: Tensors,
-    scale: float | None,
     factors: NDArray[np.float32] | None,
     outside: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
@@ -257,7 +240,7 @@ def _by_layer(
             tensors.addresses,
             tensors.sizes,
             tensors.half,
-            _scale(tensors, scale),
+            tensors.scale,
             rows,
             workers,
             scratch.ctypes.data,
@@ -285,7 +268,6 @@ def _scratch(tensors: Tensors, rows: int) -> int:
 
 def _largest(
     tensors: Tensors,
-    scale: float | None,
     factors: NDArray[np.float32] | None,
     outside: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
@@ -297,13 +279,12 @@ def _largest(
         part = slice(first, first + _TOKENS_AT_ONCE)
         asked = check(tensors.queries[:, part], tensors.keys)
         beside = None if outside is None else np.ascontiguousarray(outside[:, part])
-        best = np.maximum(best, _by_token(asked, scale, factors, beside).max(axis=1))
+        best = np.maximum(best, _by_token(asked, factors, beside).max(axis=1))
     return best
 
 
 def _by_token(
     tensors: Tensors,
-    scale: float | None,
     factors: NDArray[np.float32] | None,
     outside: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
@@ -325,7 +306,7 @@ def _by_token(
             tensors.addresses,
             tensors.sizes,
             tensors.half,
-            _scale(tensors, scale),
+            tensors.scale,
             heads,
             workers,
             scratch.ctypes.data,
@@ -338,7 +319,7 @@ def _by_token(
     return total
 
 
-def _sums(tensors: Tensors, scale: float | None) -> NDArray[np.float32]:
+def _sums(tensors: Tensors) -> NDArray[np.float32]:
     out = np.full((tensors.layers, tensors.tokens, tensors.heads), -np.inf, np.float32)
     if out.size == 0 or tensors.candidates == 0:
         return out
@@ -352,7 +333,7 @@ def _sums(tensors: Tensors, scale: float | None) -> NDArray[np.float32]:
             tensors.addresses,
             tensors.sizes,
             tensors.half,
-            _scale(tensors, scale),
+            tensors.scale,
             rows,
             workers,
             scratch.ctypes.data,

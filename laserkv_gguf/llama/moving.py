@@ -39,9 +39,7 @@ def _comes_back(context: Context, sequence: Sequence, position: int) -> bool:
         other.remove()
 
 
-def gather(
-    context: Context, sequence: int, positions: NDArray[np.int64], at_once: int | None = None
-) -> None:
+def gather(context: Context, sequence: int, positions: NDArray[np.int64]) -> None:
     """Moves a sequence into the lowest cells that are free or its own; bit for bit.
 
     llama.cpp's attention runs up to the highest cell in use, whatever has been freed below it.
@@ -51,10 +49,9 @@ def gather(
 
     Args:
         positions: of the sequence's tokens that are moved, ascending.
-        at_once: tokens moved at a time; None for as many as 64 MiB hold.
     """
     source, spare = Sequence(context, sequence), Sequence(context, SPARE)
-    at_once = at_once or max(1, _BYTES_AT_ONCE * context.allocated_cells // context.kv_bytes)
+    at_once = max(1, _BYTES_AT_ONCE * context.allocated_cells // context.kv_bytes)
     if not len(positions) or not _comes_back(context, source, int(positions[-1])):
         return
     # from the end: what was decoded last is up there, and makes room for the rest

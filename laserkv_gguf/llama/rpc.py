@@ -26,7 +26,6 @@ from laserkv_gguf.llama.placement import address
 log = logging.getLogger(__name__)
 
 SECONDS = 5.0  # for a server to answer
-PORT = 50052  # llama.cpp's
 _LIBRARY = {"win32": "ggml-rpc.dll", "darwin": "libggml-rpc.dylib"}
 _HELLO, _CAPS = 14, 24  # RPC_CMD_HELLO, RPC_CONN_CAPS_SIZE
 _ANSWER = struct.Struct("<QBBBx24s")  # the size of what follows, and version 1.2.3

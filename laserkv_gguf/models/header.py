@@ -217,16 +217,6 @@ class Header:
         """Bytes of all tensors."""
         return sum(tensor.size for tensor in self.tensors)
 
-    @cached_property
-    def layer_weights(self) -> tuple[int, ...]:
-        """Bytes of every layer's tensors."""
-        sizes = [0] * self.layers
-        for tensor in self.tensors:
-            found = re.match(r"blk\.(\d{1,9})\.", tensor.name)
-            if found and int(found[1]) < self.layers:
-                sizes[int(found[1])] += tensor.size
-        return tuple(sizes)
-
     def place(
         self,
         where: Sequence[int | None],
@@ -259,13 +249,6 @@ class Header:
         if layer:
             return where[int(layer[1])] if int(layer[1]) < self.layers else None
         return where[-1] if tensor.name.startswith("output") else None
-
-    @cached_property
-    def output_weights(self) -> int:
-        """Bytes of the output layer; where it is tied to the embedding, of the embedding."""
-        sizes = {tensor.name: tensor.size for tensor in self.tensors}
-        tied = sizes.get("token_embd.weight", 0)
-        return sizes.get("output.weight", tied) + sizes.get("output_norm.weight", 0)
 
     @cached_property
     def largest_matrix(self) -> int:

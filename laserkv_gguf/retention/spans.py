@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from laserkv_gguf.llama.model import Model
 
 ANCHOR, POOL, WINDOW, EVICTED = range(4)
-STATES = ("anchor", "pool", "window", "evicted")
 UNNAMED = "document"  # what a conversation calls a text without a name
 BEFORE = "before the documents"  # the template's tokens and the system prompt
 FORMAT = "laserkv-retention 1"
@@ -56,7 +55,7 @@ class Retention:
         title: one line that tells it from others: policy and share kept.
         pieces: the text of each of n tokens; a character that several tokens share comes with its
             last.
-        states: (n,) uint8, index into `STATES`.
+        states: (n,) uint8, 0 to 3: anchor, pool, window or evicted.
         scores: (n,) float32, what the policy scored; NaN where it scored none.
         positions: (n,) int32, where a token stands in the cache; -1 for evicted ones.
         looked: (n,) float32, the share of its attention that the answer paid each, averaged over
