@@ -10,6 +10,7 @@ import pytest
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded
 
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.cli.options import EngineOptions
 from laserkv_gguf.conversation.lookup import Lookup
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import Context
@@ -127,3 +128,8 @@ def test_evicted_tokens_can_be_copied(loaded: Loaded, monkeypatch: pytest.Monkey
 def test_refused(loaded: Loaded) -> None:
     with pytest.raises(UserError, match="lookup is -1"):
         LaserKV(loaded.model, context=OPTIONS, lookup=-1)
+
+
+def test_the_flag(loaded: Loaded) -> None:
+    with EngineOptions(lookup=8).engine(model=loaded.model) as engine:
+        assert engine.lookup == 8

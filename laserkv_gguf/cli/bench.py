@@ -24,7 +24,9 @@ Number = TypeVar("Number", int, float)
 QUESTION = "What happens in this text? Answer in one sentence."
 
 
-@with_options(EngineOptions, hide=("recall", "recall_mode", "recall_file", "recall_limit", "keep"))
+@with_options(
+    EngineOptions, hide=("recall", "recall_mode", "recall_file", "recall_limit", "keep", "lookup")
+)
 def bench(
     options: EngineOptions,
     tokens: Annotated[

@@ -48,7 +48,7 @@ class EvalOptions(EngineOptions):
     ] = 0
 
 
-@with_options(EvalOptions, name="eval")
+@with_options(EvalOptions, name="eval", hide=("lookup",))
 def evaluate(
     options: EvalOptions,
     out: Annotated[

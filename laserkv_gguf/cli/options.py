@@ -54,6 +54,7 @@ _GROUP = {
     "ubatch_size": SPEED,
     "threads": SPEED,
     "threads_batch": SPEED,
+    "lookup": SPEED,
     "scoring": SPEED,
 }
 _ONCE = ("list_devices", "debug")  # what no file and no variable asks for
@@ -138,6 +139,14 @@ class EngineOptions(PlacementOptions):
     ] = 0
     threads_batch: Annotated[
         int, Option("-tb", "--threads-batch", help="Threads for reading; 0: as -t, or all cores.")
+    ] = 0
+    lookup: Annotated[
+        int,
+        Option(
+            "--lookup",
+            help="Tokens of an answer guessed at a time by copying from the document, for answers"
+            " that quote; 0: none.",
+        ),
     ] = 0
     seed: Annotated[int, Option("-s", "--seed", help="The same seed gives the same answer.")] = 0
     policy: Annotated[
@@ -363,6 +372,7 @@ class EngineOptions(PlacementOptions):
             "ctx_size": self.ctx_size or None,
             "context": ContextOptions(**self.context()),
             "seed": self.seed,
+            "lookup": self.lookup,
             **self.settings(),
         }
 

@@ -39,7 +39,7 @@ def _tokens(text: str) -> int:
         raise UserError(f"--tokens {text}: give a number such as 32768 or 32k") from None
 
 
-@with_options(EngineOptions)
+@with_options(EngineOptions, hide=("lookup",))
 def plan(
     options: EngineOptions,
     tokens: Annotated[
