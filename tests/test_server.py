@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -19,6 +20,8 @@ from tiny import Tiny, TinySpec, forward, make
 
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.llama.context import ContextOptions
+from laserkv_gguf.server.run import bound, serve
+from laserkv_gguf.server.settings import ServerSettings
 
 SPEC = TinySpec(layers=2, ctx_train=4096, chat_template=TEMPLATE)
 BLOCK = 128
@@ -134,6 +137,22 @@ def test_documents_survive_a_kill(tiny: Tiny, tmp_path: Path) -> None:
         assert cached(found) == cached(second)
         assert found.choices[0].message.content == second.choices[0].message.content
         one.wait_for("laserkv_running", 0)
+
+
+def test_what_is_found_on_disk_need_not_wait_for_kernels(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(LaserKV, "warm_up_beside", lambda engine: begun.append("kernels"))
+
+    def started(where: str) -> None:
+        begun.append("requests")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = ServerSettings(port=0)
+    with LaserKV(tiny.path, parallel=settings.workers) as engine:
+        serve(engine, settings, bound(settings), started)
+    assert begun == ["kernels", "requests"]
 
 
 @pytest.mark.long

@@ -127,6 +127,8 @@ def serve(
         LaserKVError: documents cannot be kept where the settings say.
     """
     _many_files()
+    # a document that is found on disk is not read: nothing else would pass the time meanwhile
+    engine.warm_up_beside()
     serving = Serving(engine, settings)
     where = address(listening)
     config = uvicorn.Config(
