@@ -112,26 +112,20 @@ def test_actors_and_the_driver_are_killed(folder: Path, alone: list[bytes]) -> N
     out, chance = folder / "killed.jsonl", random.Random(7)
     flags = ("--ray", "--ray-actors", str(ACTORS))
 
-    def lines() -> int:
-        done = out.read_bytes().count(b"\n") if out.exists() else 0
-        record = out.with_name(out.name + ".run")
-        waiting = record.read_bytes().count(b'{"index"') if record.exists() else 0
-        return done + waiting
-
     for goal in (50, 110):
         process = started(command(folder, out.name, *flags))
         assert process.stderr
         with process, process.stderr:
-            before = lines()
-            until(lambda before=before: lines() > before, process)  # type: ignore[misc]
+            before = done(out)
+            until(lambda before=before: done(out) > before, process)  # type: ignore[misc]
             killed = 0
-            while lines() < goal:
+            while done(out) < goal:
                 there = actors_of(process.pid)
                 if there and killed < 3:
                     os.kill(chance.choice(there), signal.SIGKILL)
                     killed += 1
-                at = lines()
-                until(lambda at=at, goal=goal: lines() >= min(at + 8, goal), process)  # type: ignore[misc]
+                at = done(out)
+                until(lambda at=at, goal=goal: done(out) >= min(at + 8, goal), process)  # type: ignore[misc]
             process.kill()
     process = started(command(folder, out.name, *flags))
     _, err = process.communicate(timeout=SECONDS)
@@ -139,6 +133,53 @@ def test_actors_and_the_driver_are_killed(folder: Path, alone: list[bytes]) -> N
     found = written(out)
     assert len(found) == QUESTIONS
     assert found == alone
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of two nodes of this machine, one core each, that no other machine reaches."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # there it is for 127.0.0.1
+    from ray.cluster_utils import Cluster
+
+    own = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=own)
+    try:
+        cluster.add_node(**own)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_node_is_lost(folder: Path, alone: list[bytes], nodes: Any) -> None:
+    """In the middle, for good: there is no room for its actor elsewhere, so the other does all.
+
+    Its actor is halted first, so that it certainly has questions that it never answers.
+    """
+    out = folder / "lost.jsonl"
+    process = started(command(folder, out.name, "--ray", nodes.address))
+    (lost,) = nodes.worker_nodes
+    raylet = lost.all_processes["raylet"][0].process.pid
+    assert process.stderr
+    with process.stderr:
+        until(lambda: bool(actors_of(raylet)) and done(out) >= 60, process)
+        (actor,) = actors_of(raylet)
+        os.kill(actor, signal.SIGSTOP)
+        at = done(out)
+        until(lambda: done(out) >= at + 20, process)  # by the other
+        nodes.remove_node(lost, allow_graceful=False)
+        os.kill(actor, signal.SIGKILL)
+        err = process.stderr.read()
+    assert process.wait(SECONDS) == 1, err
+    assert written(out) == alone
+
+
+def done(out: Path) -> int:
+    """Questions that are answered, also those whose lines wait for their turn."""
+    lines = out.read_bytes().count(b"\n") if out.exists() else 0
+    record = out.with_name(out.name + ".run")
+    return lines + (record.read_bytes().count(b'{"index"') if record.exists() else 0)
 
 
 def test_more_actors_answer_sooner(folder: Path, alone: list[bytes]) -> None:

@@ -4,7 +4,7 @@ All questions about one document are one task, so that a document is read where 
 answered. The driver is the process that the user started: it alone reads documents and the input,
 and writes the output, so order, journal and going on are those of `run`. What an actor answered is
 there when all of its group is: of one that dies nothing was written, and the group is answered
-again, by the actor that Ray starts in its place or by another.
+again, by another or by the one that Ray starts in its place (`dealing`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import io
 import logging
 import socket
 import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from laserkv_gguf import models
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.batch.dealing import Deal
 from laserkv_gguf.batch.output import Stream
 from laserkv_gguf.batch.questions import Input, Item
 from laserkv_gguf.batch.run import Batch, Group
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 LOCAL = "local"
 _SECONDS = 5.0  # for a cluster to answer
 _WAIT = 0.5  # seconds after which it is looked whether the run was cancelled
-_TRIES = 3  # more, of a group whose actors die: something in it may be what kills them
-_AHEAD = 2  # groups given to an actor, so that it has the next one when it has done one
 
 Lines = list[tuple[int, dict[str, Any]]]
 
@@ -52,6 +50,9 @@ class Answerer:
         model = models.find(given.pop("model"))
         self.engine = LaserKV(model, **given)
         self._batch = dict(batch)
+
+    def ready(self) -> None:
+        """Returns: the engine is there."""
 
     def answer(
         self, items: list[Item], text: str | None, answered: set[int]
@@ -100,19 +101,22 @@ class Cluster:
         self.job = job
         self._ray = ray = _connected(address)
         self._cancelled = threading.Event()
-        resources = ray.cluster_resources()
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        cards, cores = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
-        count = actors or cards or nodes
-        of_cores = cores / count
+        sizes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        sizes = [size for size in sizes if size] or [1.0]  # a head may lend none
+        cards = int(ray.cluster_resources().get("GPU", 0))
+        count = actors or cards or len(sizes)
+        # what no node has would be waited for without end; an engine a node must fit on each
+        of_cores = min(sum(sizes) / count, max(sizes) if actors or cards else min(sizes))
         of_cores = float(int(of_cores)) if of_cores > 1 else of_cores
         options: dict[str, Any] = {"num_cpus": of_cores, "max_restarts": -1}
         if cards:
             options["num_gpus"] = 1 if cards >= count else cards / count
+        else:
+            options["scheduling_strategy"] = "SPREAD"
         context = engine["context"]
         if context.threads is None and not cards:
             context = replace(context, threads=max(1, int(of_cores)))
-        make = ray.remote(**options, max_task_retries=_TRIES)(Answerer)
+        make = ray.remote(**options)(Answerer)
         given = ray.put({**engine, "context": context}), ray.put(how(job))
         self._actors = [make.remote(*given) for _ in range(count)]
 
@@ -135,25 +139,14 @@ class Cluster:
             OutputError, Cancelled, KeyboardInterrupt, Stopped: as of `Batch.run`.
             LaserKVError: the cluster is gone.
         """
-        job, ray = self.job, self._ray
+        job = self.job
         job.refuse()
-        waiting = deque(job.groups())
-        free = deque(actor for _ in range(_AHEAD) for actor in self._actors)
-        under_way: dict[Any, tuple[Group, Any]] = {}
-        while waiting or under_way:
-            while waiting and free:
-                group, actor = waiting.popleft(), free.popleft()
-                if (task := self._begun(group, actor)) is None:
-                    free.append(actor)
-                else:
-                    under_way[task] = group, actor
-            done, _ = ray.wait([*under_way], timeout=_WAIT) if under_way else ([], [])
+        deal = Deal(self._ray, self._actors, job.groups())
+        while deal.give(self._begun):
+            for group, found in deal.results(_WAIT):
+                self._finish(group, found)
             if self._cancelled.is_set():
                 raise Cancelled("cancelled")
-            for task in done:
-                group, actor = under_way.pop(task)
-                free.append(actor)
-                self._finish(group, task)
 
     def _begun(self, group: Group, actor: Any) -> Any:
         """The task of a group; None where its document cannot be read, which its lines say."""
@@ -163,26 +156,18 @@ class Cluster:
         except LaserKVError as error:
             job.failed(group, error)
             return None
-        job.documents += 1
         items = [job.questions.items[index] for index in group.indices]
         answered = {at for at, index in enumerate(group.indices) if index in group.answered}
         return actor.answer.remote(items, text, answered)
 
-    def _finish(self, group: Group, task: Any) -> None:
+    def _finish(self, group: Group, found: Any) -> None:
         """Writes what came of a group."""
-        job, ray = self.job, self._ray
-        try:
-            lines, spent = ray.get(task)
-        except ray.exceptions.RayTaskError as error:  # raised in the actor, such as no model there
-            cause = error.cause if isinstance(error.cause, LaserKVError) else error
-            job.failed(group, LaserKVError(_first_line(cause)))
+        job = self.job
+        if isinstance(found, LaserKVError):
+            job.failed(group, found)
             return
-        except ray.exceptions.ActorDiedError as error:
-            job.failed(group, LaserKVError(_why_dead(error)))
-            return
-        except ray.exceptions.RayError as error:
-            job.failed(group, LaserKVError(f"Ray could not answer: {_first_line(error)}"))
-            return
+        job.documents += 1
+        lines, spent = found
         for at, line in lines:
             job.add(group.indices[at], line)
         for name in ("reading", "readings", "answering", "tokens"):
@@ -248,16 +233,6 @@ def _check(address: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _why_dead(error: BaseException) -> str:
-    """What ended an actor: its own error while it was made, or that it keeps dying."""
-    said = str(error)
-    for line in reversed(said.splitlines()):
-        name, found, text = line.strip().partition("Error: ")
-        if found and name.startswith("laserkv_gguf.errors."):
-            return text
-    return f"the process that answered died {_TRIES + 1} times; see the cluster's logs"
 
 
 class Documents:
