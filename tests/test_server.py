@@ -122,6 +122,71 @@ def test_documents_are_read_once(client: openai.OpenAI) -> None:
     assert cached(salted) == 0
 
 
+HOUSES = "".join(f"House {n} has the number {n * 37 % 101}. " for n in range(60))
+CHANGED = HOUSES.replace("House 48 has", "House 48 had")
+SHIPS = "".join(f"Ship {n} carries {n * 31 % 97} jars. " for n in range(40))
+
+
+def likelihood(answer: Any) -> float:
+    found: float = answer.choices[0].logprobs.content[0].logprob
+    return found
+
+
+def test_what_is_shared_with_a_read_document_is_not_read_again(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--cache-dir", str(tmp_path), "--ratio", "0.98"]
+    head = len("[user]") + 1
+
+    def as_alone(client: openai.OpenAI, *said: Any) -> Any:
+        """An answer, whose first token is about as likely as where everything is read anew."""
+        found = ask(client, *said, logprobs=True)
+        alone = ask(client, *said, logprobs=True, extra_body={"cache_prompt": False})
+        assert cached(alone) == 0
+        assert likelihood(found) == pytest.approx(likelihood(alone), abs=0.1)
+        return found
+
+    with Served(tiny.path, *flags) as one:
+        client, asked = client_of(one), user(f"{HOUSES}\n\nHouse 3?")
+        ask(client, user(f"{HOUSES}\n\nHouse 9?"))
+        first = ask(client, asked)
+        # changed behind some blocks
+        changed = as_alone(client, user(f"{CHANGED}\n\nHouse 3?"))
+        before = head + CHANGED.index("had ") + 2
+        assert before - BLOCK < cached(changed) <= before
+        assert cached(changed) % BLOCK == 0
+        assert account(changed)["found"] == "memory"
+        again = ask(client, user(f"{CHANGED}\n\nHouse 5?"))
+        assert cached(again) == account(again)["document_tokens"]
+        # it has grown
+        grown = as_alone(client, user(f"{HOUSES}{SHIPS}\n\nHouse 3?"))
+        assert cached(grown) >= len(HOUSES) - BLOCK
+        # and the first one is as it was
+        same = ask(client, asked)
+        assert cached(same) == account(first)["document_tokens"]
+        assert same.choices[0].message.content == first.choices[0].message.content
+        # a second document in a conversation
+        said = [asked, {"role": "assistant", "content": same.choices[0].message.content}]
+        second = as_alone(client, *said, user(f"{SHIPS}\n\nShip 7?"))
+        both = first.usage.prompt_tokens + len(SHIPS)
+        assert cached(second) >= first.usage.prompt_tokens
+        assert account(second)["document_tokens"] >= len(HOUSES) + len(SHIPS)
+        other = ask(client, *said, user(f"{SHIPS}\n\nHouse 5?"))
+        assert cached(other) >= both
+        said += [user(f"{SHIPS}\n\nShip 7?")]
+        said += [{"role": "assistant", "content": second.choices[0].message.content}]
+        third = ask(client, *said, user("And ship 8?"))
+        assert cached(third) >= both
+        one.wait_for("laserkv_running", 0)
+    with Served(tiny.path, *flags) as one:
+        client, more = client_of(one), HOUSES.replace("House 50 has", "House 50 had")
+        found = as_alone(client, user(f"{more}\n\nHouse 3?"))
+        assert account(found)["found"] == "disk"
+        assert cached(found) > before - BLOCK
+        found = ask(client, *said, user("And ship 8?"))
+        assert account(found)["found"] == "disk"
+        assert cached(found) >= both
+        one.wait_for("laserkv_running", 0)
+
+
 def test_documents_survive_a_kill(tiny: Tiny, tmp_path: Path) -> None:
     flags = [*FLAGS, "--cache-dir", str(tmp_path)]
     with Served(tiny.path, *flags) as one:

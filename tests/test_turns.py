@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from test_session import DOCUMENT, OPTIONS, SPEC, Loaded
 
 from laserkv_gguf.api import LaserKV
+from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Busy, Cancelled, LaserKVError, UserError
 from laserkv_gguf.llama import rows
 from laserkv_gguf.llama.context import Context
@@ -330,6 +332,41 @@ def test_what_is_captured_for_one_is_not_overwritten_for_another(loaded: Loaded)
 
 
 # ---- who waits ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_loaded_while_an_answer_is_under_way(loaded: Loaded, tmp_path: Path) -> None:
+    path = tmp_path / "read"
+    with engine_of(loaded, 2, parallel=2, recall="ram") as engine:
+        talk = Conversation(engine, document=text_of(0, 0), max_tokens=6)
+        talk.read()
+        talk.save(path)
+        expected = list(talk.ask("How many doors?"))
+        undisturbed = list(engine.stream("How many windows?", max_tokens=8))
+        begun, go_on, answer = threading.Event(), threading.Event(), list[str]()
+
+        def answering() -> None:
+            for piece in engine.stream("How many windows?", max_tokens=8):
+                answer.append(piece)
+                begun.set()
+                assert go_on.wait(PATIENCE)
+
+        def loading() -> None:
+            assert begun.wait(PATIENCE)
+            back = engine.load(path, max_tokens=6)
+            again.extend(back.ask("How many doors?"))
+
+        again: list[str] = []
+        threads = [threading.Thread(target=one) for one in (answering, loading)]
+        for thread in threads:
+            thread.start()
+        threads[1].join(PATIENCE)
+        held = threads[1].is_alive()
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert not held
+        assert "".join(again) == "".join(expected)
+        assert "".join(answer) == "".join(undisturbed)
 
 
 def test_what_does_not_fit_waits_or_is_refused(loaded: Loaded) -> None:

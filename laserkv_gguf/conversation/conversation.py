@@ -27,7 +27,7 @@ from laserkv_gguf.conversation.parking import Parking
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.llama.chat import SEPARATOR, Prompt
+from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sampler import Likelihood, Sampling, likelihood
 from laserkv_gguf.planning.demand import TURNS
@@ -416,7 +416,6 @@ class Conversation:
 
     def _segments(self, before: Tokens) -> list[Segment]:
         """The opening and the documents that are read with it."""
-        tokenize = self.engine.model.tokenize
         segments = [Segment(SYSTEM, before)]
         if self._without_document:
             return segments
@@ -424,7 +423,7 @@ class Conversation:
         for name, text in together:
             own = self._tokens(text)
             if len(segments) > 1:
-                own = np.concatenate((tokenize(SEPARATOR), own)).astype(np.int32)
+                own = np.concatenate((self.framing.between(self.engine), own)).astype(np.int32)
             segments.append(Segment(DOCUMENT, own, name))
         return segments
 
@@ -1118,7 +1117,7 @@ class Conversation:
     def add(
         self,
         name: str,
-        text: str,
+        text: str | Tokens,
         on_progress: Callable[[Progress], None] | None = None,
         *,
         asks: Callable[[], str | None] | None = None,
@@ -1154,13 +1153,12 @@ class Conversation:
         on_progress: Callable[[Progress], None] | None,
         asks: Callable[[], str | None] | None = None,
     ) -> None:
-        engine, opens = self.engine, self._open_turn is None and self.turns > 0
-        opening = np.empty(0, np.int32)
-        if opens:
+        engine, opening = self.engine, np.empty(0, np.int32)
+        if self._open_turn is None and self.turns > 0:
             opening = self.framing.opens_turn(engine, system=self.system)
-        tokens = self._tokens(text)
+        opens, tokens = len(opening) > 0, self._tokens(text)
         if not opens and self._documents_in_turn():
-            tokens = np.concatenate((engine.model.tokenize(SEPARATOR), tokens)).astype(np.int32)
+            tokens = np.concatenate((self.framing.between(engine), tokens)).astype(np.int32)
         glue = len(self.pending) + len(opening)
         budget, wanted, compact = self._planned_or_without_recall(name, len(tokens), glue)
         self._grow(wanted)
@@ -1390,9 +1388,16 @@ class Conversation:
             self._without_document,
         )
 
-    def adopt(self, run: Run, reading: Reading, recaller: Recaller | None) -> None:
-        """Takes over a document that stands in its cells already; its segments are made anew."""
-        head = len(self.engine.template.opening("", system=self.system).before)
+    def adopt(
+        self, run: Run, reading: Reading, recaller: Recaller | None, head: int | None = None
+    ) -> None:
+        """Takes over a document that stands in its cells already; its segments are made anew.
+
+        Args:
+            head: how many of the first tokens are the opening; None: as the template's is.
+        """
+        if head is None:
+            head = len(self.engine.template.opening("", system=self.system).before)
         tokens = reading.tokens[head:]
         self.texts["document"] = self.engine.model.text(tokens)
         segments = [

@@ -50,7 +50,11 @@ class Framing:
         ending = around.tokens[len(around) - around.ending :]
         return Prompt(np.concatenate((asked, ending)).astype(np.int32), around.ending)
 
+    def between(self, engine: Engine) -> np.ndarray:
+        """What stands between two documents of a turn: (n,) int32."""
+        return engine.model.tokenize(SEPARATOR)
+
     def opens_turn(self, engine: Engine, *, system: str | None) -> np.ndarray:
-        """What stands before a document that opens a turn: (n,) int32."""
+        """What stands before a document that opens a turn: (n,) int32; empty: it opens none."""
         around = self.next_turn(engine, "", system=system)
         return around.tokens[: len(around) - around.ending]

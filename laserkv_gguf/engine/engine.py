@@ -549,6 +549,24 @@ class Engine:
             Sequence(self._context, place.sequence).remove()
 
     @contextmanager
+    def room_for_a_file(self, resident: Resident) -> Iterator[None]:
+        """Lets a conversation take cells that a file fills.
+
+        Others go on meanwhile where they lose nothing by it; else the engine is its alone.
+
+        Raises:
+            LaserKVError: as of `keeping_others`.
+        """
+        settings = self.settings
+        as_it_is = settings.recall not in ("off", "auto") and settings.recall_file is None
+        if self.parallel > 1 and self.residents.aside is not None and as_it_is:
+            with self.access.inside(resident):
+                yield
+        else:
+            with self.access.alone(), self.keeping_others():
+                yield
+
+    @contextmanager
     def keeping_others(self) -> Iterator[None]:
         """Lets a file take cells; whoever must leave for it comes back where that fails.
 

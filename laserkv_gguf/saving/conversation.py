@@ -49,7 +49,8 @@ def save(conversation: Conversation, path: str | Path) -> int:
             "pending": np.array(state.pending, np.int32),
         }
         for number, text in enumerate(conversation.texts.values()):
-            assert isinstance(text, str)
+            if not isinstance(text, str):
+                text = conversation.engine.model.text(text)
             arrays[f"text {number}"] = np.frombuffer(text.encode("utf-8"), np.uint8)
         metadata = {
             **made_with(conversation.engine),
@@ -116,7 +117,7 @@ def load(engine: Engine, path: str | Path | Saved, **options: Any) -> Conversati
         conversation = Conversation(
             engine, documents=texts, system=found["system"], ageing=Compressing(), **options
         )
-        with engine.access.alone(), engine.keeping_others():
+        with engine.room_for_a_file(conversation):
             _load(engine, conversation, file, cells)
     return conversation
 

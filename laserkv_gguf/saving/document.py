@@ -123,7 +123,7 @@ def load(
         )
         if not file.about["parked"] and engine.settings.recall not in ("off", "auto"):
             log.warning("%s holds no parked rows: nothing can be recalled", file.path)
-        with engine.access.alone(), engine.keeping_others():
+        with engine.room_for_a_file(conversation):
             _load(engine, conversation, file)
     return conversation
 

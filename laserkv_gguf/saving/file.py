@@ -131,6 +131,24 @@ def opened(path: Path) -> Saved:
     return Saved(path, kind, about, tensors, file)
 
 
+def tokens_of(path: Path) -> NDArray[np.int32]:
+    """The tokens that a file holds, in order; nothing else of it is read or checked.
+
+    Raises:
+        UserError: it cannot be read, or its beginning is damaged.
+    """
+    with _open(path) as file:
+        try:
+            head, header = _header(path, file)
+            entries = _entries(header, len(head), os.fstat(file.fileno()).st_size)
+            found = Saved(path, "", {}, entries, file).array("tokens")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; name a saved file") from error
+        except (Refused, KeyError) as error:
+            raise unusable(path, error) from None
+    return found.astype(np.int32)
+
+
 def _open(path: Path) -> BinaryIO:
     """Opens regular files only, and never waits: a pipe has no end, a device no size."""
     wait_for_nothing = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

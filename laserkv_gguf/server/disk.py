@@ -21,9 +21,12 @@ from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import Cancelled, Closed, LaserKVError
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.saving import document
+from laserkv_gguf.saving.file import tokens_of
 from laserkv_gguf.saving.identity import made_with
 
 log = logging.getLogger(__name__)
+
+Marks = list[bytes]
 
 _NAME = re.compile(r"([0-9a-f]{16})-(\d{1,12})-([0-9a-f]{32})\.laserkv")
 
@@ -51,6 +54,7 @@ class DiskCache:
 
     def __init__(self, engine: LaserKV, folder: Path, limit: int) -> None:
         self.engine, self.limit = engine, limit
+        self._known: dict[str, Marks] = {}  # of files, by name, what they begin as
         made = {name: value for name, value in made_with(engine).items() if name != "version"}
         about = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode())
         self.folder = folder / "documents" / about.hexdigest()[:16]
@@ -79,6 +83,32 @@ class DiskCache:
                 found = one
         return found
 
+    def begins_as(self, tokens: Tokens, salt: str) -> tuple[Kept | None, int]:
+        """The document that a request begins as, and for how many tokens: whole blocks."""
+        wanted = _marks(tokens, self.engine.settings.block_size)
+        best, most = None, 0
+        for one in self.files():
+            if one.salt != salt or not wanted:
+                continue
+            if one.path.name not in self._known:
+                self._known[one.path.name] = self._marks_of(one)
+            same = 0
+            for mine, its in zip(wanted, self._known[one.path.name], strict=False):
+                if mine != its:
+                    break
+                same += 1
+            if same > most:
+                best, most = one, same
+        return best, most * self.engine.settings.block_size
+
+    def _marks_of(self, kept: Kept) -> Marks:
+        try:
+            tokens = tokens_of(kept.path)[: kept.tokens]
+        except LaserKVError:
+            return []  # loading it will say so
+        same = _digest(tokens) == kept.digest
+        return _marks(tokens, self.engine.settings.block_size) if same else []
+
     def load(self, kept: Kept) -> Conversation | None:
         """A document as it was read; None where its file is damaged, which then goes."""
         try:
@@ -95,11 +125,16 @@ class DiskCache:
         return conversation
 
     def save(self, conversation: Conversation, tokens: Tokens, salt: str) -> int:
-        """Writes a document that was read; returns its bytes, 0 where it cannot be kept."""
-        digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:32]
-        path = self.folder / f"{salt}-{len(tokens)}-{digest}.laserkv"
+        """Writes what was read; returns its bytes, 0 where it cannot be kept.
+
+        Of several documents that were read after one another the turns between them, too.
+        """
+        path = self._path(tokens, salt)
         try:
-            size = document.save(conversation, path)
+            if len(conversation.documents) > 1:
+                size = self.engine.save(conversation, path)
+            else:
+                size = document.save(conversation, path)
         except (Cancelled, Closed):
             raise
         except LaserKVError as error:
@@ -110,9 +145,11 @@ class DiskCache:
 
     def used(self, tokens: Tokens, salt: str) -> None:
         """A document was asked something, also where it still was in memory."""
-        digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:32]
         with suppress(OSError):
-            os.utime(self.folder / f"{salt}-{len(tokens)}-{digest}.laserkv")
+            os.utime(self._path(tokens, salt))
+
+    def _path(self, tokens: Tokens, salt: str) -> Path:
+        return self.folder / f"{salt}-{len(tokens)}-{_digest(tokens)}.laserkv"
 
     def _trim(self) -> None:
         files = []
@@ -126,6 +163,7 @@ class DiskCache:
                 return
             with suppress(OSError):
                 path.unlink()
+            self._known.pop(path.name, None)
             held -= size
 
 
@@ -134,3 +172,16 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _digest(tokens: Tokens) -> str:
+    return hashlib.sha256(tokens.tobytes()).hexdigest()[:32]
+
+
+def _marks(tokens: Tokens, step: int) -> Marks:
+    """Digests of the first tokens, of the first two times as many, …"""
+    digest, found = hashlib.sha256(), []
+    for end in range(step, len(tokens) + 1, step):
+        digest.update(tokens[end - step : end].tobytes())
+        found.append(digest.digest()[:16])
+    return found

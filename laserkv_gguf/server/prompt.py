@@ -76,6 +76,12 @@ class Rendered(Framing):
         assert self.asked is not None
         return self.asked
 
+    def between(self, engine: Engine) -> Tokens:
+        return np.empty(0, np.int32)
+
+    def opens_turn(self, engine: Engine, *, system: str | None) -> Tokens:
+        return np.empty(0, np.int32)
+
 
 def of_messages(
     engine: Engine,

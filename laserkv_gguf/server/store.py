@@ -19,14 +19,17 @@ import numpy as np
 
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.conversation.ageing import Compressing
+from laserkv_gguf.conversation.beginning import begin_as, whole_blocks
 from laserkv_gguf.conversation.conversation import Conversation
-from laserkv_gguf.errors import Cancelled
+from laserkv_gguf.conversation.ledger import DOCUMENT, TURN
+from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.server.disk import DiskCache
 from laserkv_gguf.server.prompt import Request
 
 log = logging.getLogger(__name__)
 
+_SMALL = 4  # what has fewer tokens than a block by that is not written to disk
 _PATIENCE = 0.25  # seconds between looks at whether somebody who waits is still wanted
 NEW, CACHE, MEMORY, DISK = "new", "cache", "memory", "disk"
 
@@ -36,10 +39,11 @@ class Entry:
     """A conversation that may be asked again.
 
     Attributes:
-        read: (n,) int32, all that was read before its first question.
+        read: (n,) int32, all up to the end of its last document.
         salt: what a request must come with to find it.
         conversation: None until it is made.
-        said: (m,) int32 of the turns, as of the last time it was asked.
+        said: (m,) int32 of the turns since, as of the last time it was asked.
+        inner: tokens of turns among those that were read: between two documents.
         lock: held by the request that uses it.
         owner: whose it is, if keys are asked for.
         dead: whether it cannot be used any more.
@@ -53,6 +57,7 @@ class Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     used: float = 0.0
     owner: str = ""
+    inner: int = 0
     dead: bool = False
     on_disk: bool = False
     id: str = field(default_factory=lambda: f"doc-{secrets.token_hex(12)}")
@@ -63,8 +68,17 @@ class Entry:
         if count >= len(tokens) or not np.array_equal(tokens[:count], self.read):
             return 0
         most = min(len(self.said), len(tokens) - count)
-        differs = np.flatnonzero(self.said[:most] != tokens[count : count + most])
-        return count + (int(differs[0]) if len(differs) else most)
+        return count + _shared(self.said[:most], tokens[count:])
+
+    def has_read(self, tokens: Tokens) -> None:
+        """From now on these were read, up to the end of its last document."""
+        assert self.conversation is not None
+        ledger = self.conversation.ledger
+        last = max(ledger.numbers(DOCUMENT), default=-1)
+        turns = [ledger.segments[n].tokens for n in ledger.numbers(TURN) if n < last]
+        self.read, self.inner = tokens.copy(), sum(map(len, turns))
+        self.said = self.conversation.said[self.inner :]
+        self.on_disk = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ class Store:
         wanted: Callable[[], bool],
         *,
         anew: bool = False,
+        apart: bool = False,
     ) -> Iterator[Place]:
         """Finds what a request goes on from, for itself alone; or a new, empty place.
 
@@ -129,11 +144,12 @@ class Store:
             owner: whose request it is.
             wanted: whether somebody still waits for the answer.
             anew: look for nothing, and leave nothing.
+            apart: look for nothing.
 
         Raises:
             Cancelled: nobody waits any more.
         """
-        entry, found = self._take(request, salt, wanted, anew)
+        entry, found = self._take(request, salt, wanted, anew or apart)
         entry.owner = owner
         try:
             there = 0
@@ -151,7 +167,8 @@ class Store:
             if anew or conversation is None or entry.dead:
                 self._remove(entry)
             else:
-                entry.said, entry.used = conversation.said, time.monotonic()
+                entry.said = conversation.said[entry.inner :]
+                entry.used = time.monotonic()
             entry.lock.release()
 
     def _lost(self, conversation: Conversation) -> bool:
@@ -171,7 +188,7 @@ class Store:
                     self._entries.append(made)
             if entry is None:
                 try:
-                    found = NEW if anew else self._from_disk(made, request)
+                    found = NEW if anew else self._begun(made, request, wanted)
                     self.trim()
                 except BaseException:
                     self._remove(made)
@@ -192,14 +209,17 @@ class Store:
             entry.lock.release()
 
     def _best(self, request: Request, salt: str) -> Entry | None:
-        """What shares most with a request, where going on from it is worth what it loses."""
+        """What shares most with a request, where going on from it is worth what it loses.
+
+        What is behind it by more than a block is read as one more document.
+        """
         best, most = None, 0
         for entry in self._entries:
             if entry.salt != salt or entry.dead:
                 continue
             common = entry.common(request.tokens)
             document = len(entry.read) > self.block
-            if common <= most or len(request) - common > self.block:
+            if common <= most:
                 continue
             lost = len(entry.read) + len(entry.said) - common
             # a short conversation that has outgrown a block is read anew, as a document; and no
@@ -212,30 +232,104 @@ class Store:
     def _from_disk(self, entry: Entry, request: Request) -> str:
         if self.disk is None or not (kept := self.disk.find(request.tokens, entry.salt)):
             return NEW
-        if len(request) - kept.tokens > self.block:
+        if len(request) > self.block >= kept.tokens:  # it is read as a document
             return NEW
         conversation = self.disk.load(kept)
         if conversation is None:
             return NEW
         conversation.ageing = Compressing()
-        entry.read, entry.conversation = request.tokens[: kept.tokens].copy(), conversation
+        entry.conversation = conversation
+        entry.has_read(request.tokens[: kept.tokens])
         entry.on_disk = True
         return DISK
+
+    def _begun(self, entry: Entry, request: Request, wanted: Callable[[], bool]) -> str:
+        """Has a new place begin with what was read before; returns where that was found.
+
+        Raises:
+            Cancelled: nobody waits any more.
+        """
+        whole, kept, on_disk = None, None, 0
+        if self.disk is not None:
+            whole = self.disk.find(request.tokens, entry.salt)
+            kept, on_disk = self.disk.begins_as(request.before, entry.salt)
+        least = max(whole.tokens if whole else 0, self.block)
+        source, shared = self._begins_as(entry, request)
+        if self.disk is not None and kept is not None and on_disk > max(least, shared):
+            if (read := self.disk.load(kept)) is not None:
+                try:
+                    if self._copied(entry, read, request, on_disk, least):
+                        return DISK
+                finally:
+                    self._let_go(read)
+        elif source is not None and shared > least:
+            while not source.lock.acquire(timeout=_PATIENCE):
+                if not wanted():
+                    raise Cancelled("cancelled")
+            try:
+                read = None if source.dead else source.conversation
+                if read is not None and self._copied(entry, read, request, shared, least):
+                    return MEMORY
+            finally:
+                source.lock.release()
+        return self._from_disk(entry, request)
+
+    def _copied(
+        self, entry: Entry, source: Conversation, request: Request, shared: int, least: int
+    ) -> bool:
+        """Has a place begin as a document that was read did, if that is more than so much."""
+        tokens = whole_blocks(source, shared)
+        if tokens <= least:
+            return False
+        system = "system" if request.system else None
+        made = Conversation(self.engine, system=system, ageing=Compressing())
+        try:
+            begin_as(made, source, tokens, min(request.system or 1, tokens))
+        except Closed:
+            raise
+        except UserError as error:
+            log.info("a document is read from its beginning: %s", error)
+            return False
+        entry.conversation = made
+        entry.has_read(request.tokens[:tokens])
+        entry.on_disk = True  # what it was copied from is
+        return True
+
+    def _let_go(self, conversation: Conversation) -> None:
+        with self.engine.access.inside(conversation):
+            self.engine.leave(conversation)
+            conversation.lose_cells()
+
+    def _begins_as(self, entry: Entry, request: Request) -> tuple[Entry | None, int]:
+        """The document that a request begins as, and for how many tokens."""
+        best, most = None, 0
+        for one in self.entries():
+            if one.salt == entry.salt and not one.dead and one.conversation is not None:
+                same = _shared(one.read, request.before)
+                if same > most:
+                    best, most = one, same
+        return best, most
 
     # what is kept
 
     def keep(self, entry: Entry) -> int:
         """Writes a document to disk, once; returns its bytes.
 
-        Short conversations are not written: they are read again in a moment.
+        What is much shorter than a block is not written: it is read again in a moment.
         """
         if self.disk is None or entry.conversation is None:
             return 0
         if entry.on_disk:
             self.disk.used(entry.read, entry.salt)
             return 0
-        if len(entry.read) <= self.block:
+        # of so few tokens reading takes no longer
+        if len(entry.read) < self.block / _SMALL:
             return 0
+        reading = entry.conversation.reading
+        if reading is None or (
+            not entry.conversation.parked_tokens and len(reading.kept) < reading.budget.kept
+        ):
+            return 0  # it was thinned
         size = self.disk.save(entry.conversation, entry.read, entry.salt)
         entry.on_disk = size > 0
         return size
@@ -266,9 +360,7 @@ class Store:
         entry.dead = True
         conversation = entry.conversation
         if conversation is not None:
-            with self.engine.access.inside(conversation):
-                self.engine.leave(conversation)
-                conversation.lose_cells()
+            self._let_go(conversation)
         self._remove(entry)
 
     def _remove(self, entry: Entry) -> None:
@@ -276,6 +368,13 @@ class Store:
         with self._mutex:
             if entry in self._entries:
                 self._entries.remove(entry)
+
+
+def _shared(one: Tokens, other: Tokens) -> int:
+    """How many first tokens two have in common."""
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(one[:most] != other[:most])
+    return int(differs[0]) if len(differs) else most
 
 
 def salt_of(owner: str, salt: str) -> str:

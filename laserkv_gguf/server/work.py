@@ -20,7 +20,7 @@ from laserkv_gguf.llama.sampler import Likelihood, Sampling
 from laserkv_gguf.reading.reader import Progress
 from laserkv_gguf.server.errors import SERVER, ApiError, of, too_long
 from laserkv_gguf.server.prompt import Rendered, Request
-from laserkv_gguf.server.store import Place, Store
+from laserkv_gguf.server.store import Entry, Place, Store
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,10 @@ class Failed:
 @dataclass(frozen=True)
 class Ended:
     """All is said."""
+
+
+class _NoRoom(Exception):
+    """One more document does not fit beside those that are there."""
 
 
 Event = Progress | Text | Done | Failed | Ended
@@ -211,8 +215,14 @@ class Works:
         Args:
             first: the number of its first answer.
         """
+        try:
+            self._answer(job, order, first)
+        except _NoRoom:
+            self._answer(job, order, first, apart=True)
+
+    def _answer(self, job: Job, order: Order, first: int, *, apart: bool = False) -> None:
         with self.store.place(
-            order.request, order.salt, order.owner, lambda: job.wanted, anew=order.anew
+            order.request, order.salt, order.owner, lambda: job.wanted, anew=order.anew, apart=apart
         ) as place:
             for choice in range(order.choices):
                 job.put(self._one(job, order, place, choice, first + choice))
@@ -229,9 +239,12 @@ class Works:
             conversation = self._conversation(order)
             entry.conversation = conversation
         else:
-            if choice and not there:
+            if choice:
+                there = max(there, request.asked)
+            conversation.keep_said(there - len(entry.read) + entry.inner)
+            if len(request) - there > self.store.block:
+                self._read_on(job, order, entry, conversation, there)
                 there = request.asked
-            conversation.keep_said(there - len(entry.read))
             asked = request.after(there)
             conversation.framing = Rendered(plain=True, first=request.before, asked=asked)
         conversation.max_tokens, conversation.stop = order.max_tokens, order.stop
@@ -257,7 +270,7 @@ class Works:
         return Done(
             number,
             answer.reply,
-            place.there if not choice else there,
+            there if choice else place.there,
             place.found,
             entry.id,
             job.begun - job.arrived,
@@ -265,6 +278,38 @@ class Works:
             now - started,
             conversation.thinnings,
         )
+
+    def _read_on(
+        self, job: Job, order: Order, entry: Entry, conversation: Conversation, there: int
+    ) -> None:
+        """Reads what a request has behind what is there, as one more document.
+
+        Raises:
+            _NoRoom: it does not fit beside what is there.
+            Cancelled: nobody waits any more.
+        """
+        request = order.request
+        asked = request.after(request.asked)
+        conversation.framing = Rendered(plain=True, first=request.before, asked=asked)
+        conversation.max_tokens = min(order.max_tokens, PLANNED)
+
+        def tell(state: Progress) -> None:
+            job.check()
+            told(state)
+
+        told = _thinned(job.put)
+        name = f"document {len(conversation.texts) + 1}"
+        try:
+            # what the question needs of the earlier ones is there while this one is read
+            conversation.recall(order.question)
+            tokens = request.tokens[there : request.asked]
+            conversation.add(name, tokens, tell, asks=lambda: order.question)
+        except Closed:
+            raise
+        except UserError as error:
+            log.info("documents are read together: %s", error)
+            raise _NoRoom from None
+        entry.has_read(request.before)
 
     def _conversation(self, order: Order) -> Conversation:
         """A new one, if it fits.
