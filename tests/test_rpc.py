@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from rpc_device import ROOT, SECONDS, Server, free_port, needed, rpc_environment
+from serving import Served, call
 from test_cli import Files, files  # noqa: F401
 from tiny import TinySpec, make
 
@@ -266,6 +267,63 @@ def test_a_server_that_is_killed_takes_no_answer_with_it(model: Path, tmp_path: 
     assert "ggml" not in err
     assert answers(out) == answers(tmp_path / "alone.jsonl")
     assert len(answers(out)) == 40
+
+
+@pytest.mark.devices
+def test_a_server_that_is_killed_does_not_end_serve(tmp_path: Path) -> None:
+    """In the middle of an answer: who asks again, at the same address, is told the same."""
+    needed()
+    tiny = make(tmp_path, spec=TinySpec(ctx_train=2048, head_dim=64, layers=4)).path
+    flags = ("--block-size", "64", "-fa", "on", "-ctk", "f32", "-ctv", "f32")
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"{TEXT}\n\nWhy?"}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    with Server() as first, Server() as second:
+        servers = f"{first.address},{second.address}"
+        # nothing on disk: what starts again reads the document as the first one did
+        own = ("--port", str(free_port()), "--cache-limit", "0")
+        with Served(tiny, *flags, *own, "--rpc", servers) as served:
+            status, told = call(f"{served.url}/v1/chat/completions", body)
+            assert status == 200, told
+            with socket.create_connection(served.address) as asking:
+                endless = {"stream": True, "max_tokens": 1500, "logit_bias": {"300": 100}}
+                sent = json.dumps({**body, **endless}).encode()
+                asking.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                    % (f"127.0.0.1:{served.address[1]}".encode(), len(sent), sent)
+                )
+                asking.settimeout(SECONDS)
+                seen = b""
+                while seen.count(b"data:") < 3:
+                    more = asking.recv(4096)
+                    assert more, seen
+                    seen += more
+                second.kill()
+                while asking.recv(4096):  # ends: nothing is waited for that never comes
+                    pass
+            status, again = asked_until_there(served, body)
+            assert status == 200, again
+            assert again["choices"] == told["choices"]
+            said = f"warning: the RPC server at {second.address} went away; going on with"
+            assert f"{said} {first.address}\n" in served.said
+            assert "ggml" not in served.said
+            assert served.process.poll() is None
+            served.end()
+
+
+def asked_until_there(served: Served, body: dict[str, Any]) -> tuple[int, Any]:
+    """A client that tries again while nobody listens."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            return call(f"{served.url}/v1/chat/completions", body)
+        except OSError:
+            assert served.process.poll() is None, served.said
+            assert time.monotonic() < end, "nobody listens any more"
+            time.sleep(0.05)
 
 
 @pytest.mark.devices
