@@ -45,6 +45,8 @@ class LaserKV(Engine):
         lookup: most tokens of an answer that are guessed at a time by copying from the documents,
             and checked in one batch: faster where answers quote. 0 for none. The answer is the same
             but for the rounding of llama.cpp's kernels, which differ for one token and for several.
+        threads: for single tokens; None to try how many are fastest. Others, and batches, are in
+            `context`.
         **settings: fields of `Settings` (ratio=0.25, policy="laser", …). With `ctx_size` and
             without a `ratio` each run keeps as much as fits into these cells.
 

@@ -59,3 +59,8 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
+
+
+def counted(number: int, what: str) -> str:
+    """1 block, 2 blocks, 1,000 blocks."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -308,15 +308,15 @@ def test_largest_ratio_is_the_largest_of_all(tokens: int, size: int) -> None:
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"ratio": 0.0}, "--ratio"),
-        ({"ratio": -0.1}, "--ratio"),
-        ({"ratio": 1.0001}, "--ratio"),
-        ({"ratio": math.nan}, "--ratio"),
-        ({"ratio": math.inf}, "--ratio"),
-        ({"block_size": 0}, "--block-size"),
-        ({"block_size": -4096}, "--block-size"),
-        ({"divisor": 2}, "--protection-divisor"),
-        ({"divisor": 0}, "--protection-divisor"),
+        ({"ratio": 0.0}, "ratio"),
+        ({"ratio": -0.1}, "ratio"),
+        ({"ratio": 1.0001}, "ratio"),
+        ({"ratio": math.nan}, "ratio"),
+        ({"ratio": math.inf}, "ratio"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": -4096}, "block_size"),
+        ({"divisor": 2}, "protection_divisor"),
+        ({"divisor": 0}, "protection_divisor"),
     ],
 )
 def test_bad_settings_name_their_flag(change: dict[str, float], flag: str) -> None:

@@ -91,9 +91,9 @@ def test_where_nothing_fits_the_least_is_named(model: Model) -> None:
         with engine(model, ctx_size=cells) as loaded:
             loaded.ask("Who?", document=DOCUMENT, max_tokens=ANSWER)
 
-    with pytest.raises(UserError, match="--ctx-size 100 is too small") as caught:
+    with pytest.raises(UserError, match="ctx_size=100 is too small") as caught:
         asked(100)
-    named = re.search(r"use --ctx-size (\d+)", str(caught.value))
+    named = re.search(r"use ctx_size=(\d+)", str(caught.value))
     assert named is not None
     with pytest.raises(UserError):
         asked(int(named[1]) - 1)

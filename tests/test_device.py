@@ -427,7 +427,7 @@ def test_engine_setting(scoring: str, load: Callable[[str], Loaded]) -> None:
 
 
 def test_unknown_setting(load: Callable[[str], Loaded]) -> None:
-    with pytest.raises(UserError, match="--scoring gpu is unknown; use auto, host, device"):
+    with pytest.raises(UserError, match="scoring gpu is unknown; use auto, host, device"):
         LaserKV(load("grouped").model, scoring="gpu")
 
 

@@ -383,10 +383,10 @@ def test_keep_of_a_policy_that_keeps_all_is_no_error() -> None:
 
 
 def test_keep_settings() -> None:
-    with pytest.raises(UserError, match="--keep is 0; give a number of tokens"):
+    with pytest.raises(UserError, match="keep is 0; give a number of tokens"):
         Settings(keep=0).check()
     Settings(keep=3).check_keep(3)
-    with pytest.raises(UserError, match="--keep 4 is more than the 3 tokens of the document"):
+    with pytest.raises(UserError, match="keep=4 is more than the 3 tokens of the document"):
         Settings(keep=4).check_keep(3)
 
 
@@ -403,7 +403,7 @@ def test_so_many_tokens_are_kept(policy: str, loaded: Loaded) -> None:
         assert account.kept_tokens == pytest.approx(150, abs=account.blocks * 2)
         assert account.kept_tokens <= 150
         assert account.ratio == pytest.approx(150 / account.document_tokens, rel=0.2)
-    with pytest.raises(UserError, match="--keep 700 is more than the 6"):
+    with pytest.raises(UserError, match="keep=700 is more than the 6"):
         answer(loaded, "tin copper ore " * 40, policy=policy, keep=700)
     # -c does not decide, where --keep does
     if policy == "laser":
@@ -417,7 +417,7 @@ def test_keep_of_documents_added_to_a_conversation(loaded: Loaded) -> None:
         talk.add("second", "lead and silver " * 40)
         kept = [document.kept for document in talk.documents]
         assert all(100 < count <= 150 for count in kept)
-        with pytest.raises(UserError, match="--keep 150 is more than the"):
+        with pytest.raises(UserError, match="keep=150 is more than the"):
             talk.add("third", "zinc")
         assert len(talk.documents) == 2
     # without a document there is nothing to keep that much of

@@ -206,7 +206,7 @@ def test_only_regular_files_are_documents() -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
         for name, kind in (("pipe", "a pipe"), ("socket", "a device"), ("/dev/zero", "a device")):
-            with pytest.raises(UserError, match=f"^{name} is {kind}.*--document -") as refused:
+            with pytest.raises(UserError, match=f"^{name} is {kind}.*document -") as refused:
                 documents.load([name])
             assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="is a folder"):

@@ -127,7 +127,7 @@ def test_errors_and_the_end_reach_who_awaits(loaded: Loaded) -> None:
     engine = loaded.engine(positions="original")
 
     async def work() -> None:
-        with pytest.raises(UserError, match="-n 0"):
+        with pytest.raises(UserError, match="max_tokens=0"):
             await engine.aask(QUESTION, max_tokens=0)
         begun = asyncio.Event()
         task = asyncio.create_task(

@@ -322,7 +322,7 @@ def test_fewer_at_a_time_where_cells_are_few(loaded: Loaded) -> None:
         answers = answered(engine, parallel=8)
         for index, question in enumerate(QUESTIONS):
             if planned(question) == planned(longest):
-                assert re.search(f"use --ctx-size {needed}", str(answers[index]))
+                assert re.search(f"use ctx_size={needed}", str(answers[index]))
             else:
                 assert answers[index].tokens == expected[index]
 
@@ -409,7 +409,7 @@ def test_cancel_and_what_the_caller_raises(raised: type[BaseException], loaded: 
 
 @pytest.mark.parametrize("number", [0, -1, 254, 1000])
 def test_numbers_that_cannot_be(number: int, loaded: Loaded) -> None:
-    with loaded.engine() as engine, pytest.raises(UserError, match=f"--parallel {number}"):
+    with loaded.engine() as engine, pytest.raises(UserError, match=f"parallel={number}:"):
         answered(engine, parallel=number)
     assert OPTIONS.batch_size == 128 < parallel.MOST
 

@@ -244,7 +244,7 @@ def test_shift_that_is_stopped_leaves_nothing(
 
 
 def test_shift_in_next_to_nothing(loaded: Loaded, engine: LaserKV) -> None:
-    with pytest.raises(UserError, match=r"at least 8 tokens, not \d; use a larger --ratio"):
+    with pytest.raises(UserError, match=r"at least 8 tokens, not \d; use a larger ratio"):
         Shift().check(case_of(engine, sample_of(loaded, document()), 0.015))
 
 

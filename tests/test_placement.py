@@ -169,7 +169,7 @@ def test_a_saved_document_wants_its_adapter_back(
         conversation.read()
         engine.save(conversation, saved)
         engine.load(saved)
-    with LaserKV(tiny.path, block_size=64) as engine, pytest.raises(UserError, match="--lora"):
+    with LaserKV(tiny.path, block_size=64) as engine, pytest.raises(UserError, match="lora"):
         engine.load(saved)
 
 

@@ -666,7 +666,7 @@ def test_where_keys_cannot_be_moved_they_stay(
         assert reply.account.positions == "original"
     with (
         LaserKV(path, context=options, **settings, positions="compact") as engine,
-        pytest.raises(UserError, match="use -ctk f16"),
+        pytest.raises(UserError, match=r'use ContextOptions\(type_k="f16"\)'),
     ):
         engine.ask("why?", document=document, max_tokens=2)
 

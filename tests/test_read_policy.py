@@ -145,7 +145,7 @@ def test_a_model_that_shows_no_values(
         with pytest.raises(UserError, match="shows none of a llama model") as raised:
             engine.conversation(document=DOCUMENT).read()
         assert "\n" not in str(raised.value)
-        remedy = re.search(r'--read-policy "([^"]+)"', str(raised.value))
+        remedy = re.search(r'read_policy="([^"]+)"', str(raised.value))
         assert remedy is not None
     with LaserKV(path, context=CONTEXT, read_policy=remedy[1], **settings) as engine:
         assert len(engine.conversation(document=DOCUMENT).read().kept) > 1

@@ -459,7 +459,7 @@ def test_compacted_and_quantised_is_refused(tmp_path: Path) -> None:
     options = replace(OPTIONS, type_k="q8_0", type_v="q8_0", flash_attn="on")
     with LaserKV(one.model, context=options, positions="compact", **RECALL) as engine:
         talk = engine.conversation(document=DOCUMENT)
-        with pytest.raises(UserError, match=r"quantised keys.*-ctk f16.*--recall off"):
+        with pytest.raises(UserError, match=r'quantised keys.*type_k="f16".*recall="off"'):
             talk.read()
         assert not engine.residents.inside
     with LaserKV(one.model, context=options, positions="original", **RECALL) as engine:
@@ -537,7 +537,7 @@ def test_little_room_is_enough(loaded: Loaded) -> None:
     assert kept[0] == kept[1] == kept[2]
     with recalling(loaded, ctx_size=budget.kept + 40) as engine:
         talk = Conversation(engine, document=DOCUMENT, max_tokens=30)
-        with pytest.raises(UserError, match=r"--ctx-size \d+ is too small"):
+        with pytest.raises(UserError, match=r"ctx_size=\d+ is too small"):
             talk.read()
 
 
@@ -582,7 +582,7 @@ def test_memory_that_cannot_hold_the_rows(loaded: Loaded, monkeypatch: pytest.Mo
     size = tokens * SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4
     message = str(raised.value)
     assert "\n" not in message
-    for part in (f"{tokens} tokens", f"{size} bytes", "1.0 MiB", "--recall disk", "-ctk q8_0"):
+    for part in (f"{tokens} tokens", f"{size} bytes", "1.0 MiB", 'recall="disk"', 'type_k="q8_0"'):
         assert part in message
 
 
@@ -628,7 +628,7 @@ def test_a_disk_that_is_full(when: str, tmp_path: Path) -> None:
     else:
         assert done.stdout.startswith("1 the disk of")
         assert "full after 0 of 100" in done.stdout
-    for part in ("--recall-file", str(path)):
+    for part in ("recall_file", str(path)):
         assert part in done.stdout
 
 
@@ -677,7 +677,7 @@ def test_two_processes_on_one_file(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     content = path.read_bytes()
-    with pytest.raises(UserError, match=r"in use by another process; give another --recall-file"):
+    with pytest.raises(UserError, match=r"in use by another process; give another recall_file"):
         DiskStore(10, 2, 64, 64, path=path)
     assert path.read_bytes() == content
     child.kill()  # what it leaves behind is ours to take over
@@ -910,15 +910,15 @@ def test_votes_of_nothing_and_of_nonsense() -> None:
 @pytest.mark.parametrize(
     ("settings", "said_so"),
     [
-        ({"recall": "tape"}, "--recall tape is unknown; use auto, ram, disk, off"),
-        ({"recall_mode": "fast"}, "--recall-mode fast is unknown; use replay or shortlist"),
-        ({"recall_file": "x"}, "--recall disk"),
+        ({"recall": "tape"}, "recall tape is unknown; use auto, ram, disk, off"),
+        ({"recall_mode": "fast"}, "recall_mode fast is unknown; use replay or shortlist"),
+        ({"recall_file": "x"}, 'recall="disk"'),
         ({"policy": "random"}, "does not look at the question"),
         ({"policy": "lagkv"}, "does not look at the question"),
         ({"policy": "compactor"}, "laser"),
         ({"policy": "h2o"}, "laser"),
-        ({"policy": "infllm", "recall": "off"}, r"--policy infllm .*add --recall ram"),
-        ({"policy": "infllm", "recall_mode": "replay"}, "--recall-mode shortlist"),
+        ({"policy": "infllm", "recall": "off"}, r'policy infllm .*add recall="ram"'),
+        ({"policy": "infllm", "recall_mode": "replay"}, 'recall_mode="shortlist"'),
         ({"policy": "infllm", "policy_options": {"size": 0}}, "size is 0"),
     ],
 )

@@ -165,10 +165,10 @@ def test_each_may_take_an_equal_part_of_the_cells(loaded: Loaded) -> None:
 def test_cells_that_are_too_few_are_said_in_all(loaded: Loaded) -> None:
     with (
         engine_of(loaded, ctx_size=400, residents=2, ratio=0.9) as engine,
-        pytest.raises(UserError, match=r"use --ctx-size \d+") as refused,
+        pytest.raises(UserError, match=r"use ctx_size=\d+") as refused,
     ):
         engine.ask("What?", document=document(1), max_tokens=100)
-    wanted = int(str(refused.value).split("use --ctx-size ")[1].split(",")[0])
+    wanted = int(str(refused.value).split("use ctx_size=")[1].split(",")[0])
     with engine_of(loaded, ctx_size=wanted, residents=2, ratio=0.9) as engine:
         engine.ask("What?", document=document(1), max_tokens=100)
 

@@ -135,7 +135,7 @@ def test_recall_goes_on_as_it_was(kept: Path, loaded: Loaded) -> None:
     assert answers[0] == answers[1]
     with (
         engine_of(loaded, policy="infllm", recall="ram") as engine,
-        pytest.raises(UserError, match="not read with --policy infllm"),
+        pytest.raises(UserError, match="not read with policy infllm"),
     ):
         engine.load(kept)
     with (
@@ -218,15 +218,15 @@ def test_another_model_build_format_or_context(
     kept: Path, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Loaded(tmp_path, replace(SPEC, seed=7))
-    refused(other, kept, r"saved with another model: tiny-llama-0 of \d+ bytes.*--model")
+    refused(other, kept, r"saved with another model: tiny-llama-0 of \d+ bytes.*with model")
     other.model.close()
     for options, said in (
-        ({"type_k": "f16"}, "-ctk f32 .* is -ctk f16 .*the flags it was saved with"),
-        ({"type_v": "f16"}, "-ctv f32 .* is .*-ctv f16 "),
-        ({"flash_attn": "on"}, "-fa off, this is .*-fa on;"),
+        ({"type_k": "f16"}, 'type_k="f32".* is .*type_k="f16".*the settings it was saved with'),
+        ({"type_v": "f16"}, 'type_v="f32".* is .*type_v="f16"'),
+        ({"flash_attn": "on"}, r'flash_attn="off"\), this is .*flash_attn="on"\);'),
     ):
         refused(loaded, kept, said, context=replace(OPTIONS, **options))
-    refused(loaded, kept, r"--ctx-size 150 is too small.*use --ctx-size \d+", ctx_size=150)
+    refused(loaded, kept, r"ctx_size=150 is too small.*use ctx_size=\d+", ctx_size=150)
     monkeypatch.setattr(library, "version", lambda: "llama-cpp-python 9.9")
     with engine_of(loaded) as engine, pytest.raises(UserError, match=r"with llama-cpp.*9\.9"):
         engine.load(kept)
@@ -278,9 +278,9 @@ def test_a_conversation_is_refused_as_a_document_is(
 ) -> None:
     path, expected = talked
     other = Loaded(tmp_path, replace(SPEC, seed=7))
-    refused(other, path, r"saved with another model: tiny-llama-0 of \d+ bytes.*--model")
+    refused(other, path, r"saved with another model: tiny-llama-0 of \d+ bytes.*with model")
     other.model.close()
-    refused(loaded, path, "-ctv f32 ", context=replace(OPTIONS, type_v="f16"))
+    refused(loaded, path, 'type_v="f32"', context=replace(OPTIONS, type_v="f16"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     (tmp_path / "changed").write_bytes(data)

@@ -967,10 +967,10 @@ def test_closing_removes_only_the_file_that_was_made(tmp_path: Path) -> None:
 def test_rows_are_parked_in_files_only(no_file: tuple[Path, str]) -> None:
     path, _ = no_file
     mode = path.stat().st_mode
-    with pytest.raises(UserError, match=r"give another (--recall-file|place)"):
+    with pytest.raises(UserError, match=r"give another (recall_file|place)"):
         DiskStore(10, 2, 64, 64, path=path)
     assert path.stat().st_mode == mode
-    with pytest.raises(UserError, match="another place with --recall-file"):
+    with pytest.raises(UserError, match="another place with recall_file"):
         DiskStore(10, 2, 64, 64, path="a\0b")
 
 

@@ -259,7 +259,7 @@ def test_answers_end(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
         if engine.settings.lookahead == 3 and end not in before:
             assert stopped.finish_reason == "stop"
             assert end not in stopped.tokens
-        with pytest.raises(UserError, match="-n 0"):
+        with pytest.raises(UserError, match="max_tokens=0"):
             engine.ask(QUESTION, max_tokens=0)
 
 
@@ -527,8 +527,8 @@ def test_a_stopped_reading_leaves_nothing(loaded: Loaded) -> None:
 # ---- what fits ---------------------------------------------------------------------------------
 
 
-def named(error: pytest.ExceptionInfo[UserError], flag: str) -> float:
-    found = re.search(rf"use {flag} ([0-9.]+)", str(error.value))
+def named(error: pytest.ExceptionInfo[UserError], argument: str) -> float:
+    found = re.search(rf"use {argument}=([0-9.]+)", str(error.value))
     assert found, str(error.value)
     assert "\n" not in str(error.value)
     return float(found[1])
@@ -543,7 +543,7 @@ def test_ctx_size_too_small_names_one_that_will_do(policy: str, limit: int, load
         pytest.raises(UserError) as caught,
     ):
         engine.ask(QUESTION, document=DOCUMENT, max_tokens=limit)
-    cells = int(named(caught, "--ctx-size"))
+    cells = int(named(caught, "ctx_size"))
     with loaded.engine(policy=policy, ctx_size=cells) as engine:
         reply = engine.ask(QUESTION, document=DOCUMENT, max_tokens=limit)
         assert len(reply.tokens) == limit
@@ -551,13 +551,13 @@ def test_ctx_size_too_small_names_one_that_will_do(policy: str, limit: int, load
         assert in_cache(engine) <= cells
     with (
         loaded.engine(policy=policy, ctx_size=cells - 1) as engine,
-        pytest.raises(UserError, match=f"use --ctx-size {cells},"),
+        pytest.raises(UserError, match=f"use ctx_size={cells},"),
     ):
         engine.ask(QUESTION, document=DOCUMENT, max_tokens=limit)
     with loaded.engine(policy=policy, ctx_size=10) as engine:
         with pytest.raises(UserError) as caught:
             engine.conversation(document=DOCUMENT, max_tokens=limit).read()
-        engine.ctx_size = int(named(caught, "--ctx-size"))
+        engine.ctx_size = int(named(caught, "ctx_size"))
         engine.conversation(document=DOCUMENT, max_tokens=limit).read()
 
 
@@ -579,7 +579,7 @@ def test_a_conversation_never_exceeds_its_cells(cells: int, loaded: Loaded) -> N
                 assert conversation.cells_used == in_cache(engine) <= cells
                 assert reply.finish_reason == "length"
 
-        with pytest.raises(UserError, match="--ctx-size"):
+        with pytest.raises(UserError, match="ctx_size"):
             go_on()
         # by hand: a turn's question, its answer, and of the answer before it the last token
         expected, used = [], kept + len(first_turn("go on")[1])
@@ -590,7 +590,7 @@ def test_a_conversation_never_exceeds_its_cells(cells: int, loaded: Loaded) -> N
         assert len(expected) > 1
         used = conversation.cells_used
         assert used == in_cache(engine)
-        with pytest.raises(UserError, match="--ctx-size"):
+        with pytest.raises(UserError, match="ctx_size"):
             turn(conversation, "go on")
         assert used == conversation.cells_used == in_cache(engine)
         conversation.reset()
@@ -605,7 +605,7 @@ def test_ratio_too_large_for_the_trained_context(policy: str, reply: int, short:
     with short.engine(policy=policy, ratio=0.9) as engine, pytest.raises(UserError) as caught:
         engine.ask(QUESTION, document=document, max_tokens=reply)
     assert "512" in str(caught.value)
-    ratio = named(caught, "--ratio")
+    ratio = named(caught, "ratio")
     assert 0 < ratio < 0.9
     with short.engine(policy=policy, ratio=ratio) as engine:
         answer = engine.ask(QUESTION, document=document, max_tokens=reply)
@@ -650,15 +650,15 @@ def never(_: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"ratio": 0}, "--ratio"),
-        ({"block_size": 0}, "--block-size"),
-        ({"block_size": 129}, "-b 129"),
-        ({"protection_divisor": 2}, "--protection-divisor"),
-        ({"lookahead": -1}, "--lookahead"),
-        ({"probe_tokens": -1}, "--probe-tokens"),
-        ({"positions": "somewhere"}, "--positions"),
+        ({"ratio": 0}, "ratio"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": 129}, "batch_size=129"),
+        ({"protection_divisor": 2}, "protection_divisor"),
+        ({"lookahead": -1}, "lookahead"),
+        ({"probe_tokens": -1}, "probe_tokens"),
+        ({"positions": "somewhere"}, "positions"),
         ({"policy": "lazer"}, "laser"),
-        ({"alpha": 1.5}, "--alpha"),
+        ({"alpha": 1.5}, "alpha"),
         ({"pool": 2}, "pool is 2"),
         ({"hash_bits": 17}, "hash_bits is 17"),
         ({"hash_tables": 0}, "hash_tables is 0"),

@@ -224,9 +224,16 @@ def test_a_conversation(folder: Path) -> None:
         assert {"/help", "/read", "/stats", "/reset", "/quit"} <= set(commands)
         assert "/stats" in it.ask("/stat")
         assert "/help" in it.ask("/xyzzy")
-        stats = it.ask("/stats")
-        assert "document_tokens            1818" in stats
-        assert re.search(r"cells_used +\d+", stats)
+        stats = it.ask("/stats").splitlines()
+        said = [line.split()[0] for line in stats]
+        assert said == ["saw", "cache", "reading", "recall", "answer", "talk"]
+        assert re.search(r" of 1,800 tokens of the document \(\d+%\), chosen by laser", stats[0])
+        assert stats[5].endswith(" 2 turns")
+        every = it.ask("/stats all")
+        assert "document_tokens            1818 tokens" in every
+        assert re.search(r"cells_used +\d+ cells", every)
+        assert re.search(r"prefill_seconds +\d+\.\d{3} s\n", every)
+        assert re.search(r"kv_bytes +\d+ bytes \([\d.]+ [KM]iB\)", every)
 
         it.ask("/reset")
         assert it.ask("hello").splitlines()[0] == answer  # as at the beginning
@@ -275,7 +282,7 @@ def test_without_a_document(folder: Path) -> None:
 
 
 def cells_used(it: Terminal) -> int:
-    found = re.search(r"cells_used +(\d+)", it.ask("/stats"))
+    found = re.search(r"cells_used +(\d+)", it.ask("/stats all"))
     assert found is not None
     return int(found[1])
 

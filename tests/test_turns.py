@@ -375,7 +375,7 @@ def test_what_does_not_fit_waits_or_is_refused(loaded: Loaded) -> None:
         talk = engine.conversation(document=text_of(0, 0), max_tokens=6)
         first = talk.ask("What?")
         next(first)  # it stays at work, with half of the cells
-        with pytest.raises(UserError, match=r"needs [0-9]+ cells; use --ctx-size [0-9]+"):
+        with pytest.raises(UserError, match=r"needs [0-9]+ cells; use ctx_size=[0-9]+"):
             together_one(lambda: engine.ask("What?", document=DOCUMENT * 14))
         wide = DOCUMENT * 9  # wants more than the other half
         found: list[Any] = []

@@ -239,7 +239,9 @@ class Batch:
 
 def _failed(item: Item, error: Exception, *, retry: bool) -> dict[str, Any]:
     """An error's line; `retry`: the line of the input alone does not explain it."""
-    said = str(error) if isinstance(error, LaserKVError) else f"{type(error).__name__}: {error}"
+    said = (
+        error.with_flags if isinstance(error, LaserKVError) else f"{type(error).__name__}: {error}"
+    )
     line: dict[str, Any] = {"id": item.id, "line": item.line, "error": said}
     if item.model is not None and item.id is not None:
         line = openai.failed(item.id, item.line, said)

@@ -26,7 +26,7 @@ from laserkv_gguf.cli import (
 from laserkv_gguf.cli import eval as evaluation
 from laserkv_gguf.cli.help import Command, Group
 from laserkv_gguf.cli.options import settable
-from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.errors import LaserKVError, named_by_flags
 from laserkv_gguf.shown import one_line
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -77,7 +77,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code (0, 1, 2 or 130)."""
     given = filled(sys.argv[1:] if arguments is None else arguments)
     streams.prepare()
-    return streams.settle(_run(given))
+    with named_by_flags():
+        return streams.settle(_run(given))
 
 
 def filled(arguments: Sequence[str]) -> list[str]:

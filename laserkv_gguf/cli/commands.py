@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from laserkv_gguf.cli import documents, terminal
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.shown import one_line
+from laserkv_gguf.shown import counted, one_line
 
 if TYPE_CHECKING:
     from laserkv_gguf.cli.loop import Loop
@@ -73,13 +73,17 @@ def _docs(loop: Loop, _rest: str) -> None:
 
 
 def _kept(loop: Loop, rest: str) -> None:
-    """Show a document with kept tokens bright and evicted ones dim: /kept NUMBER or NAME."""
+    """Show a document, kept tokens bright: /kept NUMBER or NAME; /kept only leaves out the rest."""
     from laserkv_gguf.cli import kept
 
-    name = _named(loop, rest)
+    first, _, others = rest.partition(" ")
+    only = first == "only" and rest not in loop.talk.texts
+    name = _named(loop, others.strip() if only else rest)
     if not next(d for d in loop.talk.documents if d.name == name).tokens:
         raise UserError(f"{name} is not read; /read reads it")
-    kept.show(loop.talk, name, loop.ask)
+    typed = kept.show(loop.talk, name, loop.lines.key, only=only)
+    if typed:
+        loop.lines.put_back(typed)
 
 
 def _read(loop: Loop, rest: str) -> None:
@@ -92,23 +96,19 @@ def _read(loop: Loop, rest: str) -> None:
         loop.read()
 
 
-def _stats(loop: Loop, _rest: str) -> None:
-    """Show what the last answer cost, how full the cache is and what is parked."""
+def _stats(loop: Loop, rest: str) -> None:
+    """Show what the last answer took; /stats all has every figure."""
+    from laserkv_gguf.cli import stats
+
+    if rest not in ("", "all"):
+        raise UserError("/stats alone has six lines, /stats all every figure")
     if loop.last is None:
         terminal.note("nothing has been answered yet")
         return
-    talk = loop.talk
-    said = {
-        **loop.last.account.as_dict(),
-        "turns": talk.turns,
-        "times_compressed": talk.thinnings,
-        "cells_used": talk.cells_used,
-        "parked_tokens": talk.parked_tokens,
-        "parked_bytes": talk.parked_bytes,
-    }
-    for key, value in said.items():
-        shown = f"{value:.3f}" if isinstance(value, float) else value
-        terminal.note(f"{key:<26} {shown}")
+    shown = stats.figures if rest else stats.lines
+    width = 26 if rest else 8
+    for name, said in shown(loop.last.account, loop.talk):
+        terminal.note(f"{name:<{width}} {said}")
 
 
 def _set(loop: Loop, rest: str) -> None:
@@ -165,7 +165,9 @@ def _load(loop: Loop, rest: str) -> None:
     )
     loop.last = None
     names = ", ".join(loop.talk.texts) or "no documents"
-    terminal.note(f"loaded: {loop.talk.turns} turns, {names}, {loop.talk.cells_used:,} cells")
+    terminal.note(
+        f"loaded: {counted(loop.talk.turns, 'turn')}, {names}, {loop.talk.cells_used:,} cells"
+    )
 
 
 def _reset(loop: Loop, _rest: str) -> None:

@@ -46,6 +46,16 @@ class Lines(Protocol):
     def line_beside(self, work: Work) -> str | None:
         """What is typed while something is under way; None when it has ended before."""
 
+    def key(self, shown: str) -> str:
+        """The key that is pressed behind a text, which is then gone; of plain lines the next one.
+
+        Raises:
+            EOFError, KeyboardInterrupt: the end, or Ctrl-C.
+        """
+
+    def put_back(self, typed: str) -> None:
+        """Has the next line begin with what was typed; a plain one is the next line."""
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Nothing of what is typed meanwhile is shown; it stands in the next line instead."""
@@ -72,10 +82,21 @@ class Plain:
     edits = False
 
     def __init__(self, line: Callable[[], str]) -> None:
-        self.line = line
+        self._read, self._next = line, ""
+
+    def line(self) -> str:
+        line, self._next = self._next, ""
+        return line or self._read()
 
     def line_beside(self, work: Work) -> str | None:
         raise NotImplementedError
+
+    def key(self, shown: str) -> str:
+        _show(shown)
+        return _line().strip()
+
+    def put_back(self, typed: str) -> None:
+        self._next = typed
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -145,6 +166,40 @@ class Editor:
             app.erase_when_done = False
         return None if line is None else unquoted(line)
 
+    def key(self, shown: str) -> str:
+        from prompt_toolkit import Application
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+        from prompt_toolkit.layout import FormattedTextControl, Layout, Window
+
+        keys = KeyBindings()
+
+        @keys.add("<any>")
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(result=event.data)
+
+        @keys.add("enter")
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(result="")
+
+        @keys.add("c-c")
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(exception=KeyboardInterrupt)
+
+        @keys.add("c-d")
+        def _(event: KeyPressEvent) -> None:
+            event.app.exit(exception=EOFError)
+
+        waiting: Application[str] = Application(
+            layout=Layout(Window(FormattedTextControl(shown), height=1)),
+            key_bindings=keys,
+            erase_when_done=True,
+            output=self._session.output,
+        )
+        return waiting.run()
+
+    def put_back(self, typed: str) -> None:
+        self._typed += typed
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         try:
@@ -189,6 +244,11 @@ def _above(work: Work, columns: int) -> StyleAndTextTuples:
         said = said if len(said) <= room else f"{said[: room - 1]}…"
         shown.append(("class:waiting italic", f"waiting: {said}\n"))
     return [*shown, ("", f"{work.bar.line(columns)}\n"), ("", PROMPT)]
+
+
+def _show(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def _line() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,15 +98,6 @@ class Loop:
             return self.lines.line()
         line = self.early.pop(0)
         terminal.note(f"> {line}")
-        return line
-
-    def ask(self, prompt: str) -> str:
-        """One line typed in between."""
-        with contextlib.suppress(OSError, ValueError):
-            print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
         return line
 
     def answer(self, ask: Callable[[], Answer]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from laserkv_gguf.machine import size
+from laserkv_gguf.shown import counted
 from laserkv_gguf.timings import OVERHEAD, STEPS
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class Account:
     to the first token of the answer. `recall` says where rows of evicted tokens are parked, if they
     are, and `parked_bytes` what they take with what finds them; `recalled_tokens` came in for this
     question, in `recall_seconds` and `recall_calls` state calls. `used_cells` of `ctx_cells` are
-    taken when the answer ends. `text_tokens` are those of the documents alone, and `text_kept` of
-    them could be seen.
+    taken when the answer ends, which is `used_bytes`. `text_tokens` are those of the documents
+    alone, and `text_kept` of them could be seen.
     """
 
     policy: str = ""
@@ -69,6 +70,7 @@ class Account:
     recall_calls: int = 0
     recall_seconds: float = 0.0
     used_cells: int = 0
+    used_bytes: int = 0
     text_tokens: int = 0
     text_kept: int = 0
 
@@ -117,20 +119,24 @@ def lines(account: Mapping[str, Any]) -> list[tuple[str, str]]:
     Args:
         account: as `Account.as_dict` has it.
     """
-    read, kept, blocks = (account[f] for f in ("document_tokens", "kept_tokens", "blocks"))
+    read, kept, blocks = (account[f] for f in ("text_tokens", "text_kept", "blocks"))
     said = [
         ("policy", f"{account['policy']}, ratio {account['ratio']:g}"),
-        ("kept", f"{kept:,} of {read:,} tokens ({account['kept_fraction']:.1%})"),
+        ("kept", f"{kept:,} of {read:,} tokens ({kept / read:.1%})" if read else "no document"),
         (
             "read in",
-            f"{blocks:,} block{'' if blocks == 1 else 's'} of up to {account['block_size']:,}",
+            f"{counted(blocks, 'block')} of up to {account['block_size']:,} tokens",
         ),
-        ("KV cache", f"{account['ctx_cells']:,} cells, {size(account['kv_bytes'])}"),
+        (
+            "KV cache",
+            f"{account['used_cells']:,} of {account['ctx_cells']:,} cells used, "
+            f"{size(account['used_bytes'])}",
+        ),
         ("with all kept", size(account["full_kv_bytes"])),
         ("first token", f"after {account['first_token_seconds']:.2f} s"),
         (
             "answer",
-            f"{account['generated_tokens']:,} tokens, "
+            f"{counted(account['generated_tokens'], 'token')}, "
             f"{account['decode_tokens_per_second']:.1f} a second",
         ),
     ]

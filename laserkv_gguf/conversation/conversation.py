@@ -20,13 +20,14 @@ from laserkv_gguf.conversation.cells import Cells, uninterrupted
 from laserkv_gguf.conversation.documents import Document, Documents, Parked
 from laserkv_gguf.conversation.framing import Framing
 from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
+from laserkv_gguf.conversation.given import check_answer, check_document
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.conversation.looks import Looks, Watch
 from laserkv_gguf.conversation.lookup import Lookup
 from laserkv_gguf.conversation.parking import Parking
 from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import UserError, check_type
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sampler import Likelihood, Sampling, likelihood
@@ -135,6 +136,10 @@ class Conversation:
         one_turn: bool = False,
         recall: str | None = None,
     ) -> None:
+        check_answer(system, max_tokens)
+        for name, text in {"document": document, **(documents or {})}.items():
+            if text is not None:
+                check_document(name, text)
         if max_tokens < 1:
             raise UserError(f"-n {max_tokens}: give at least 1 token for the answer")
         engine.access.check()
@@ -627,7 +632,12 @@ class Conversation:
     def begin(
         self, question: str, *, on_progress: Callable[[Progress], None] | None = None
     ) -> Answer:
-        """The first turn: reads with the question in mind and answers it."""
+        """The first turn: reads with the question in mind and answers it.
+
+        Raises:
+            UserError: the question is no text.
+        """
+        check_type("question", question, str)
         return Answer(
             self.engine.access, lambda reply: self._first_turn(question, reply, on_progress), self
         )
@@ -655,6 +665,7 @@ class Conversation:
             UserError: the context is full, or the conversation's cells are lost.
             Cancelled: `LaserKV.cancel` was called. Both while the answer is iterated over.
         """
+        check_type("question", question, str)
         return Answer(self.engine.access, lambda reply: self._turn(question, reply), self)
 
     def _turn(self, question: str, reply: Reply) -> Generator[str, None, None]:
@@ -841,6 +852,7 @@ class Conversation:
             positions="compact" if self._compact else "original",
             scoring=run.reader.scoring,
             used_cells=self.cells.used + apart,
+            used_bytes=(self.cells.used + apart) * engine.cell_bytes,
             text_tokens=ledger.tokens_of(DOCUMENT),
             text_kept=int(ledger.of_kind(DOCUMENT).sum()),
         )
@@ -1131,6 +1143,7 @@ class Conversation:
             UserError: it does not fit, or one of this name is here already.
             Cancelled, KeyboardInterrupt: it was stopped, or dropped; nothing of it stays.
         """
+        check_document(name, text)
         if name in self.texts:
             raise UserError(f"there is a document {name} already; /drop it first")
         with self.engine.access.inside(self):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
@@ -17,7 +17,7 @@ from laserkv_gguf import policies
 from laserkv_gguf.budget import LOW_RATIO, Budget, ratio_keeping
 from laserkv_gguf.engine.access import QUEUE, Access
 from laserkv_gguf.engine.residents import Aside, Place, Resident, Residents, sequence_count
-from laserkv_gguf.errors import OutOfMemory, UserError
+from laserkv_gguf.errors import OutOfMemory, UserError, check_type
 from laserkv_gguf.llama import rope, rows, trial
 from laserkv_gguf.llama.chat import ChatTemplate
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -27,13 +27,16 @@ from laserkv_gguf.llama.sequence import Sequence
 from laserkv_gguf.machine import free_ram, human
 from laserkv_gguf.planning import parking
 from laserkv_gguf.planning.demand import Demand
-from laserkv_gguf.planning.settings import BITS, Settings
+from laserkv_gguf.planning.settings import BITS, Keywords, Settings
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.reading.repeating import RepeatPrompt
 from laserkv_gguf.recall.recaller import Recaller
 from laserkv_gguf.recall.signatures import warm_up
 from laserkv_gguf.recall.store import held
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +87,24 @@ class Engine:
         parallel: int = 1,
         queue: int = QUEUE,
         lookup: int = 0,
-        **settings: Any,
+        threads: int | None = None,
+        **settings: Unpack[Keywords],
     ) -> None:
+        for name, value, hint in (
+            ("model", model, str | Path | Model),
+            ("gpu_layers", gpu_layers, int | None),
+            ("ctx_size", ctx_size, int | None),
+            ("context", context, ContextOptions | None),
+            ("seed", seed, int),
+            ("placement", placement, Placement | None),
+            ("residents", residents, int),
+            ("aside", aside, int | None),
+            ("parallel", parallel, int),
+            ("queue", queue, int),
+            ("lookup", lookup, int),
+            ("threads", threads, int | None),
+        ):
+            check_type(name, value, hint)
         if parallel < 1:
             raise UserError(f"parallel is {parallel}; give at least 1 request at a time")
         if lookup < 0:
@@ -94,11 +113,13 @@ class Engine:
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
+        wanted = Settings.of(settings)
         given = "ratio" in settings or settings.get("keep") is not None
         self.fills_cells = ctx_size is not None and not given
         self.options = context or ContextOptions()
+        if threads is not None:
+            self.options = replace(self.options, threads=threads)
         self.options.check()
-        wanted = Settings(**settings)
         if self.options.batch_size is None:
             self.options = replace(
                 self.options, batch_size=max(wanted.block_size, self.options.batch)
@@ -143,7 +164,7 @@ class Engine:
         self.policy, self.settings = policy, settings
         self._read_policies: dict[str, policies.Policy] = {}
 
-    def configure(self, **changes: Any) -> None:
+    def configure(self, **changes: Unpack[Keywords]) -> None:
         """Changes settings; what was read stays readable only in the answers already given.
 
         The context stays, so that several policies can be compared without making it anew.
@@ -153,7 +174,7 @@ class Engine:
             Closed: the engine is closed.
         """
         with self.access.alone():
-            self._use(replace(self.settings, **changes))
+            self._use(Settings.of({**vars(self.settings), **changes}))
             self.residents.all_leave()
             self._readers = {}
             if self._warming:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, TypedDict
 
 from laserkv_gguf import policies
 from laserkv_gguf.budget import RATIO, check_settings
-from laserkv_gguf.errors import UserError
+from laserkv_gguf.errors import UserError, check_type
 
 POSITIONS = ("auto", "original", "compact")
 SCORING = ("auto", "host", "device")
@@ -140,6 +143,17 @@ class Settings:
     keep: int | None = None
     recall_limit: int | None = None
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """What keywords say.
+
+        Raises:
+            UserError: an unknown name, or a value of another type; the message says which.
+        """
+        for name in given:
+            _check_name(name)
+        return cls(**given)
+
     @property
     def recalling(self) -> RecallSettings:
         return RecallSettings(
@@ -154,6 +168,8 @@ class Settings:
         Raises:
             UserError: with the remedy in one line.
         """
+        for name, hint in _hints().items():
+            check_type(name, getattr(self, name), hint)
         check_settings(self.ratio, self.block_size, self.protection_divisor)
         if self.keep is not None and self.keep < 1:
             raise UserError(f"--keep is {self.keep}; give a number of tokens such as 2000")
@@ -225,3 +241,40 @@ class Settings:
         }
         given = {key: value for key, value in given.items() if value is not None}
         return policies.make(self.policy, **{**given, **self.policy_options})
+
+
+class Keywords(TypedDict, total=False):
+    """The fields of `Settings` as keywords, so that type checkers know them."""
+
+    policy: str
+    ratio: float | None
+    block_size: int
+    protection_divisor: int
+    alpha: float | None
+    pool: int | None
+    hash_bits: int | None
+    hash_tables: int | None
+    lookahead: int | None
+    probe_tokens: int | None
+    positions: str
+    scoring: str
+    policy_options: Mapping[str, Any]
+    recall: str
+    recall_mode: str | None
+    recall_file: str | None
+    read_policy: str
+    keep: int | None
+    recall_limit: int | None
+
+
+def _check_name(name: str) -> None:
+    known = [one.name for one in fields(Settings)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "help(LaserKV) lists them"
+        raise UserError(f"there is no setting {name}; {remedy}")
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Settings)

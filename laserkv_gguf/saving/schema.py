@@ -76,7 +76,7 @@ def _compare(found: Saved, engine: Engine) -> None:
     if about["cache"] != here["cache"]:
         raise UserError(
             f"{path} was saved with {shown(about['cache'])}, this is {here['cache']}; load it with "
-            "the flags it was saved with"
+            "the settings it was saved with"
         )
 
 
