@@ -22,6 +22,7 @@ from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama.context import ContextOptions
 from laserkv_gguf.llama.model import Model
+from laserkv_gguf.planning.settings import block_for
 
 SPEC = TinySpec(layers=1, heads=2, kv_heads=1, n_ff=64, ctx_train=4096, chat_template=CHATML)
 DOCUMENT = "All work and no play makes Jack a dull boy. " * 30  # a token a character
@@ -98,6 +99,20 @@ def test_where_nothing_fits_the_least_is_named(model: Model) -> None:
     with pytest.raises(UserError):
         asked(int(named[1]) - 1)
     asked(int(named[1]))
+
+
+def test_a_block_is_at_most_half_of_the_cells(model: Model) -> None:
+    """So that cells alone are enough, however long the document is."""
+    for cells, block in ((None, 4096), (9000, 4096), (8192, 4096), (8191, 2048), (4096, 2048)):
+        assert block_for(cells) == block
+    text = DOCUMENT * (1 + 5000 // len(model.tokenize(DOCUMENT)))
+    with LaserKV(model, ctx_size=1024) as loaded:
+        account = loaded.ask("Who?", document=text, max_tokens=ANSWER).account
+        assert account.block_size == 512
+        assert account.used_cells <= 1024
+        assert 0 < account.kept_tokens < account.document_tokens
+    with LaserKV(model, ctx_size=1024, block_size=900, ratio=0.01) as loaded:
+        assert loaded.settings.block_size == 900
 
 
 def test_positions_stay_within_the_trained_context(tmp_path: Path) -> None:

@@ -641,6 +641,10 @@ def test_a_question_longer_than_a_block(loaded: Loaded) -> None:
         assert fits.account.prompt_tokens == 64
         with pytest.raises(UserError, match="65 tokens, more than a block of 64"):
             engine.ask("x" * (65 - around), document=DOCUMENT, max_tokens=3, on_progress=never)
+        # where nothing is evicted nothing is asked for that
+        assert engine.ask("x" * (90 - around), max_tokens=3).account.prompt_tokens > 64
+        short = engine.ask("x" * (90 - around), document="x", max_tokens=3).account
+        assert short.kept_tokens == short.document_tokens
 
 
 def never(_: object) -> None:

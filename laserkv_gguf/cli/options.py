@@ -176,8 +176,12 @@ class EngineOptions(PlacementOptions):
         Option("--keep", help="Tokens of the document to keep, such as 2000, instead of --ratio."),
     ] = None
     block_size: Annotated[
-        int, Option("--block-size", help="Tokens read before the next eviction.")
-    ] = 4096
+        Optional[int],  # noqa: UP045
+        Option(
+            "--block-size",
+            help="Tokens read before the next eviction (4096; with -c at most half of its cells).",
+        ),
+    ] = None
     protection_divisor: Annotated[
         int,
         Option(
@@ -262,6 +266,13 @@ class EngineOptions(PlacementOptions):
 
         return RATIO if self.ratio is None else self.ratio
 
+    @property
+    def known_block(self) -> int:
+        """The block that was given, or the one that suits the cells."""
+        from laserkv_gguf.planning.settings import block_for
+
+        return block_for(self.ctx_size or None) if self.block_size is None else self.block_size
+
     def settings(self) -> dict[str, Any]:
         """What LaserKV takes as settings."""
         names = (
@@ -274,6 +285,7 @@ class EngineOptions(PlacementOptions):
         if self.ratio is not None and self.keep is not None:
             raise UserError("--keep and --ratio both say how much to keep; give one of them")
         settings = {name: getattr(self, name) for name in names.split()}
+        settings["block_size"] = self.known_block
         if self.recall_limit is not None:
             settings["recall_limit"] = parse_size("--recall-limit", self.recall_limit, least=0)
         settings["policy_options"] = policies.parse(self.policy, self.policy_option or [])
@@ -289,7 +301,7 @@ class EngineOptions(PlacementOptions):
     def context(self) -> dict[str, Any]:
         """Fields of ContextOptions."""
         return {
-            "batch_size": self.batch_size or max(2048, self.block_size),
+            "batch_size": self.batch_size or max(2048, self.known_block),
             "ubatch_size": self.ubatch_size or None,
             "type_k": self.cache_type_k,
             "type_v": self.cache_type_v,

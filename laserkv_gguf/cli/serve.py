@@ -14,7 +14,7 @@ from laserkv_gguf.errors import UserError
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-LEAST_BLOCK = 256
+LEAST_BLOCK = 256  # a document's share, and not a question, is what has to be short
 
 
 @with_options(EngineOptions, SamplingOptions)
@@ -136,12 +136,14 @@ def _fit(options: EngineOptions, parallel: int) -> None:
 
     Every question recalls its own tokens; and a block fits a conversation's part of --ctx-size.
     """
+    from laserkv_gguf.planning.settings import BLOCK
+
     defaults = EngineOptions()
     if options.recall == defaults.recall:
         options.recall = "ram"
-    if options.ctx_size and options.block_size == defaults.block_size:
+    if options.ctx_size and options.block_size is None:
         share = options.ctx_size // parallel
-        size = defaults.block_size
+        size = BLOCK
         while size > LEAST_BLOCK and size * 4 > share:
             size //= 2
         options.block_size = size

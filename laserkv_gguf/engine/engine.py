@@ -27,7 +27,7 @@ from laserkv_gguf.llama.sequence import Sequence
 from laserkv_gguf.machine import free_ram, human
 from laserkv_gguf.planning import parking
 from laserkv_gguf.planning.demand import Demand
-from laserkv_gguf.planning.settings import BITS, Keywords, Settings
+from laserkv_gguf.planning.settings import BITS, Keywords, Settings, block_for
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
 from laserkv_gguf.reading.repeating import RepeatPrompt
@@ -113,6 +113,8 @@ class Engine:
         self.ctx_size, self.seed = ctx_size, seed
         if settings.get("ratio", 0.0) is None:
             del settings["ratio"]
+        if settings.get("block_size") is None:
+            settings["block_size"] = block_for(ctx_size and ctx_size // max(residents, parallel, 1))
         wanted = Settings.of(settings)
         given = "ratio" in settings or settings.get("keep") is not None
         self.fills_cells = ctx_size is not None and not given
@@ -323,7 +325,7 @@ class Engine:
                 budget, prompt, reply, question_known=question_known, is_read=is_read
             )
 
-        if prompt > settings.block_size:
+        if prompt > settings.block_size < tokens:  # else nothing is evicted, and nothing asks
             raise UserError(
                 f"the question has {prompt} tokens, more than a block of {settings.block_size}; "
                 "shorten it, put the long part into a --document, or use a larger --block-size"

@@ -18,6 +18,8 @@ SCORING = ("auto", "host", "device")
 WHERE = ("auto", "ram", "disk", "off")
 MODES = ("replay", "shortlist")
 RECALL_POLICY = "keydiff"  # what chooses before there is a question to recall for
+BLOCK = 4096  # tokens read at a time, where the cells hold more than that
+LEAST_BLOCK = 512  # however few cells there are: a question has to be shorter than a block
 BITS = 128  # of a parked token's signature, per layer and kv head
 
 
@@ -101,7 +103,8 @@ class Settings:
         ratio: fraction of the tokens to keep, in (0, 1]. Where it is not given but `ctx_size` is,
             `LaserKV` takes the largest that fits instead.
         keep: tokens of a sequence to keep, whatever its length, instead of a ratio.
-        block_size: tokens read at a time (S).
+        block_size: tokens read at a time (S). Where it is not given but `ctx_size` is, `LaserKV`
+            takes `block_for` it.
         protection_divisor: n; anchors and window get ``B // n`` tokens each.
         alpha, pool, hash_bits, hash_tables: see `policies.laser.Laser`; None for its defaults.
         lookahead: tokens drafted after the question to ask with; None for the policy's own number.
@@ -125,7 +128,7 @@ class Settings:
 
     policy: str = "laser"
     ratio: float = RATIO
-    block_size: int = 4096
+    block_size: int = BLOCK
     protection_divisor: int = 4
     alpha: float | None = None
     pool: int | None = None
@@ -243,12 +246,26 @@ class Settings:
         return policies.make(self.policy, **{**given, **self.policy_options})
 
 
+def block_for(cells: int | None) -> int:
+    """The block that suits so many cells: at most half of them, so that something can stay.
+
+    Never less than `LEAST_BLOCK`.
+
+    Args:
+        cells: of a conversation; None for as many as needed.
+    """
+    block = BLOCK
+    while cells is not None and block > LEAST_BLOCK and 2 * block > cells:
+        block //= 2
+    return block
+
+
 class Keywords(TypedDict, total=False):
     """The fields of `Settings` as keywords, so that type checkers know them."""
 
     policy: str
     ratio: float | None
-    block_size: int
+    block_size: int | None
     protection_divisor: int
     alpha: float | None
     pool: int | None
