@@ -7,6 +7,7 @@ from Python reads the arguments of `LaserKV` in their place (`arguments.py`).
 from __future__ import annotations
 
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,8 @@ class LaserKVError(Exception):
 
     def __str__(self) -> str:
         said = self.with_flags
-        return said if _FLAGS else by_arguments(said)
+        # at the end of the interpreter there is nothing left to rewrite it with
+        return said if _FLAGS or sys.is_finalizing() else by_arguments(said)
 
     @property
     def with_flags(self) -> str:
