@@ -411,6 +411,24 @@ def test_a_full_disk_is_an_error(files: Files) -> None:
     assert re.fullmatch(r"error: .*No space left.*\n", result.stderr)
 
 
+WORDS = {
+    "a document without -d": ("ask {book} why?", "is a file; give documents with -d"),
+    "a document alone": ("ask {book}", "is a file; give documents with -d"),
+    "a document before -q": ("ask {book} -q why?", "is a file; give documents with -d"),
+    "no quotes": ("ask who is Jack", "the question is several words; put it in quotes"),
+    "twice": ("ask why? -q how?", "stands there twice"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words_that_are_no_question(case: str, files: Files, here: Inside) -> None:
+    command, said = WORDS[case]
+    result = here(*fill(f"{command} -m {{model}}", files), input="")
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 ACCOUNT = re.compile(r"^(saw .*|cache .*) tok/s\ncut at ", re.MULTILINE)
 
 

@@ -213,7 +213,7 @@ def test_a_conversation(folder: Path) -> None:
         assert re.match(r"saw \d+ of 1,800 tokens of the document \(2\d%\) · ", account)
         assert ACCOUNT.search(account)
         assert account.endswith("tok/s")
-        assert cut.startswith("cut at 40 tokens: -n")
+        assert cut.startswith("cut at 40 tokens; a larger -n")
         assert _is_dim(it, account)
         assert not _is_dim(it, answer)
         second = it.ask("and what then?").splitlines()

@@ -27,8 +27,8 @@ def ask(
     sampling: SamplingOptions,
     shape: ShapeOptions,
     words: Annotated[
-        Optional[str],  # noqa: UP045
-        Argument(metavar="[QUESTION]", help="What to ask; or -q.", show_default=False),
+        Optional[list[str]],  # noqa: UP045
+        Argument(metavar="QUESTION", help="What to ask; or -q.", show_default=False),
     ] = None,
     question: Annotated[
         Optional[str],  # noqa: UP045
@@ -73,9 +73,7 @@ def ask(
     ] = False,
 ) -> None:
     """Ask one question about documents of any length, or about none."""
-    if words is not None and question is not None:
-        raise UserError("the question stands there twice; give it once, with -q or without")
-    question = words if question is None else question
+    question = _asked(words or [], question, bool(document or load))
     if not question or not question.strip():
         raise UserError('no question; use --question "…"')
     if load is not None and (document or system):
@@ -88,6 +86,8 @@ def ask(
     other = _prepare_report(report, against, load, document)
     question, system = whole(question), whole(system) if system else system
     streams.check_output()
+    if document:
+        options.say_embedded()
     grammar, text = shape.text(), documents.load(document or [])
     file = _prepare_saved(options, save, load)
     bar = terminal.ReadingBar()
@@ -148,6 +148,22 @@ def ask(
                         pass
                 page.write(report, [*shown, spans.of(second.conversation, name)])
             terminal.progress(f"report in {report}; open it in a browser")
+
+
+def _asked(words: list[str], question: str | None, about: bool) -> str | None:
+    """The question, as it stands alone or behind -q.
+
+    Args:
+        about: whether there is a document.
+    """
+    files = [word for word in words if Path(word).is_file()]
+    if files and (len(words) > 1 or question is not None or not about):
+        raise UserError(f"{files[0]} is a file; give documents with -d {files[0]}")
+    if len(words) > 1:
+        raise UserError("the question is several words; put it in quotes")
+    if words and question is not None:
+        raise UserError("the question stands there twice; give it once, with -q or without")
+    return words[0] if words else question
 
 
 def _prepare_report(

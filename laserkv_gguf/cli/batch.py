@@ -428,12 +428,15 @@ def _report(counts: Summary, job: Batch | None, target: str, quiet: bool, as_jso
         return
     if job and job.spent.tokens:
         spent = job.spent
+        times = "once" if spent.readings == 1 else f"{spent.readings:,} times"
         again = " (--read-once: once each)" if spent.readings > job.documents else ""
         terminal.note(
             f"{spent.tokens:,} tokens generated in {spent.answering:.1f} s, "
-            f"{spent.tokens_per_second:.1f} tok/s · documents read {spent.readings} times{again} "
+            f"{spent.tokens_per_second:.1f} tok/s · documents read {times}{again} "
             f"in {spent.reading:.1f} s"
         )
+    if job is None and not counts.failed:
+        terminal.note(f"nothing is left to ask: {target} has all answers")
     if counts.expected:
         terminal.note(
             f"score: {counts.found} of {counts.expected} ({counts.found / counts.expected:.1%}) "

@@ -47,6 +47,8 @@ def chat(
     if document and documents.STANDARD_INPUT in document:
         raise UserError("chat reads what you type from standard input; give --document a file")
     streams.check_output()
+    if document:
+        options.say_embedded()
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
     lines = editing.reader(list(COMMANDS), lambda: SETTINGS)

@@ -83,6 +83,7 @@ class Command(TyperCommand):
             record = param.get_help_record(ctx)
             if record is None:
                 continue
+            record = record[0].replace("<list[str]>", "<str>"), record[1]
             if param.param_type_name == "argument":
                 arguments.append(record)
             else:
@@ -96,6 +97,11 @@ class Command(TyperCommand):
                 alone = len(groups) == 1
                 with formatter.section("Options" if alone else _ABOUT.get(panel, panel)):
                     formatter.write_dl(groups[panel])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = super().collect_usage_pieces(ctx)
+        # several words are taken for one question only to say that it wants quotes
+        return [piece.removesuffix("...") if self.name == "ask" else piece for piece in pieces]
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         name = self.name or ""

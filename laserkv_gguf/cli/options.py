@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from typer import Option
 
-from laserkv_gguf.cli import config, streams
+from laserkv_gguf.cli import config, streams, terminal
 from laserkv_gguf.cli.help import CACHE, COMMON, DEVICES, SAMPLING, SELECTION, SPEED
 from laserkv_gguf.cli.placing import PlacementOptions
 from laserkv_gguf.errors import UserError
@@ -337,6 +337,14 @@ class EngineOptions(PlacementOptions):
             self.policy_option = [
                 f"{key}={value}" for key, value in options.items() if value is not None
             ]
+
+    def say_embedded(self) -> None:
+        """Says on a terminal that a document is asked with a model that is too small for it."""
+        if self.model is None:
+            terminal.progress(
+                "the embedded SmolLM2-135M answers: it is for trying the program. "
+                "laserkv-gguf pull lists models for answers, -m takes one"
+            )
 
     def refuse_recall(self, command: str, instead: str) -> None:
         """For commands that cannot recall.

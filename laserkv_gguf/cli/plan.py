@@ -266,7 +266,7 @@ def _print(made: Plan, card: bool, derived: bool, recall: str) -> None:
     table.add_row("weights", size(made.weights_bytes), f"{made.layers} layers")
     table.add_row("KV cache", size(made.kv_bytes), f"full {size(made.full_kv_bytes)}")
     table.add_row("compute buffers", size(made.compute_bytes), "estimated")
-    table.add_row("to choose by", size(made.capture_bytes), "keys and queries, in RAM")
+    table.add_row("for scoring", size(made.capture_bytes), "keys and queries, in RAM")
     places = {"ram": "in RAM", "disk": "on disk", "off": ""}
     if made.parked_bytes:
         table.add_row("parked", size(made.parked_bytes), places[recall])

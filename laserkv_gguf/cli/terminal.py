@@ -16,7 +16,7 @@ from rich.segment import Segment
 from laserkv_gguf.cli import streams
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.machine import size as size
-from laserkv_gguf.shown import harmless, one_line
+from laserkv_gguf.shown import counted, harmless, one_line
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
@@ -144,7 +144,9 @@ def account_lines(reply: Reply) -> list[str]:
         )
     if reply.finish_reason == "length":
         limit = len(reply.tokens)
-        lines.append(f"cut at {limit:,} tokens: -n, in chat /set predict, allows longer answers")
+        lines.append(
+            f"cut at {counted(limit, 'token')}; a larger -n (in chat /set predict) allows more"
+        )
     return lines
 
 

@@ -53,8 +53,8 @@ def extra_buffers_work(*, again: bool = False) -> bool:
         return False
     if not works:
         log.warning(
-            "this llama.cpp's fastest CPU kernels crash on this processor (tried in a child "
-            "process, exit %s): running without them, prefill may be up to a third slower",
+            "llama.cpp's fastest CPU kernels crash on this processor, which a trial has found "
+            "(exit %s); they are left out, and reading may take up to half as long again",
             code,
         )
     _remember({**_recall(), build: works})
