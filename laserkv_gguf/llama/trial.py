@@ -54,7 +54,7 @@ def extra_buffers_work(*, again: bool = False) -> bool:
     if not works:
         log.warning(
             "llama.cpp's fastest CPU kernels crash on this processor, which a trial has found "
-            "(exit %s); they are left out, and reading may take up to half as long again",
+            "(exit %s); they are left out, and reading may be up to a third slower",
             code,
         )
     _remember({**_recall(), build: works})
