@@ -71,11 +71,11 @@ def main() -> None:
 
 
 def said_of(account: Account) -> str:
-    """What was kept, and what the cache took."""
+    """What the answer could see, and what it took of the cache."""
     return (
-        f"kept {account.kept_tokens:,} of {account.document_tokens:,} tokens "
-        f"({account.kept_fraction:.1%}) · {account.ctx_cells:,} cells, {size(account.kv_bytes)} "
-        f"(full {size(account.full_kv_bytes)})"
+        f"saw {account.text_kept:,} of {account.text_tokens:,} tokens of the document "
+        f"({account.text_kept / account.text_tokens:.0%}) · cache {size(account.used_bytes)}, "
+        f"with everything kept {size(account.full_kv_bytes)}"
     )
 
 

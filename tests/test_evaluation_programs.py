@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from tiny import TinySpec, make
 
 pytest.importorskip("llama_cpp")
 
-from laserkv_gguf.evaluation import memory, recall
+from laserkv_gguf.evaluation import memory, plots, recall
+from laserkv_gguf.evaluation.report import as_csv
 
-STORY = Path(__file__).resolve().parents[1] / "laserkv_gguf" / "data" / "sample.txt"
+ROOT = Path(__file__).resolve().parents[1]
+STORY = ROOT / "laserkv_gguf" / "data" / "sample.txt"
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(out: str) -> list[list[str]]:
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
     return [row for row in rows if not row[0].startswith("---")][1:]
+
+
+def test_plots_are_drawn_once_more_from_a_table(tmp_path: Path) -> None:
+    """What is read of the CSV is what was written to it; both brightnesses are drawn of it."""
+    script, table = ROOT / "scripts" / "redraw.py", ROOT / "docs" / "evaluation" / "summary.csv"
+    spec = importlib.util.spec_from_file_location("redraw", script)
+    assert spec is not None
+    assert spec.loader is not None
+    redraw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(redraw)
+    lines = redraw.lines(table)
+    written = as_csv(lines).splitlines()
+    columns = table.read_text("utf-8").splitlines()[0].split(",")
+    assert [dict(zip(written[0].split(","), line.split(","), strict=True)) for line in written][
+        1:
+    ] == [{**row, "f1": ""} for row in csv.DictReader(table.open(encoding="utf-8"))]
+    assert written[0].split(",")[: len(columns)] == columns
+    (tmp_path / "one.csv").write_text(as_csv(lines[:3]))
+    drawn = plots.draw(redraw.lines(tmp_path / "one.csv"), tmp_path)
+    assert {path.suffix for path in drawn} == {".png", ".svg"}
+    assert all("prefers-color-scheme: dark" in p.read_text() for p in drawn if p.suffix == ".svg")
 
 
 def test_recall(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
