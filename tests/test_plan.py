@@ -31,6 +31,7 @@ from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import LOW_RATIO
 from laserkv_gguf.cli.app import run
 from laserkv_gguf.cli.options import parse_size
+from laserkv_gguf.conversation import intake
 from laserkv_gguf.errors import UserError
 from laserkv_gguf.llama import devices, library
 from laserkv_gguf.llama.context import Context, ContextOptions
@@ -398,7 +399,7 @@ def test_a_plan_is_what_a_run_takes(policy: str, tiny: dict[str, Path]) -> None:
     with engine:
         conversation = engine.conversation(document="x" * 700, max_tokens=9)
         reply = engine.ask("What?", document="x" * 700, max_tokens=9)
-        opening = conversation._opening("What?")
+        opening = intake.opening(conversation, "What?")
         assert engine._readers is not None
         reader = next(iter(engine._readers.values()))
         arrays = (*reader._arrays.held.values(), *reader.asker._arrays.held.values())

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.conversation import account
-from laserkv_gguf.conversation.ageing import Ageing, Refusing, free
+from laserkv_gguf.conversation.adding import addition
+from laserkv_gguf.conversation.ageing import Ageing, Refusing
 from laserkv_gguf.conversation.answer import Answer
 from laserkv_gguf.conversation.cells import Cells, uninterrupted
 from laserkv_gguf.conversation.documents import Document, Documents, Parked
 from laserkv_gguf.conversation.framing import Framing
+from laserkv_gguf.conversation.generating import generate
 from laserkv_gguf.conversation.generation import Generation, Reply, check_stop
 from laserkv_gguf.conversation.given import check_answer, check_document
+from laserkv_gguf.conversation.intake import (
+    Intake,
+    intake,
+    moves,
+    opening,
+    place_rows,
+    plan,
+    reads_apart,
+    recall_is_open,
+    room,
+)
 from laserkv_gguf.conversation.ledger import DOCUMENT, SYSTEM, TURN, Ledger, Segment
 from laserkv_gguf.conversation.looks import Looks, Watch
 from laserkv_gguf.conversation.lookup import Lookup
 from laserkv_gguf.conversation.parking import Parking
-from laserkv_gguf.conversation.space import SHORT_ANSWER, Space, Thinning
+from laserkv_gguf.conversation.recalling import recall, share_room
+from laserkv_gguf.conversation.space import Space, Thinning
 from laserkv_gguf.engine.engine import Engine, Run
 from laserkv_gguf.errors import UserError, check_type
 from laserkv_gguf.llama.chat import Prompt
 from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sampler import Likelihood, Sampling, likelihood
-from laserkv_gguf.planning.demand import TURNS
 from laserkv_gguf.policies import Policy
 from laserkv_gguf.reading.reader import Progress, Reader, Reading
 from laserkv_gguf.recall.recaller import Recalled, Recaller
 from laserkv_gguf.timings import Timings
-
-TALKING = 256  # cells for a turn beside its answer, that recall must leave to be on by itself
-LEAST_BLOCK = 64  # tokens; smaller blocks than this read too badly to be worth trying
 
 
 @dataclass
@@ -147,7 +155,7 @@ class Conversation:
         self.sampling = sampling or Sampling(seed=engine.seed)
         self.stop = check_stop(stop)
         self.framing, self.ageing = framing or Framing(), ageing or Refusing()
-        self.one_turn, self._recall_given = one_turn, recall
+        self.one_turn, self.recall_given = one_turn, recall
         self.parks = recall or engine.demand.recall
         given = {} if document is None else {"document": document}
         self.sources = Documents({**given, **(documents or {})})
@@ -161,8 +169,6 @@ class Conversation:
         self._ledger = Ledger()
         self._open_turn: int | None = None  # the turn whose question is still to come
         self._compact = False
-        self._without_document = False  # reading it was stopped
-        self._tokenized: dict[str, Tokens] = {}
         self._adding: str | None = None
         self.last: Exchange | None = None
         self.watches = False
@@ -225,34 +231,6 @@ class Conversation:
         """Lookahead tokens that a question drafts."""
         return self.engine.drafts
 
-    @property
-    def _reads_apart(self) -> bool:
-        """Whether every document is read, and recalled, by itself."""
-        return self.parks != "off" and self.ageing.endless
-
-    @property
-    def _recall_is_open(self) -> bool:
-        """Whether it is ours to say if rows are parked."""
-        auto = self._recall_given is None and self.engine.settings.recall == "auto"
-        return auto and self.ageing.endless
-
-    def _place_rows(self, tokens: int) -> None:
-        """Decides where the rows of so many tokens go."""
-        engine = self.engine
-        if not self._recall_is_open:
-            self.parks = self._recall_given or engine.demand.recall
-        elif engine.fills_cells and len(self.texts) > 1 and engine.can_recall():
-            self._recall_is_off(
-                "--ctx-size does not say how much to keep of each of several documents; give "
-                "--ratio too"
-            )
-        else:
-            self.parks = engine.place_rows(tokens)
-
-    def _recall_is_off(self, why: str) -> None:
-        self.parks = "off"
-        self.engine.say_recall_is_off(why)
-
     # reading
 
     def read(
@@ -277,17 +255,10 @@ class Conversation:
         Raises:
             UserError, Cancelled, KeyboardInterrupt: nothing of the documents stays in the cache.
         """
-        self._without_document = False
+        self.sources.left_out = False
         with self.engine.access.inside(self):
-            tokens, segments, asked, reply = self._wanted(question)
             self._read(
-                tokens,
-                segments,
-                asked,
-                reply,
-                on_progress,
-                keep_all_cells=keep_all_cells,
-                asks=asks,
+                intake(self, question), on_progress, keep_all_cells=keep_all_cells, asks=asks
             )
             reading = self.reading
             assert reading is not None
@@ -308,23 +279,14 @@ class Conversation:
             reply: cells for what follows the document.
             extra_cells: for answers to other questions, generated at the same time.
         """
-        tokens, segments, _, _ = self._wanted("")
-        self._read(tokens, segments, asked, reply, on_progress, extra_cells=extra_cells)
+        wanted = replace(intake(self, ""), asked=asked, reply=reply)
+        self._read(wanted, on_progress, extra_cells=extra_cells)
         assert self._read_last is not None
         return self._read_last
 
     def check(self, question: str | None = None) -> Budget:
         """Refuses what `read` would refuse, without reading; returns what it would keep to."""
-        tokens, segments, asked, reply = self._wanted(question)
-        prompt = 0 if asked is None else len(asked)
-        return self.engine.plan(
-            len(tokens),
-            prompt,
-            reply,
-            question_known=asked is not None,
-            protected=self._protected(segments),
-            recall=self.parks,
-        ).budget
+        return plan(self, intake(self, question))
 
     def choose_again(self, ratio: float) -> bool:
         """Goes on as if the document had just been read at another ratio.
@@ -353,118 +315,14 @@ class Conversation:
                 segment.scores = self._read_last.scores[start : start + len(segment.tokens)]
             return True
 
-    def _wanted(self, question: str | None) -> tuple[Tokens, list[Segment], Prompt | None, int]:
-        """What is read, what asks, and cells for what follows."""
-        documents = {} if self._without_document else self.texts
-        self._place_rows(sum(len(self._tokens(text)) for text in documents.values()))
-        wanted = self._wanted_then(question)
-        if not self._recall_is_open or self.parks == "off":
-            return wanted
-        place, self.parks = self.parks, "off"
-        without = self._wanted_then(question)
-        least = min(without[3], self.max_tokens + TALKING)
-        if self.engine.share is None and not self._fits(*without):
-            least = 0  # nor would it fit without: what is refused then is said as it is
-        self.parks = place
-        if self._fits(*wanted) and wanted[3] >= least:
-            return wanted
-        if self.engine.share is None:
-            if not least:
-                return wanted
-            self._recall_is_off("there are too few positions for it")
-        else:
-            self._recall_is_off(f"--ctx-size {self.engine.ctx_size} has no room for it")
-        return without
-
-    def _fits(
-        self, tokens: Tokens, segments: list[Segment], asked: Prompt | None, reply: int
-    ) -> bool:
-        """Whether the cells that are given hold it."""
-        try:
-            self.engine.plan(
-                len(tokens),
-                0 if asked is None else len(asked),
-                reply,
-                question_known=asked is not None,
-                protected=self._protected(segments),
-                recall=self.parks,
-            )
-        except UserError:
-            return False
-        return True
-
-    def _wanted_then(
-        self, question: str | None
-    ) -> tuple[Tokens, list[Segment], Prompt | None, int]:
-        """The same, once it is decided whether rows are parked."""
-        opening = self._opening(question or "")
-        segments = self._segments(opening.before)
-        tokens = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
-        if any(len(segment.tokens) for segment in segments[1:]):
-            self.engine.settings.check_keep(len(tokens))
-        if question is None:
-            return tokens, segments, None, self._room(len(tokens), self._protected(segments))
-        reply = len(opening.after) + self.max_tokens
-        fills = self.engine.fills_cells and not self.one_turn
-        if fills or self._reads_apart:  # room for what recalling needs beside later turns, too
-            reply = max(reply, self._room(len(tokens), self._protected(segments)))
-        return tokens, segments, opening.after, reply
-
     def to_read(self, question: str | None = None) -> tuple[Tokens, Prompt | None, int]:
         """What `read` would read: all before the question, the question, and cells after it."""
-        tokens, _, asked, reply = self._wanted(question)
-        return tokens, asked, reply
-
-    def _opening(self, question: str) -> Any:
-        document = bool(self.sources) and not self._without_document
-        return self.framing.opening(self.engine, question, system=self.system, document=document)
-
-    def _segments(self, before: Tokens) -> list[Segment]:
-        """The opening and the documents that are read with it."""
-        segments = [Segment(SYSTEM, before)]
-        if self._without_document:
-            return segments
-        together = list(self.texts.items())[: 1 if self._reads_apart else None]
-        for name, text in together:
-            own = self._tokens(text)
-            if len(segments) > 1:
-                own = np.concatenate((self.framing.between(self.engine), own)).astype(np.int32)
-            segments.append(Segment(DOCUMENT, own, name))
-        return segments
-
-    def _protected(self, segments: list[Segment]) -> int:
-        """First tokens that reading never evicts: the system prompt."""
-        return len(segments[0].tokens) if self.system else 0
-
-    def _room(self, tokens: int, protected: int = 0, budget: Budget | None = None) -> int:
-        """Cells for the turns: what --ctx-size leaves, else enough for a few.
-
-        Args:
-            tokens: of the document and what stands before it.
-            protected: first tokens of these that stay.
-            budget: what was kept of them, where they were read before.
-        """
-        engine = self.engine
-        room = max(TURNS, 2 * self.max_tokens)
-        if budget is None and engine.fills_cells and engine.share is not None:
-            # what is kept will take the rest
-            return max(self.max_tokens, min(room, engine.share // 4))
-        budget = budget or engine.budget(tokens, protected)
-        kept = budget.kept + engine.recall_cells(budget, self.parks)
-        cells = room if engine.share is None else engine.share - kept
-        trained = engine.model.trained_context
-        if trained > 0:
-            # no position need move where there is room for a few turns behind all that is read
-            unmoved = trained - tokens
-            if min(cells, room) <= unmoved:
-                cells = min(cells, unmoved)
-            elif engine.settings.positions != "original":
-                cells = min(cells, trained - kept)
-        return max(cells, self.max_tokens)
+        wanted = intake(self, question)
+        return wanted.tokens, wanted.asked, wanted.reply
 
     def room_after(self, budget: Budget) -> int:
         """Cells for turns after a document that was read before."""
-        return self._room(budget.tokens, budget.protected, budget)
+        return room(self, budget.tokens, budget.protected, budget)
 
     def _forget(self) -> None:
         """Nothing has been read or said."""
@@ -476,19 +334,18 @@ class Conversation:
 
     def _read(
         self,
-        tokens: Tokens,
-        segments: list[Segment],
-        question: Prompt | None,
-        reply: int,
+        wanted: Intake,
         on_progress: Callable[[Progress], None] | None,
         *,
         extra_cells: int = 0,
         keep_all_cells: bool = False,
         asks: Callable[[], str | None] | None = None,
     ) -> None:
-        engine = self.engine
-        later = [] if self._without_document else list(self.texts.items())[len(segments) - 1 :]
-        compact = self._compacts_with(later, len(tokens) + reply) if later else None
+        engine, tokens, question, reply = self.engine, wanted.tokens, wanted.asked, wanted.reply
+        later = list(self.sources.to_read.items())[len(wanted.segments) - 1 :]
+        compact = None
+        if later:
+            compact = moves(self, [text for _, text in later], len(tokens) + reply)
         self._forget()
         engine.leave(self)
         run = engine.prepare(
@@ -498,7 +355,7 @@ class Conversation:
             reply,
             question_known=question is not None,
             extra_cells=extra_cells,
-            protected=self._protected(segments),
+            protected=wanted.protected,
             keep_all_cells=keep_all_cells,
             compact=compact,
             recall=self.parks,
@@ -515,7 +372,7 @@ class Conversation:
             asks, unasked = self._hearing(place, None if question else asks)
             known = question is not None or asks is not None
             reader = run.reader if known else engine.reader_without_question(run, place)
-            parking.reader, parking.may_end = reader, self._recall_is_open
+            parking.reader, parking.may_end = reader, recall_is_open(self)
             reading = reader.read(
                 tokens,
                 run.budget,
@@ -523,7 +380,7 @@ class Conversation:
                 on_progress=on_progress,
                 keep_all_cells=keep_all_cells and reader is run.reader and not recaller and fits,
                 park=parking if recaller else None,
-                asks=self._prompts(asks, lambda question: self._opening(question).after),
+                asks=self._prompts(asks, lambda question: opening(self, question).after),
                 unasked=unasked,
             )
             recaller = parking.recaller
@@ -538,7 +395,7 @@ class Conversation:
             engine.give_back(
                 self, run.budget.kept + engine.recall_cells(run.budget) + reply + extra_cells
             )
-        self._enter(segments, reading, recaller)
+        self._enter(wanted.segments, reading, recaller)
         if self.ageing.endless:
             engine.warm_up_beside()
         try:
@@ -598,34 +455,11 @@ class Conversation:
         elif recaller:  # a system prompt alone stays as it is
             recaller.close()
 
-    def _compacts_with(self, later: list[tuple[str, str | Tokens]], tokens: int) -> bool:
-        """Whether positions move in a reading of several documents, one after the other.
-
-        Raises:
-            UserError: --ctx-size alone does not say how much each of them may keep.
-        """
-        trained = self.engine.model.trained_context
-        if self.engine.fills_cells:
-            raise UserError(
-                "with --recall and several documents --ctx-size does not say how much to keep of "
-                "each; give --ratio too"
-            )
-        if self.engine.settings.positions == "auto" and trained > 0:
-            tokens += sum(len(self._tokens(text)) for _, text in later)
-        return self.engine.demand_with(self.parks).moves(beyond=0 < trained < tokens)
-
-    def _tokens(self, text: str | Tokens) -> Tokens:
-        if not isinstance(text, str):
-            return text
-        if text not in self._tokenized:
-            self._tokenized[text] = self.engine.model.tokenize(text)
-        return self._tokenized[text]
-
     def without_document(self) -> None:
         """Goes on without the documents until `read` is called; nothing of them is in the cache."""
         self._forget()
         self.engine.leave(self)
-        self._without_document = True
+        self.sources.left_out = True
 
     # turns
 
@@ -646,12 +480,13 @@ class Conversation:
         self, question: str, reply: Reply, on_progress: Callable[[Progress], None] | None
     ) -> Generator[str, None, None]:
         started = time.perf_counter()
-        self._without_document = False
+        self.sources.left_out = False
         # where each document is read by itself, a question recalls of each in turn
-        tokens, segments, asked, room = self._wanted(question)
+        wanted = intake(self, question)
+        asked = wanted.asked
         assert asked is not None
-        apart = self._reads_apart and len(self.texts) > 1
-        self._read(tokens, segments, None if apart else asked, room, on_progress)
+        apart = reads_apart(self) and len(self.texts) > 1
+        self._read(replace(wanted, asked=None) if apart else wanted, on_progress)
         if apart:
             self._recall(asked)
         else:
@@ -682,8 +517,7 @@ class Conversation:
             UserError: what was read is lost.
         """
         if self._read_last is None:
-            tokens, segments, asked, reply = self._wanted(None)
-            self._read(tokens, segments, asked, reply, None)
+            self._read(intake(self, None), None)
         self.engine.come_back(self)
 
     @property
@@ -728,28 +562,21 @@ class Conversation:
         )
         watch = Watch(cells.context) if self.watches else None
         lookup = self._lookup() if engine.lookup and not watch else None
-        drafts: list[int] = []
         try:
             with generation:
                 number = self._open_turn
                 if number is None:
                     number = self.ledger.new(Segment(TURN))
-                with watch.last_of(len(prompt)) if watch else nullcontext():
-                    cells.decode(prompt.astype(np.int32), number, outputs=1)
                 self.pending, self._open_turn = [], None
-                first = time.perf_counter()
-                while True:
-                    engine.access.check_cancelled()
-                    text = self._sampled(generation, number, drafts, lookup)
-                    if text:
-                        yield text
-                    if generation.ended:
-                        break
-                    left = generation.limit - len(reply.tokens) - 1
-                    drafts = lookup.drafts(reply.tokens, left) if lookup else []
-                    fed = np.array([generation.last, *drafts], np.int32)
-                    with watch.last_of(1) if watch else nullcontext():
-                        cells.decode(fed, number, outputs=len(fed))
+                first = yield from generate(
+                    cells,
+                    generation,
+                    prompt.astype(np.int32),
+                    number,
+                    lookup=lookup,
+                    watch=watch,
+                    check=engine.access.check_cancelled,
+                )
         except BaseException:
             # the turn is dropped, the documents and earlier turns stay
             self.pending, self._open_turn = before
@@ -773,30 +600,6 @@ class Conversation:
             return None
         most = min(self.engine.lookup, self.cells.context.options.outputs - 1)
         return Lookup(np.concatenate(texts).astype(np.int32), most)
-
-    def _sampled(
-        self, generation: Generation, number: int, drafts: list[int], lookup: Lookup | None
-    ) -> str:
-        """The next token, and those after it as far as drafts that were decoded along are right.
-
-        Args:
-            number: of the segment; drafts that were wrong are taken out of it.
-        """
-        cells, text, sampled = self.cells, "", 0
-        outputs = 1 + len(drafts)
-        while sampled < outputs and not generation.ended:
-            before = len(generation.reply.tokens)
-            row = cells.context.row(sampled - outputs)
-            text += generation.sample(cells.context.handle, row)
-            sampled += 1
-            said = generation.reply.tokens[before:]
-            if sampled < outputs and said != [drafts[sampled - 1]]:
-                break
-        if drafts:
-            cells.take_back(outputs - sampled, number)
-            if lookup:
-                lookup.judge(len(drafts), sampled - 1)
-        return text
 
     def note(self, question: str, reply: Reply, looks: Looks | None = None) -> None:
         """Remembers the last question and its answer, with what was drafted for it."""
@@ -999,38 +802,9 @@ class Conversation:
         """
         self.recalled = None
         self.ageing.make_room(self, asked)
-        recallers = self.sources.recallers
-        if not recallers:
-            return
-        self.cells.settle()
-        probe = asked.probing
-        tokens = np.concatenate((np.array(self.pending, np.int32), probe.tokens))
-        prompt = replace(probe, tokens=tokens)
-        before = [recaller.kept for recaller in recallers]
-        done: list[Recalled] = []
-        try:
-            for number, recaller in enumerate(recallers):
-                hidden = [other.inner for other in recallers[number + 1 :]]
-                done.append(recaller.recall(prompt, self.cells.position, self.cells.used, hidden))
-        except BaseException:
-            for recaller, kept in zip(recallers[: len(done)], before, strict=False):
-                recaller.go_back(kept)
-            raise
-        self._drafts = recallers[-1].drafts
-        for parked in self.sources.parked:
-            segments = [self.ledger.segments[number] for number in parked.numbers]
-            ends = np.cumsum([len(segment.tokens) for segment in segments])
-            parts = np.split(parked.recaller.scores, ends[:-1])
-            for segment, scores in zip(segments, parts, strict=True):
-                segment.scores = scores
-        starts = np.cumsum([0, *(recaller.budget.tokens for recaller in recallers)])
-        self.recalled = Recalled(
-            np.concatenate([one.kept + start for one, start in zip(done, starts, strict=False)]),
-            sum(one.moved_in for one in done),
-            sum(one.moved_out for one in done),
-            sum(one.state_calls for one in done),
-            sum(one.seconds for one in done),
-        )
+        if self.sources.parked:
+            self.recalled = recall(self.sources, self.cells, self.pending, asked)
+            self._drafts = self.sources.recallers[-1].drafts
 
     # room for the next turn
 
@@ -1086,25 +860,7 @@ class Conversation:
         Raises:
             UserError: the question does not fit beside anchors and windows.
         """
-        recallers = self.sources.recallers
-        for recaller in recallers:
-            recaller.limit = recaller.budget.kept
-        while True:
-            extra = self.sources.extra_cells(self.drafts)
-            thinning = replace(space, capacity=self.capacity).thinning()
-            if thinning is None or thinning.documents is None:
-                return thinning
-            for recaller in recallers:
-                fewer = (space.documents - thinning.documents) * recaller.budget.kept
-                recaller.limit = recaller.budget.kept - -(-fewer // max(space.documents, 1))
-                if recaller.limit < recaller.protected:
-                    raise UserError(
-                        f"a question of {space.prompt} tokens does not fit beside what is always "
-                        f"kept of the documents into {self.cells.limit} cells; shorten it, "
-                        "/drop a document, or use a larger --ctx-size"
-                    )
-            if self.sources.extra_cells(self.drafts) <= extra:
-                return thinning
+        return share_room(self, space)
 
     def shrink_parked(self) -> None:
         """Frees cells that parked documents may not have for this question."""
@@ -1148,10 +904,10 @@ class Conversation:
             raise UserError(f"there is a document {name} already; /drop it first")
         with self.engine.access.inside(self):
             if self._read_last is None:
-                self._without_document = True  # what was stopped before waits for read()
+                self.sources.left_out = True  # what was stopped before waits for read()
             self._be_there()
             self._adding = name
-            self._place_rows(len(self._tokens(text)))
+            place_rows(self, len(self.sources.tokens_of(text, self.engine.model)))
             try:
                 self._read_onto(name, text, on_progress, asks)
             finally:
@@ -1169,12 +925,13 @@ class Conversation:
         engine, opening = self.engine, np.empty(0, np.int32)
         if self._open_turn is None and self.turns > 0:
             opening = self.framing.opens_turn(engine, system=self.system)
-        opens, tokens = len(opening) > 0, self._tokens(text)
+        opens, tokens = len(opening) > 0, self.sources.tokens_of(text, engine.model)
         if not opens and self._documents_in_turn():
             tokens = np.concatenate((self.framing.between(engine), tokens)).astype(np.int32)
         glue = len(self.pending) + len(opening)
-        budget, wanted, compact = self._planned_or_without_recall(name, len(tokens), glue)
-        self._grow(wanted)
+        added = addition(self, name, len(tokens), glue)
+        budget, compact = added.budget, added.compact
+        self._grow(added.cells)
         if compact:
             self.move_down(glue + len(tokens), always=True)
         cells, run = self.cells, self.run
@@ -1193,7 +950,7 @@ class Conversation:
             place = self.parks if recaller else "off"
             asks, unasked = self._hearing(place, asks)
             reader = run.reader if asks else engine.reader_without_question(run, place)
-            parking = Parking(recaller, reader, self._recall_is_open)
+            parking = Parking(recaller, reader, recall_is_open(self))
             reading = reader.read(
                 tokens,
                 budget,
@@ -1229,92 +986,6 @@ class Conversation:
         first = -1 if self._open_turn is None else self._open_turn
         return any(number > first for number in self.ledger.numbers(DOCUMENT))
 
-    def _planned_or_without_recall(
-        self, name: str, tokens: int, glue: int
-    ) -> tuple[Budget, int, bool]:
-        """As `_planned`; where it is ours to say, rows are parked only if the cells allow it."""
-        try:
-            return self._planned(name, tokens, glue)
-        except UserError:
-            if not self._recall_is_open or self.parks == "off":
-                raise
-            before, self.parks = self.parks, "off"
-            try:
-                planned = self._planned(name, tokens, glue)
-            except UserError:
-                self.parks = before
-            else:
-                self._recall_is_off(f"the cells have no room for it beside {name}")
-                return planned
-            raise
-
-    def _planned(self, name: str, tokens: int, glue: int) -> tuple[Budget, int, bool]:
-        """Budget, cells and whether positions move, for one more document.
-
-        Where the cells are given, smaller blocks are tried before turns must make room.
-        """
-        engine, cells = self.engine, self.cells
-        settings, trained = engine.settings, engine.model.trained_context
-        beyond = 0 < trained < cells.position + glue + tokens + self.max_tokens
-        compact = engine.demand_with(self.parks).moves(beyond=beyond)
-        limits = [(engine.share, "cells")] if engine.share else []
-        limits += [(trained - self._gaps, "positions")] if compact else []
-        limit, of = min(limits, default=(None, ""))
-        space, used = self.space, cells.used
-        stays = space.system + space.documents
-        turn = 2 * min(self.max_tokens, SHORT_ANSWER) + SHORT_ANSWER
-
-        def extra(budget: Budget) -> int:
-            own = engine.recall_cells(budget, self.parks)
-            return max(self.sources.extra_cells(self.drafts), own)
-
-        def needed(budget: Budget, used: int) -> int:
-            later = stays + budget.kept + extra(budget) + turn
-            return max(used + glue + budget.cells(engine.demand.probing(budget), 0, 0), later)
-
-        def planned(ratio: float, used: int) -> Budget | None:
-            size = settings.block_size
-            while size >= min(LEAST_BLOCK, settings.block_size):
-                divisor = settings.protection_divisor
-                budget = engine.policy.budget(tokens, size, ratio, divisor)
-                if limit is None or needed(budget, used) <= limit:
-                    return budget
-                size //= 2
-            return None
-
-        movable = self.sources.first_movable if compact else 0
-        turns = self.turns_from(movable)
-        history = turns.aged + sum(turns.whole)
-        settings.check_keep(tokens)
-        ratio = engine.budget(tokens).ratio if settings.keep else settings.ratio
-        budget = planned(ratio, used)
-        if budget is None:
-            budget = planned(ratio, used - history // 2)
-            if budget is not None and limit is not None:
-                free(self, needed(budget, used) - limit, self.ledger.numbers(TURN), movable)
-        if budget is None:
-            remedy = "start with a larger --ctx-size"
-            if of == "positions":  # parked documents do not move
-                shorter = "--positions compact" if self.sources.parked else "a lower --ratio"
-                remedy = f"start with {shorter}"
-            for thousandths in range(int(ratio * 1000), 0, -1):
-                if planned(thousandths / 1000, used - history // 2):
-                    remedy = f"/set ratio {thousandths / 1000:g} keeps less, or {remedy}"
-                    break
-            raise UserError(
-                f"{name} ({tokens} tokens) does not fit beside what is here into {limit} {of}; "
-                f"/drop a document, or {remedy}"
-            )
-        room = max(TURNS, 2 * self.max_tokens) + extra(budget)
-        wanted = max(needed(budget, cells.used), stays + budget.kept + room)
-        return budget, wanted if limit is None else min(wanted, limit), compact
-
-    @property
-    def _gaps(self) -> int:
-        """Positions without a token that cannot be closed: parked documents keep them."""
-        fixed = self.sources.first_movable
-        return fixed - int((self.ledger.position < fixed).sum())
-
     def _grow(self, cells: int) -> None:
         """Has more cells, in a larger context where this one has no more."""
         if self.engine.share is None and cells > self.cells.limit:
@@ -1332,9 +1003,7 @@ class Conversation:
         if name not in self.texts:
             raise UserError(f"there is no document {name}; /docs lists them")
         with self.engine.access.inside(self):
-            text = self.texts.pop(name)
-            if isinstance(text, str):
-                self._tokenized.pop(text, None)
+            self.sources.forget_text(name)
             number = self.ledger.document(name)
             if number is None or not self.engine.residents.can_come_back(self):
                 return
@@ -1398,7 +1067,7 @@ class Conversation:
             self.thinnings,
             self._open_turn,
             self._compact,
-            self._without_document,
+            self.sources.left_out,
         )
 
     def adopt(
@@ -1427,7 +1096,7 @@ class Conversation:
         reader = run.reader
         self._cells = Cells(reader.context, reader.main.number, reader.limit, state.ledger)
         self.pending, self.turns, self.thinnings = state.pending, state.turns, state.thinnings
-        self._open_turn, self._without_document = state.open_turn, state.without_document
+        self._open_turn, self.sources.left_out = state.open_turn, state.without_document
         ledger = state.ledger
         numbers = ledger.numbers(SYSTEM, DOCUMENT)
         tokens = np.concatenate([ledger.segments[number].tokens for number in numbers])

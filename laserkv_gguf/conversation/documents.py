@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from laserkv_gguf.conversation.ledger import DOCUMENT, Ledger
 
 if TYPE_CHECKING:
-    from laserkv_gguf.llama.model import Tokens
+    from laserkv_gguf.llama.model import Model, Tokens
     from laserkv_gguf.recall.recaller import Recaller
 
 
@@ -47,16 +47,42 @@ class Documents:
         texts: by name; int32 token ids in place of a text are read as they are.
 
     Attributes:
+        left_out: whether they are not read, because reading them was stopped.
         parked: what parks them, in the order of their positions.
     """
 
     def __init__(self, texts: Mapping[str, str | Tokens]) -> None:
         self.texts: dict[str, str | Tokens] = dict(texts)
+        self.left_out = False
         self.parked: list[Parked] = []
+        self._tokenized: dict[str, Tokens] = {}
 
     def __bool__(self) -> bool:
         """Whether there is anything to read."""
         return any(len(text) for text in self.texts.values())
+
+    @property
+    def to_read(self) -> dict[str, str | Tokens]:
+        """The texts that are read, by name."""
+        return {} if self.left_out else self.texts
+
+    def tokens(self, model: Model) -> list[Tokens]:
+        """(n,) int32 of each text that is read."""
+        return [self.tokens_of(text, model) for text in self.to_read.values()]
+
+    def tokens_of(self, text: str | Tokens, model: Model) -> Tokens:
+        """(n,) int32; a text is tokenised once."""
+        if not isinstance(text, str):
+            return text
+        if text not in self._tokenized:
+            self._tokenized[text] = model.tokenize(text)
+        return self._tokenized[text]
+
+    def forget_text(self, name: str) -> None:
+        """It is none of them any more."""
+        text = self.texts.pop(name)
+        if isinstance(text, str):
+            self._tokenized.pop(text, None)
 
     def listed(self, ledger: Ledger) -> list[Document]:
         """What became of each."""
