@@ -95,8 +95,10 @@ def test_eight_conversations_where_not_all_have_room(
     One at a time the logits are equal bit for bit. One of two stands in other cells than alone.
     Without flash attention llama.cpp adds up 16 cells or more at a time, each in a lane of its own:
     logits differ by rounding where a token comes into another lane, and tokens do not. Flash
-    attention passes over other conversations' cells and adds in order: bit for bit again, with one
-    thread (several share the cells out by how many there are in use).
+    attention passes over other conversations' cells and adds in the order of cells: bit for bit
+    again with one thread, for as long as that order is as it was alone, which it is here. (Several
+    threads share the cells out by how many are in use.) Of a hundred questions to two, 11 have
+    other last bits with flash attention and 93 without (f16); all have the same tokens.
     """
     settings, eight = SETTINGS[kind], range(8)
     order = np.random.default_rng(7).integers(0, 8, questions).tolist()
