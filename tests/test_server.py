@@ -423,6 +423,22 @@ def test_who_goes_away_is_cancelled_while_reading(served: Served) -> None:
     assert call(f"{served.url}/health")[0] == 200
 
 
+def test_who_waits_for_a_document_holds_nobody_up(tiny: Tiny, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--parallel", "2", "--cache-dir", str(tmp_path)]
+    with Served(tiny.path, *flags) as one:
+        asked = {"messages": [user(f"{DOCUMENT}\n\nGo on.")], "logit_bias": {"300": 100}}
+        first = stream_of(one, {**asked, "max_tokens": 3000})
+        while b"content" not in _some(first):
+            pass
+        second = stream_of(one, {**asked, "max_tokens": 3000})
+        one.wait_for("laserkv_waiting", 1)
+        ask(client_of(one), user("What?"))
+        assert one.metric("laserkv_waiting") == 1  # the first one is not at its end
+        first.close()
+        second.close()
+        one.wait_for("laserkv_waiting", 0)
+
+
 def test_the_queue_has_an_end_and_so_has_the_server(tiny: Tiny, tmp_path: Path) -> None:
     flags = [*FLAGS, "--parallel", "1", "--queue", "1", "--cache-dir", str(tmp_path)]
     with Served(tiny.path, *flags, "--grace", str(PATIENCE)) as one:

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from laserkv_gguf.api import LaserKV
@@ -16,6 +17,7 @@ from laserkv_gguf.conversation.answer import Answer
 from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.generation import Reply
 from laserkv_gguf.errors import Cancelled, Closed, UserError
+from laserkv_gguf.llama.model import Tokens
 from laserkv_gguf.llama.sampler import Likelihood, Sampling
 from laserkv_gguf.reading.reader import Progress
 from laserkv_gguf.server.errors import SERVER, ApiError, of, too_long
@@ -24,6 +26,7 @@ from laserkv_gguf.server.store import Entry, Place, Store
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 0.25  # seconds between looks at whether somebody who waits is still wanted
 _PROGRESS = 0.25  # seconds between two lines about reading
 PLANNED = 2048  # tokens of an answer that cells are set aside for; a longer one makes others age
 
@@ -105,7 +108,7 @@ class Job:
     """A request under way; its events come in the loop of the server.
 
     Attributes:
-        begun: when a thread took it; 0 before.
+        begun: when it was its turn; 0 before.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -141,8 +144,43 @@ class Job:
             threading.Thread(target=answer.close, name="laserkv-cancel", daemon=True).start()
 
 
+class _Places:
+    """Lets so many jobs work at a time; of those that could, the one that arrived first."""
+
+    def __init__(self, count: int) -> None:
+        self._free, self._waiting = count, list[Job]()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, job: Job) -> Iterator[None]:
+        """Works meanwhile.
+
+        Raises:
+            Cancelled: nobody waits for it any more.
+        """
+        with self._changed:
+            self._waiting.append(job)
+            try:
+                while not self._free or min(self._waiting, key=lambda one: one.arrived) is not job:
+                    job.check()
+                    self._changed.wait(_PATIENCE)
+                self._free -= 1
+            finally:
+                self._waiting.remove(job)
+                self._changed.notify_all()
+        job.begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify_all()
+
+
 class Works:
-    """The threads.
+    """The threads: one for every request, also for those that wait.
+
+    Who waits for a document that another one asks takes no place from those that could be answered.
 
     Args:
         workers: requests at a time.
@@ -151,7 +189,8 @@ class Works:
 
     def __init__(self, engine: LaserKV, store: Store, *, workers: int, queue: int) -> None:
         self.engine, self.store, self.queue, self.workers = engine, store, queue, workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="laserkv-serve")
+        self._pool = ThreadPoolExecutor(workers + queue, thread_name_prefix="laserkv-serve")
+        self._places = _Places(workers)
         self.jobs: set[Job] = set()
         self.closing = False
 
@@ -186,7 +225,6 @@ class Works:
 
     def _run(self, job: Job, work: Callable[[Job], None]) -> None:
         try:
-            job.begun = time.perf_counter()
             job.check()
             work(job)
             job.put(Ended())
@@ -221,9 +259,10 @@ class Works:
             self._answer(job, order, first, apart=True)
 
     def _answer(self, job: Job, order: Order, first: int, *, apart: bool = False) -> None:
-        with self.store.place(
+        found = self.store.place(
             order.request, order.salt, order.owner, lambda: job.wanted, anew=order.anew, apart=apart
-        ) as place:
+        )
+        with found as place, self._places.taken(job):
             for choice in range(order.choices):
                 job.put(self._one(job, order, place, choice, first + choice))
             if not order.anew:
@@ -363,7 +402,10 @@ class Works:
             )
         if len(tokens) < 2:
             return []
-        job.check()
+        with self._places.taken(job):
+            return self._scored(order, tokens, top)
+
+    def _scored(self, order: Order, tokens: Tokens, top: int) -> list[Likelihood]:
         framing = Rendered(plain=True, first=tokens[:0], asked=order.request.after(0))
         conversation = Conversation(self.engine, framing=framing, max_tokens=len(tokens))
         try:
