@@ -98,7 +98,8 @@ def test_mixed_load_and_kills(tmp_path: Path) -> None:
     for key in KEYS:
         flags += ["--api-key", key]
     rng = random.Random(0)
-    clients = [threading.Thread(target=load.client, args=(n,)) for n in range(6)]
+    # daemons: they would go on for ever where this fails
+    clients = [threading.Thread(target=load.client, args=(n,), daemon=True) for n in range(6)]
     most: list[int] = []
     ends = time.monotonic() + SECONDS
     for life in range(KILLS + 1):
