@@ -114,6 +114,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "id half a character": ('{"id": "\\ud800", "question": "why?"}', '"id" is '),
     "same id": ('{"id": "good", "question": "why?"}', "line 1 has the same id"),
     "no question": ('{"id": 1}', 'no "question"'),
+    "another name": ('{"id": 1, "prompt": "why?"}', 'no "question"; .* by "prompt"'),
     "question blank": ('{"id": 1, "question": " "}', '"question" is empty'),
     "question a number": ('{"id": 1, "question": 3}', '"question" is 3; give a text'),
     "half a character": ('{"id": 1, "question": "\\udc00"}', '"question" is '),

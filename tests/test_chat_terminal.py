@@ -257,6 +257,22 @@ def test_what_is_kept_in_colours_by_the_screen(folder: Path) -> None:  # noqa: F
         assert it.exit_code() == 0
 
 
+def test_the_status_line_breaks_between_words(folder: Path) -> None:  # noqa: F811
+    given = ("-d", str(folder / "short.md"), "--block-size", "256", "-n", "5")
+    with terminal(*chat(folder, "quick", *given)) as it:
+        it.wait_for_prompt()
+        it.child.setwinsize(40, 50)
+        it.screen.resize(40, 50)
+        it.say("hello")
+        it.wait_for(r"a larger -n")
+        it.wait_for_prompt()
+        said = [line for line in it.lines if re.search(r"looked|saw|cache|first|tok/s|cut", line)]
+        whole = {"saw", "cache", "used", "first", "token", "tok/s", "cut", "larger"}
+        assert whole <= {word for line in said for word in line.split()}
+        it.say("/quit")
+        assert it.exit_code() == 0
+
+
 # ---- the editor --------------------------------------------------------------------------------
 
 
@@ -278,7 +294,11 @@ def test_editing(folder: Path) -> None:  # noqa: F811
         it.child.send("\r")
         it.wait_for(r"read 1,8\d\d tokens of short\.md")
         it.wait_for_prompt()
-        it.ask("/drop 1")
+        it.child.send("/drop sho" + TAB)
+        it.wait_for(r"> /drop short\.md")
+        it.child.send("\r")
+        it.wait_for(r"short\.md is gone")
+        it.wait_for_prompt()
         it.ask("abcd")
         around = stats(it)["prompt_tokens"] - 4
         for typed, length in (

@@ -161,6 +161,10 @@ def _native(values: dict[str, Any]) -> dict[str, Any]:
     return openai.fields(values) if openai.is_request(values) else values
 
 
+# what others call a question
+_OTHERS = ("prompt", "query", "instruction", "input", "ask", "text", "q")
+
+
 def _fields(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What an item takes, checked."""
     for name in values:
@@ -172,7 +176,12 @@ def _fields(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if name in given and not (isinstance(given[name], str) and _sound(given[name])):
             raise Unusable(f'"{name}" is {short(given[name])}; give a text')
     if not given.get("question", "").strip():
-        raise Unusable('no "question"' if "question" not in given else '"question" is empty')
+        if "question" in given:
+            raise Unusable('"question" is empty')
+        other = next((name for name in _OTHERS if name in given), "")
+        raise Unusable(
+            f'no "question"; did you mean that by "{other}"?' if other else 'no "question"'
+        )
     if "document" in given and "document_path" in given:
         raise Unusable('both "document" and "document_path"; give one of them')
     for name in ("document", "document_path"):

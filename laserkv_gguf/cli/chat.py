@@ -51,7 +51,10 @@ def chat(
         options.say_embedded()
     texts = _texts(document or [])
     signal.signal(signal.SIGTERM, _terminated)
-    lines = editing.reader(list(COMMANDS), lambda: SETTINGS)
+    talks: list[Loop] = []
+    lines = editing.reader(
+        list(COMMANDS), lambda: SETTINGS, lambda: [name for one in talks for name in one.talk.texts]
+    )
     with ExitStack() as opened:
         with lines.quiet():
             engine = opened.enter_context(options.engine())
@@ -62,6 +65,7 @@ def chat(
                 sampling=sampling.sampling(options.seed),
             )
         loop = Loop(engine, talk, lines, commands.run, debug=options.debug)
+        talks.append(loop)
         opened.enter_context(suppress(Left))
         loop.open(question)
         loop.run()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 QUOTES = '"""'
 PROMPT = "> "
 TAKES_A_FILE = ("/add", "/load", "/save")
+TAKES_A_DOCUMENT = ("/drop", "/kept")
 _OFTEN = 0.1  # seconds between two looks at the bar
 
 
@@ -62,18 +63,23 @@ class Lines(Protocol):
         yield
 
 
-def reader(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> Lines:
+def reader(
+    commands: Sequence[str],
+    settings: Callable[[], Iterable[str]],
+    documents: Callable[[], Iterable[str]] = tuple,
+) -> Lines:
     """Asks for what to say: with editing and completion on a terminal, plainly from elsewhere.
 
     Args:
         commands: what a line may begin with.
         settings: the names that /set knows.
+        documents: the names of those there are.
     """
     if not sys.stdin.isatty():
         return Plain(_line)
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
         return Plain(_plain)
-    return Editor(commands, settings)
+    return Editor(commands, settings, documents)
 
 
 class Plain:
@@ -108,14 +114,19 @@ class Editor:
 
     edits = True
 
-    def __init__(self, commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        commands: Sequence[str],
+        settings: Callable[[], Iterable[str]],
+        documents: Callable[[], Iterable[str]],
+    ) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
 
         self._typed = ""  # not entered yet
         # answers alone go to stdout
         self._session: PromptSession[str | None] = PromptSession(
-            completer=_completer(commands, settings),
+            completer=_completer(commands, settings, documents),
             complete_while_typing=False,
             history=_history(),
             multiline=True,
@@ -334,14 +345,18 @@ def _history() -> History:
     return FileHistory(path)
 
 
-def _completer(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -> Completer:
+def _completer(
+    commands: Sequence[str],
+    settings: Callable[[], Iterable[str]],
+    documents: Callable[[], Iterable[str]],
+) -> Completer:
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
     files = PathCompleter(expanduser=True)
 
     class Commands(Completer):
-        """Commands; behind some of them files, behind /set its names."""
+        """Commands; behind them what they take: files, documents, or names of settings."""
 
         def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
             before = document.text_before_cursor
@@ -352,6 +367,8 @@ def _completer(commands: Sequence[str], settings: Callable[[], Iterable[str]]) -
                 yield from _beginning(before, commands)
             elif command in TAKES_A_FILE:
                 yield from files.get_completions(Document(rest), event)
+            elif command in TAKES_A_DOCUMENT:
+                yield from _beginning(rest, documents())
             elif command == "/set" and " " not in rest:
                 yield from _beginning(rest, settings())
 

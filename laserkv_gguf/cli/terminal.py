@@ -157,7 +157,7 @@ def printable(text: str) -> str:
 
 def dim(text: str) -> None:
     """A line that may be overlooked."""
-    _line(text, "dim")
+    _line(text, "dim", words=console.is_terminal)
 
 
 def progress(text: str) -> None:
@@ -171,10 +171,11 @@ def note(text: str) -> None:
     _line(text, None)
 
 
-def _line(text: str, style: str | None) -> None:
+def _line(text: str, style: str | None, *, words: bool = False) -> None:
     # where stderr is gone nothing can be said; that is no reason to lose an answer
     with contextlib.suppress(OSError, ValueError):
-        console.print(one_line(text), style=style, markup=False, soft_wrap=True)
+        # a terminal breaks lines in the middle of words; what may be copied stays as it is
+        console.print(one_line(text), style=style, markup=False, soft_wrap=not words)
 
 
 def failed(error: Exception, debug: bool = False) -> None:
