@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import os
+import pydoc
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,3 +97,24 @@ def test_the_rule_finds_what_it_forbids() -> None:
     assert _foreign("engine._context.close()") == ["line 1: engine._context"]
     assert _foreign("from laserkv_gguf.llama.rows import _heads") == ["line 1: import _heads"]
     assert _foreign("class A:\n def f(self):\n  self._a = 1\n  return self._a") == []
+
+
+DOCUMENTED = re.findall(
+    r"(?m)^::: (\S+)", "\n".join(path.read_text("utf-8") for path in ROOT.glob("docs/*.md"))
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_what_the_docs_list_says_what_it_is(name: str) -> None:
+    """Classes, functions and methods have a docstring; a dataclass names its fields in its own."""
+    found = pydoc.locate(name)
+    assert inspect.getdoc(found)
+    if not inspect.isclass(found):
+        return
+    for key, member in vars(found).items():
+        called = getattr(member, "fget", getattr(member, "__func__", member))
+        if inspect.isfunction(called) and not key.startswith("_"):
+            assert inspect.getdoc(getattr(found, key)), key
+    if dataclasses.is_dataclass(found):
+        for field in dataclasses.fields(found):
+            assert re.search(rf"\b{field.name}\b", found.__doc__ or ""), field.name

@@ -19,16 +19,32 @@ if TYPE_CHECKING:
 class Account:
     """What one answer cost: counts in tokens and cells, sizes in bytes, times in seconds.
 
-    `document_tokens` are all tokens read before the question, the template's and the system
-    prompt's included. `kept_tokens` of them are in the cache when the answer starts.
-    `ctx_cells` are the cells the run was planned for; llama.cpp rounds its allocation up to a
-    multiple of 256, and `kv_bytes` is that allocation. `full_kv_bytes` is what all tokens of
-    document, question and answer would take. `first_token_seconds` runs from the start of reading
-    to the first token of the answer. `recall` says where rows of evicted tokens are parked, if they
-    are, and `parked_bytes` what they take with what finds them; `recalled_tokens` came in for this
-    question, in `recall_seconds` and `recall_calls` state calls. `used_cells` of `ctx_cells` are
-    taken when the answer ends, which is `used_bytes`. `text_tokens` are those of the documents
-    alone, and `text_kept` of them could be seen.
+    Attributes:
+        policy, ratio, block_size, protection_divisor, seed: the settings that it was made with.
+        document_tokens: all tokens read before the question, the template's and the system prompt's
+            included.
+        kept_tokens: how many of them are in the cache when the answer starts; kept_fraction:
+            the share of them.
+        text_tokens: those of the documents alone; text_kept: how many of them could be seen.
+        blocks: how many the document was read in; kept_per_block: tokens kept of each.
+        budget: tokens that may be kept, made up of anchors, window and long_term, the pools.
+        ctx_cells: cells that the run was planned for.
+        used_cells: how many of them are taken when the answer ends; used_bytes: the same in bytes.
+        kv_bytes: llama.cpp's allocation, which it rounds up to a multiple of 256 cells.
+        full_kv_bytes: what all tokens of document, question and answer would take.
+        prefill_seconds: reading; of these decode_seconds, probe_seconds, lookahead_seconds,
+            score_seconds, select_seconds, evict_seconds and park_seconds in the steps of
+            the block loop (`timings.Timings`).
+        first_token_seconds: from the start of reading to the first token of the answer.
+        prompt_tokens: the question's, with the template around it.
+        generated_tokens: the answer's; decode_tokens_per_second: after the first one.
+        positions: "original" or "compact"; scoring: where, "host" or "device".
+        recall: where rows of evicted tokens are parked, "ram", "disk" or "off"; recall_mode:
+            "replay" or "shortlist", empty without.
+        parked_tokens: tokens whose rows are parked; parked_bytes: what these take, with what finds
+            them.
+        recalled_tokens: tokens that came in for this question; recall_seconds, recall_calls: the
+            time, and the state calls, that this took.
     """
 
     policy: str = ""
@@ -81,6 +97,7 @@ class Account:
         return extra / self.prefill_seconds if self.prefill_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
+        """The attributes by name, as `--json` prints them."""
         return asdict(self)
 
 

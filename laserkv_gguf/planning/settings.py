@@ -159,6 +159,7 @@ class Settings:
 
     @property
     def recalling(self) -> RecallSettings:
+        """The settings that are recall's."""
         return RecallSettings(
             self.recall,
             self.recall_mode,
@@ -235,6 +236,11 @@ class Settings:
         return policies.named(name, seed=seed & 0xFFFFFFFF)
 
     def make_policy(self, seed: int) -> policies.Policy:
+        """The policy with its options.
+
+        Raises:
+            UserError: there is no such policy.
+        """
         given = {
             "alpha": self.alpha,
             "pool": self.pool,
