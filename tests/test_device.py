@@ -25,15 +25,17 @@ from laserkv_gguf import policies
 from laserkv_gguf.api import LaserKV
 from laserkv_gguf.budget import Budget
 from laserkv_gguf.errors import UserError
-from laserkv_gguf.kernels import attention_consensus
-from laserkv_gguf.llama import devices
+from laserkv_gguf.kernels import attention_consensus, planes
+from laserkv_gguf.llama import colliding, devices
 from laserkv_gguf.llama import scorer as device
 from laserkv_gguf.llama.chat import Prompt
+from laserkv_gguf.llama.colliding import Collisions
 from laserkv_gguf.llama.context import SEQUENCES, Context, ContextOptions
 from laserkv_gguf.llama.model import Model
 from laserkv_gguf.llama.scorer import open_scorer
 from laserkv_gguf.llama.sequence import MAIN, Sequence
 from laserkv_gguf.policies import Candidates, Policy
+from laserkv_gguf.policies.laser import PAPER_OPTIONS
 from laserkv_gguf.reading.asking import ProbeSettings
 from laserkv_gguf.reading.reader import Reader
 
@@ -176,6 +178,85 @@ def test_kv_heads_in_pieces(
             assert difference(scorer.attention(read.queries, read.cells[0]), whole) < 1e-5
 
 
+HASHES = {
+    "fraction": Collisions("fraction", 3, 16, 5),
+    "odd": Collisions("fraction", 1, 7, 5),
+    "magicpig": Collisions("magicpig", 4, 10, 5),
+    "analytic": Collisions("analytic", 1, 1, 5),
+    "power": Collisions("analytic", 11, 1, 5),
+}
+
+
+def counted(queries: NDArray[Any], keys: NDArray[Any], how: Collisions) -> NDArray[np.float64]:
+    """Collisions by the definition, in float64."""
+    layers, tokens, heads, dim = queries.shape
+    wide = keys.astype(np.float64)
+    wide = np.repeat(wide - wide.mean(axis=1, keepdims=True), heads // keys.shape[2], axis=2)
+    if how.rule == "analytic":
+        products = np.einsum("lthd,lchd->lthc", queries, wide)
+        lengths = np.linalg.norm(queries, axis=3)[..., None]
+        lengths = lengths * np.linalg.norm(wide, axis=3).transpose(0, 2, 1)[:, None]
+        found = (1 - np.arccos(np.clip(products / lengths, -1, 1)) / np.pi) ** how.bits
+    else:
+        drawn = planes(dim, how.bits, how.tables, how.seed).astype(np.float64)
+        tables = (how.tables, how.bits)
+        asked = (queries @ drawn.T >= 0).reshape(layers, tokens, heads, *tables)
+        seen = (wide @ drawn.T >= 0).reshape(layers, -1, heads, *tables)
+        agree = (asked[:, :, None] == seen[:, None]).all(axis=-1)
+        found = agree.mean(axis=-1) if how.rule == "fraction" else agree.sum(axis=-1) >= 2
+        found = found.transpose(0, 1, 3, 2)
+    return np.asarray(found.mean(axis=(0, 1, 2)), np.float64)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("hashing", HASHES)
+def test_collisions_by_their_definition(
+    name: str, hashing: str, load: Callable[[str], Loaded]
+) -> None:
+    one, how = load(name), HASHES[hashing]
+    with one.context() as context, open_scorer(context) as scorer:
+        read = Read(one, context)
+        for chosen in (read.stays, read.stays[::3], read.stays[:2]):
+            for asking in (12, 1):
+                queries = read.queries[:, -asking:]
+                truth = counted(queries, read.keys[:, chosen], how)
+                scores = scorer.collisions(queries, read.cells[0, chosen], how)
+                # a projection of next to nothing may have either sign
+                assert np.abs(scores - truth).max() < (1e-5 if how.rule == "analytic" else 2e-3)
+        assert not scorer.collisions(read.queries[:, :0], read.cells[0], how).any()
+        assert scorer.collisions(read.queries, read.cells[0, :0], how).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["head-64", "head-96"])
+@pytest.mark.parametrize("hashing", ["fraction", "power"])
+def test_collisions_of_quantised_keys(
+    name: str, hashing: str, load: Callable[[str], Loaded]
+) -> None:
+    one, how = load(name), HASHES[hashing]
+    with one.context(type_k="q8_0") as context, open_scorer(context) as scorer:
+        assert scorer.turned == bool(TURNED[name])
+        read = Read(one, context)
+        scores = scorer.collisions(read.queries, read.cells[0, read.stays], how)
+    # quantising changes the sign of some projections
+    assert difference(scores, counted(read.queries, read.keys[:, read.stays], how)) < 0.1
+
+
+@pytest.mark.parametrize("hashing", ["fraction", "magicpig", "power"])
+def test_collisions_in_pieces(
+    hashing: str, load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few queries at a time, and a kv head at a time, give the same."""
+    one, how = load("grouped"), HASHES[hashing]
+    with one.context() as context, open_scorer(context) as scorer:
+        read = Read(one, context)
+        whole = scorer.collisions(read.queries, read.cells[0], how)
+        for rows in (1, 5):
+            monkeypatch.setattr(device, "WORK_BYTES", rows * how.copies * 4 * 90)
+            scorer._parts[0]._shape = None
+            found = scorer.collisions(read.queries, read.cells[0], how)
+            assert np.abs(found - whole).max() < 1e-6
+
+
 def test_buffers_are_made_once(load: Callable[[str], Loaded]) -> None:
     one = load("grouped")
     with one.context() as context, open_scorer(context) as scorer:
@@ -295,20 +376,41 @@ def test_with_flash_attention(load: Callable[[str], Loaded]) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["exact", "laser", "hashing", "sage", "tova", "chunkkv", "finch"]
+    "policy",
+    [
+        "exact",
+        "laser",
+        "hashing",
+        "paper",
+        "magicpig",
+        "leverage",
+        "sage",
+        "tova",
+        "chunkkv",
+        "finch",
+    ],
 )
 def test_same_tokens_are_kept(policy: str, load: Callable[[str], Loaded]) -> None:
-    """And where attention is all that a policy wants, no key comes to the host."""
+    """And where attention and collisions are all that a policy wants, no key comes to the host."""
     one, kept = load("grouped"), {}
-    hashing = policy == "hashing"
-    made = policies.make("laser", alpha=0.75) if hashing else policies.make(policy)
+    parts: dict[str, dict[str, Any]] = {
+        "hashing": {},
+        "paper": {**PAPER_OPTIONS},
+        "leverage": {"residual": "leverage"},
+    }
+    if policy in parts:
+        made = policies.make("laser", alpha=0.75, **parts[policy])
+    else:
+        made = policies.make(policy)
+    # of a key that was rounded a projection of next to nothing may have another sign
+    object.__setattr__(made, "needs", replace(made.needs, precise=made.needs.collisions))
     for scoring in ("host", "device"):
         with one.context() as context:
             reader = Reader(context, made, ASKING, compact=policy == "finch", scoring=scoring)
             budget = made.budget(TOKENS, SIZE, 0.4, 4)
             kept[scoring] = reader.read(one.tokens, budget, one.question).kept.tolist()
             assert reader.scoring == scoring
-            on_host = scoring == "host" or hashing
+            on_host = scoring == "host" or policy == "leverage"
             assert ("keys" in reader._arrays.held) == on_host
             assert ("cells" in reader._arrays.held) == (scoring == "device")
     assert kept["device"] == kept["host"]
@@ -409,6 +511,35 @@ def test_falls_back_to_the_host(
     (record,) = [record for record in caplog.records if record.name == device.__name__]
     assert record.levelname == "WARNING"
     assert re.search(BROKEN[broken], record.getMessage())
+
+
+@pytest.mark.parametrize("broken", ["ARC", "STEP"])
+def test_collisions_that_a_device_cannot_count_are_the_hosts(
+    broken: str,
+    load: Callable[[str], Loaded],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With one line; attention stays where it was."""
+    one = load("grouped")
+    if broken == "ARC":
+        monkeypatch.setattr(colliding, "_ARC", (1.2, *colliding._ARC[1:]))
+    else:
+        ggml, able = device._ggml(), device._ggml().backend_dev_supports_op
+        monkeypatch.setattr(
+            ggml,
+            "backend_dev_supports_op",
+            lambda of, node: ggml.op_desc(node) != b"STEP" and able(of, node),
+        )
+    with one.context() as context:
+        for policy, scoring in (("magicpig", "host"), ("exact", "device"), ("magicpig", "host")):
+            made = policies.make(policy)
+            reader = Reader(context, made, ASKING, scoring="device")
+            reader.read(one.tokens, made.budget(TOKENS, SIZE, 0.4, 4), one.question)
+            assert reader.scoring == scoring
+    (record,) = [record for record in caplog.records if record.name == device.__name__]
+    said = {"ARC": "counts collisions that are off by", "STEP": "cannot compute STEP"}
+    assert said[broken] in record.getMessage()
 
 
 # ---- settings ----------------------------------------------------------------------------------

@@ -79,16 +79,18 @@ def test_options() -> None:
 
 
 def test_laser_asks_for_what_its_parts_use() -> None:
-    for name, attention, keys in (("laser", True, False), ("exact", True, False)):
+    for name in ("laser", "exact"):
         needs = policies.make(name).needs
-        assert (needs.attention, needs.keys) == (attention, keys)
+        assert (needs.attention, needs.collisions, needs.keys) == (True, False, False)
     assert policies.make("laser", alpha=0.75).needs == policies.find("laser").needs
     plain = policies.make("laser", **PAPER_OPTIONS).needs
     assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)
     for made in (policies.make("magicpig"), policies.make("laser", alpha=0.0)):
-        assert (made.needs.attention, made.needs.keys) == (False, True)
+        assert (made.needs.attention, made.needs.collisions) == (False, True)
+        assert made.needs.host_keys
     # made anew from one that did not
-    assert replace(policies.make("laser"), alpha=0.5).needs.keys
+    assert replace(policies.make("laser"), alpha=0.5).needs.collisions
+    assert policies.make("laser", alpha=0.5, residual="leverage").needs.keys
 
 
 @pytest.mark.parametrize("name", sorted(policies.available()))

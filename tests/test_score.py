@@ -654,7 +654,7 @@ def test_laser_keeps_the_best_by_the_formula(values: str, softmax: str, over: st
 
 
 def test_laser_asks_for_what_its_options_need() -> None:
-    assert Laser().needs == replace(Laser.needs, keys=False)
+    assert Laser().needs == replace(Laser.needs, collisions=False)
     assert (Laser().values, Laser().softmax, Laser().over) == ("auto", "all", "max")
     plain = Laser(values="none", softmax="candidates", over="sum").needs
     assert (plain.value_norms, plain.outside, plain.holds_all) == ("none", False, False)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from laserkv_gguf.errors import LaserKVError
 from laserkv_gguf.llama import devices, hadamard, library
 from laserkv_gguf.llama.capture import CaptureError
+from laserkv_gguf.llama.colliding import Colliding, Collisions
 from laserkv_gguf.llama.context import Context
 from laserkv_gguf.llama.model import CACHE_TYPES, row_bytes
 from laserkv_gguf.llama.sequence import SPARE, Sequence
@@ -45,6 +46,7 @@ TOLERANCE, GPU_TOLERANCE = 1e-3, 2e-2
 _F32, _I32, _I64 = 0, 26, 27  # enum ggml_type
 _FULL_PRECISION = 10  # GGML_PREC_F32
 _CHECK_TOKENS = 24
+_ON_HOST = "scoring on the host, not where the cache is: %s"
 
 
 class DeviceError(LaserKVError):
@@ -81,6 +83,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_view_1d": (_P, [_P, _P, _N, _SIZE]),
     "ggml_view_2d": (_P, [_P, _P, _N, _N, _SIZE, _SIZE]),
     "ggml_view_3d": (_P, [_P, _P, _N, _N, _N, _SIZE, _SIZE, _SIZE]),
+    "ggml_view_4d": (_P, [_P, _P, _N, _N, _N, _N, _SIZE, _SIZE, _SIZE, _SIZE]),
     "ggml_reshape_3d": (_P, [_P, _P, _N, _N, _N]),
     "ggml_permute": (_P, [_P, _P, _I, _I, _I, _I]),
     "ggml_concat": (_P, [_P, _P, _P, _I]),
@@ -93,6 +96,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_soft_max_ext": (_P, [_P, _P, _P, ctypes.c_float, ctypes.c_float]),
     "ggml_sum_rows": (_P, [_P, _P]),
     "ggml_add": (_P, [_P, _P, _P]),
+    "ggml_sub": (_P, [_P, _P, _P]),
+    "ggml_mean": (_P, [_P, _P]),
+    "ggml_abs": (_P, [_P, _P]),
+    "ggml_sqrt": (_P, [_P, _P]),
+    "ggml_step": (_P, [_P, _P]),
+    "ggml_clamp": (_P, [_P, _P, ctypes.c_float, ctypes.c_float]),
+    "ggml_l2_norm": (_P, [_P, _P, ctypes.c_float]),
+    "ggml_scale_bias": (_P, [_P, _P, ctypes.c_float, ctypes.c_float]),
     "ggml_new_graph_custom": (_P, [_P, _SIZE, ctypes.c_bool]),
     "ggml_build_forward_expand": (None, [_P, _P]),
     "ggml_gallocr_new": (_P, [_P]),
@@ -217,11 +228,16 @@ class Scorer:
 
     Made by `open_scorer` for one context; of no use once that is closed. Buffers are made at the
     first use and grow only when they must.
+
+    Attributes:
+        refusal: why collisions are not counted here; empty where they are.
+        told: whether the user knows.
     """
 
     def __init__(self, context: Context, *, turned: bool = False) -> None:
         model = context.model
         self.context, self.turned = context, turned
+        self.refusal, self.told = "", False
         self.heads, self.kv_heads, self.dim = model.heads, model.kv_heads, model.head_dim
         layers: dict[int, list[int]] = {}
         for layer, tensor in enumerate(context.probe.cache):
@@ -266,22 +282,11 @@ class Scorer:
         Raises:
             DeviceError: the device failed.
         """
-        layers, tokens, heads, dim = queries.shape
+        _, tokens, _, dim = queries.shape
         if not len(cells) or not tokens:
             return np.zeros(len(cells), np.float32)
         L.llama_synchronize(self.context.handle)
-        if self.turned:
-            queries = queries @ hadamard.whole(dim)
-
-        def rows(array: NDArray[np.float32]) -> NDArray[np.float32]:
-            """(layers, kv_heads, rows, …): the rows that read one kv head, its heads' tokens."""
-            shape = layers, tokens, self.kv_heads, heads // self.kv_heads, -1
-            turned = array.reshape(shape).transpose(0, 2, 3, 1, 4)
-            return np.ascontiguousarray(turned, np.float32).reshape(
-                layers, self.kv_heads, tokens * heads // self.kv_heads, -1
-            )
-
-        asked = rows(queries)
+        asked = self._rows(self._turn(queries))
         seen = cells if others is None else np.concatenate((cells, others))
         shape = _Shape(
             asked.shape[2],
@@ -292,18 +297,67 @@ class Scorer:
             weights is not None,
         )
         total = np.zeros((shape.kept, len(cells)))
-        added = None if beside is None else rows(beside) * np.float32(dim**0.5)
+        added = None if beside is None else self._rows(beside) * np.float32(dim**0.5)
         factors = None if weights is None else np.swapaxes(weights, 1, 2)
         for part in self._parts:
-            total += part.attention(
+            total += part.scores(
                 shape,
-                seen.astype(np.int32),
-                asked[part.layers],
-                None if added is None else added[part.layers],
-                None if factors is None else factors[part.layers],
+                (
+                    seen.astype(np.int32),
+                    asked[part.layers],
+                    None if added is None else added[part.layers],
+                    None if factors is None else factors[part.layers],
+                    None,
+                ),
             )
         scores: NDArray[np.float32] = total.max(axis=0).astype(np.float32)
         return scores
+
+    def collisions(
+        self, queries: NDArray[np.float32], cells: NDArray[np.int64], how: Collisions
+    ) -> NDArray[np.float32]:
+        """As `kernels.collision_scores`, or `analytic_collisions`, over the keys in the cells.
+
+        Args:
+            queries: (layers, tokens, heads, head_dim) float32.
+            cells: (C,) int64, over whose keys these are centred.
+            how: what counts as a collision.
+
+        Returns:
+            (C,) float32 in 0 … 1.
+
+        Raises:
+            DeviceError: the device failed.
+        """
+        layers, tokens, heads, dim = queries.shape
+        if not len(cells) or not tokens:
+            return np.zeros(len(cells), np.float32)
+        L.llama_synchronize(self.context.handle)
+        asked = self._rows(self._turn(queries))
+        drawn = how.planes(dim)
+        planes = None if drawn is None else self._turn(drawn)
+        shape = _Shape(asked.shape[2], len(cells), 0, 1, False, False, how)
+        total = np.zeros(len(cells))
+        for part in self._parts:
+            total += part.scores(
+                shape, (cells.astype(np.int32), asked[part.layers], None, None, planes)
+            )[0]
+        worth = how.tables if how.rule == "fraction" else 1
+        scores: NDArray[np.float32] = (total / (layers * tokens * heads * worth)).astype(np.float32)
+        return scores
+
+    def _turn(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As the cache's keys are; products with these stay what they were."""
+        return vectors @ hadamard.whole(vectors.shape[-1]) if self.turned else vectors
+
+    def _rows(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(layers, kv_heads, rows, …): the rows that read one kv head, its heads' tokens."""
+        layers, tokens, heads = array.shape[:3]
+        shape = layers, tokens, self.kv_heads, heads // self.kv_heads, -1
+        turned = array.reshape(shape).transpose(0, 2, 3, 1, 4)
+        return np.ascontiguousarray(turned, np.float32).reshape(
+            layers, self.kv_heads, tokens * heads // self.kv_heads, -1
+        )
 
     def close(self) -> None:
         for part in self._parts:
@@ -348,6 +402,12 @@ class Attention:
             queries, self.cells, weights=weights, over=over, others=others, beside=beside
         )
 
+    def collisions(
+        self, queries: NDArray[np.float32], *, bits: int, tables: int, seed: int, rule: str
+    ) -> NDArray[np.float32]:
+        how = Collisions(rule, bits, tables, seed)
+        return self.scorer.collisions(queries, self.cells, how)
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -359,6 +419,7 @@ class _Shape:
     kept: int  # scores a candidate: 1, or one a token that asks
     beside: bool
     weighs: bool
+    how: Collisions | None = None  # attention otherwise
 
     @property
     def keys(self) -> int:
@@ -381,7 +442,7 @@ class _Part:
         self._shape: _Shape | None = None
         self._arena: _Arena | None = None
         self._graph = self._cells = self._queries = self._scores = 0
-        self._beside = self._factors = 0
+        self._beside = self._factors = self._planes = 0
         self._memory = 0
         self._backend = self.ggml.backend_dev_init(device, None) or 0
         if not self._backend:
@@ -402,32 +463,19 @@ class _Part:
     def bytes(self) -> int:
         return int(self.ggml.gallocr_get_buffer_size(self._memory, 0)) if self._memory else 0
 
-    def attention(
-        self,
-        shape: _Shape,
-        cells: NDArray[np.int32],
-        queries: NDArray[np.float32],
-        beside: NDArray[np.float32] | None,
-        factors: NDArray[np.float32] | None,
-    ) -> NDArray[np.float32]:
+    def scores(self, shape: _Shape, given: tuple[NDArray[Any] | None, ...]) -> NDArray[np.float32]:
         """Scores (kept, C).
 
         Args:
             shape: of all this.
-            cells: (C + O,), the candidates' first.
-            queries: (layers, kv_heads, rows, head_dim).
-            beside: (layers, kv_heads, rows, 1), divided by the scale of the products.
-            factors: (layers, kv_heads, C).
+            given: the cells (C + O,), the candidates' first; queries (layers, kv_heads, rows,
+                head_dim); beside (layers, kv_heads, rows, 1), divided by the scale of the products;
+                factors (layers, kv_heads, C); planes (tables * bits, head_dim). None for none.
         """
         self._build(shape)
         ggml, scores = self.ggml, np.empty((shape.kept, shape.count), np.float32)
-        given: list[tuple[int, NDArray[Any] | None]] = [
-            (self._cells, cells),
-            (self._queries, queries),
-            (self._beside, beside),
-            (self._factors, factors),
-        ]
-        for tensor, array in given:
+        inputs = self._cells, self._queries, self._beside, self._factors, self._planes
+        for tensor, array in zip(inputs, given, strict=True):
             if array is not None:
                 dense = np.ascontiguousarray(array)
                 ggml.backend_tensor_set(tensor, dense.ctypes.data, 0, dense.nbytes)
@@ -444,9 +492,16 @@ class _Part:
         per_head = 4 * shape.keys * (2 * shape.rows + self.dim)
         if shape.beside or shape.weighs:
             per_head += 4 * shape.keys * shape.rows
+        rows, nodes = shape.rows, 24
+        if shape.how:
+            # what is computed of a row: one value a key, or one a key and table
+            per_row = shape.how.copies * 4 * shape.count
+            rows = min(max(WORK_BYTES // per_row, 1), shape.rows)
+            per_head = rows * per_row + 12 * shape.count * (self.dim + shape.how.signs)
+            nodes = 32 + shape.how.nodes * -(-shape.rows // rows)
         together = min(max(WORK_BYTES // per_head, 1), self.kv_heads)
         groups = -(-self.kv_heads // together)
-        tensors = 16 + 24 * groups * len(self.layers)
+        tensors = 16 + nodes * groups * len(self.layers)
         self._arena = arena = _Arena(tensors, tensors)
         ggml, at, layers = self.ggml, arena.handle, len(self.layers)
         self._cells = ggml.new_tensor_1d(at, _I32, shape.keys)
@@ -458,13 +513,19 @@ class _Part:
         if shape.weighs:
             self._factors = ggml.new_tensor_3d(at, _F32, shape.count, self.kv_heads, layers)
             inputs.append(self._factors)
+        if shape.how and shape.how.signs:
+            self._planes = ggml.new_tensor_2d(at, _F32, self.dim, shape.how.signs)
+            inputs.append(self._planes)
         for tensor in inputs:
             ggml.set_input(tensor)
         total = 0
         for layer in range(layers):
             for first in range(0, self.kv_heads, together):
                 heads = min(together, self.kv_heads - first)
-                scores = self._attend(at, layer, first, heads, shape)
+                if shape.how:
+                    scores = self._collide(at, layer, first, heads, shape, shape.how, rows)
+                else:
+                    scores = self._attend(at, layer, first, heads, shape)
                 total = ggml.add(at, total, scores) if total else scores
         ggml.set_output(total)
         self._graph = ggml.new_graph_custom(at, tensors, False)
@@ -478,22 +539,9 @@ class _Part:
     def _attend(self, at: Any, layer: int, first: int, heads: int, shape: _Shape) -> int:
         """What one layer's kv heads first … first + heads - 1 add to the scores: (1, C, kept)."""
         ggml, dim, rows, count = self.ggml, self.dim, shape.rows, shape.count
-        stored = ggml.view_2d(
-            at, self.tensors[layer], heads * dim, self.cells, self.row, first * self.head
-        )
-        keys = ggml.get_rows(at, stored, self._cells)  # float32, whatever the cache's type
         head = layer * self.kv_heads + first
-        queries = ggml.view_3d(
-            at,
-            self._queries,
-            dim,
-            rows,
-            heads,
-            4 * dim,
-            4 * dim * rows,
-            4 * dim * rows * head,
-        )
-        by_head = ggml.view_3d(at, keys, dim, shape.keys, heads, 4 * dim * heads, 4 * dim, 0)
+        queries = self._asked(at, layer, first, heads, shape, 0, rows)
+        keys, by_head = self._keys(at, layer, first, heads, shape)
         products = ggml.mul_mat(at, by_head, queries)  # (C + O, rows, heads)
         ggml.mul_mat_set_prec(products, _FULL_PRECISION)
         nodes, width = [keys, products], shape.keys
@@ -517,11 +565,52 @@ class _Part:
         flat = ggml.reshape_3d(at, weights, count, shape.kept, rows * heads // shape.kept)
         across = ggml.cont(at, ggml.permute(at, flat, 1, 2, 0, 3))
         summed = ggml.sum_rows(at, across)
-        for node in (*nodes, across, summed):
-            if not ggml.backend_dev_supports_op(self.device, node):
-                operation = ggml.op_desc(node).decode()
-                raise DeviceError(f"{self.name} cannot compute {operation} for this cache")
+        self._refuse_unknown((*nodes, across, summed))
         return int(summed)
+
+    def _collide(
+        self, at: Any, layer: int, first: int, heads: int, shape: _Shape, how: Collisions, rows: int
+    ) -> int:
+        """The same for collisions: (1, C); so many rows at a time."""
+        keys, by_head = self._keys(at, layer, first, heads, shape)
+        graph = Colliding(self.ggml, at, how, self._planes)
+        graph.nodes.append(keys)
+        graph.use_keys(by_head, self.dim, shape.count, heads)
+        total = 0
+        for row in range(0, shape.rows, rows):
+            count = min(rows, shape.rows - row)
+            queries = self._asked(at, layer, first, heads, shape, row, count)
+            scores = graph.scores(queries, count)
+            total = self.ggml.add(at, total, scores) if total else scores
+        self._refuse_unknown(graph.nodes)
+        return total
+
+    def _keys(self, at: Any, layer: int, first: int, heads: int, shape: _Shape) -> tuple[int, int]:
+        """The keys that are looked at, and the same by heads: (C + O, heads, head_dim) reversed."""
+        ggml, dim = self.ggml, self.dim
+        stored = ggml.view_2d(
+            at, self.tensors[layer], heads * dim, self.cells, self.row, first * self.head
+        )
+        keys = ggml.get_rows(at, stored, self._cells)  # float32, whatever the cache's type
+        by_head = ggml.view_3d(at, keys, dim, shape.keys, heads, 4 * dim * heads, 4 * dim, 0)
+        return keys, by_head
+
+    def _asked(
+        self, at: Any, layer: int, first: int, heads: int, shape: _Shape, row: int, count: int
+    ) -> int:
+        """So many rows of queries of each of these heads, from a row on."""
+        of_row = 4 * self.dim
+        of_head = of_row * shape.rows
+        start = of_head * (layer * self.kv_heads + first) + of_row * row
+        return int(
+            self.ggml.view_3d(at, self._queries, self.dim, count, heads, of_row, of_head, start)
+        )
+
+    def _refuse_unknown(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            if not self.ggml.backend_dev_supports_op(self.device, node):
+                operation = self.ggml.op_desc(node).decode()
+                raise DeviceError(f"{self.name} cannot compute {operation} for this cache")
 
     def close(self) -> None:
         if self._memory:
@@ -553,15 +642,25 @@ def _device_of(tensor: int) -> int:
 # ---- the check ---------------------------------------------------------------------------------
 
 
-def prepare(context: Context) -> bool:
-    """Gives an empty context its scorer, once; says where it cannot be used, and returns that."""
+def prepare(context: Context, *, collisions: bool = False) -> bool:
+    """Gives an empty context its scorer, once; says where it cannot be used, and returns that.
+
+    Args:
+        collisions: whether these are to be counted, which less devices may be able to.
+    """
     if context.scorer is None:
         try:
             context.scorer = open_scorer(context)
         except DeviceError as error:
-            log.warning("scoring on the host, not where the cache is: %s", error)
+            log.warning(_ON_HOST, error)
             context.scorer = False
-    return bool(context.scorer)
+    if not context.scorer:
+        return False
+    refusal: str = context.scorer.refusal
+    if collisions and refusal and not context.scorer.told:
+        log.warning(_ON_HOST, refusal)
+        context.scorer.told = True
+    return not (collisions and refusal)
 
 
 def open_scorer(context: Context) -> Scorer:
@@ -589,11 +688,14 @@ def open_scorer(context: Context) -> Scorer:
         scorer = Scorer(context, turned=_are_turned(stored, keys))
         asked = queries @ hadamard.whole(context.model.head_dim) if scorer.turned else queries
         error = max(_errors(scorer, queries, asked, cells[0], stored))
+        tolerance = TOLERANCE if scorer.devices == ["CPU"] else GPU_TOLERANCE
+        keys = stored @ hadamard.whole(stored.shape[-1]).T if scorer.turned else stored
+        scorer.refusal = _refusal(scorer, queries, cells[0], keys, tolerance)
     except CaptureError as error_seen:
         raise DeviceError(str(error_seen)) from error_seen
     finally:
         scratch.remove()
-    if not error <= (TOLERANCE if scorer.devices == ["CPU"] else GPU_TOLERANCE):
+    if not error <= tolerance:
         scorer.close()
         raise DeviceError(
             f"{', '.join(scorer.devices)} computes scores that are off by {error:.2g}"
@@ -679,6 +781,49 @@ def _errors(
     ):
         error = float(np.abs(found - truth).max() / truth.max())
         yield error if error == error else np.inf
+
+
+def _refusal(
+    scorer: Scorer,
+    queries: NDArray[np.float32],
+    cells: NDArray[np.int64],
+    keys: NDArray[np.float32],
+    tolerance: float,
+) -> str:
+    """Why a scorer's collisions are not to be used; empty where they are the formula's."""
+    try:
+        for rule in ("analytic", "fraction", "magicpig"):
+            how = Collisions(rule, 4, 8, 0)
+            found, truth = scorer.collisions(queries, cells, how), _collisions(queries, keys, how)
+            # in all: a projection of next to nothing may have either sign
+            error = float(np.abs(found - truth).sum() / truth.sum())
+            if not error <= tolerance:
+                devices_ = ", ".join(scorer.devices)
+                return f"{devices_} counts collisions that are off by {error:.2g}"
+    except DeviceError as error_seen:
+        return str(error_seen)
+    return ""
+
+
+def _collisions(
+    queries: NDArray[np.float32], keys: NDArray[np.float32], how: Collisions
+) -> NDArray[np.float64]:
+    """By their definition, for a few tokens: (C,)."""
+    wide = (keys - keys.mean(axis=1, keepdims=True)).astype(np.float64)
+    wide = np.repeat(wide, queries.shape[2] // keys.shape[2], axis=2)
+    planes = how.planes(queries.shape[-1])
+    if planes is None:
+        products = np.einsum("lthd,lchd->lthc", queries, wide)
+        products /= np.linalg.norm(queries, axis=-1)[..., None]
+        products /= np.linalg.norm(wide, axis=-1).transpose(0, 2, 1)[:, None]
+        worth = (1 - np.arccos(np.clip(products, -1, 1)) / np.pi) ** how.bits
+        return np.asarray(worth.mean(axis=(0, 1, 2)), np.float64)
+    tables = how.tables, how.bits
+    asked = (queries @ planes.T >= 0).reshape(*queries.shape[:3], *tables)
+    seen = (wide @ planes.T >= 0).reshape(*wide.shape[:3], *tables)
+    hits = (asked[:, :, None] == seen[:, None]).all(axis=-1).sum(axis=-1)
+    worth = hits / how.tables if how.rule == "fraction" else hits >= 2
+    return np.asarray(worth.mean(axis=(0, 1, 3)), np.float64)
 
 
 def _attention(

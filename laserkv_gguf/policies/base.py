@@ -30,6 +30,7 @@ class Needs:
         block_queries: of all tokens of the block (the costly one: layers × heads × head_dim × S).
         attention: `Candidates.attention` of the probe. Where a device computes it the keys stay
             there, and `Candidates.keys` is None unless they are needed as well.
+        collisions: `Candidates.collisions` of the probe, the same with keys.
         keys, values: of every candidate.
         value_norms: one number for every candidate's value, so that none is held: "norm" for its
             length, "output" for what it adds to the stream at that length (see `Candidates`),
@@ -57,6 +58,7 @@ class Needs:
     queries: bool = False
     block_queries: bool = False
     attention: bool = False
+    collisions: bool = False
     keys: bool = False
     values: bool = False
     value_norms: str = "none"
@@ -82,6 +84,7 @@ class Needs:
             self,
             keys=self.keys or other.keys,
             attention=self.attention or other.attention,
+            collisions=self.collisions or other.collisions,
             values=self.values or other.values,
             value_norms=self.value_norms if self.value_norms != "none" else other.value_norms,
             outside=self.outside or other.outside,
@@ -93,8 +96,13 @@ class Needs:
 
     @property
     def host_keys(self) -> bool:
-        """Whether the host must have the keys; attention needs them unless a device computes it."""
-        return self.keys or self.visible or self.attention
+        """Whether the host must have the keys; scores need them unless a device computes these."""
+        return self.keys or self.visible or self.scores
+
+    @property
+    def scores(self) -> bool:
+        """Whether there is anything that a device may compute where the keys are."""
+        return self.attention or self.collisions
 
     def most_drafts(self, lookahead: int | None = None) -> int:
         """Most tokens drafted: what there must be cells for.
@@ -137,6 +145,12 @@ class DeviceAttention(Protocol):
             whole: softmax over all that the probe sees, not over the candidates alone.
             over: "sum" or "max".
         """
+        ...
+
+    def collisions(
+        self, queries: NDArray[np.float32], *, bits: int, tables: int, seed: int, rule: str
+    ) -> NDArray[np.float32]:
+        """As `Candidates.collisions`, of these queries."""
         ...
 
 
@@ -296,6 +310,32 @@ class Candidates:
             outside = self.outside[:, asking]
         return kernels.attention_consensus(
             queries, self.keys, weights=weights, outside=outside, over=over
+        )
+
+    def collisions(self, *, bits: int, tables: int, seed: int, rule: str) -> NDArray[np.float32]:
+        """How often the candidates' keys share the probe's signatures: (C,) float32 in 0 … 1.
+
+        Args:
+            bits, tables, seed: as of `kernels.collision_scores`.
+            rule: "fraction" or "magicpig", as there; "analytic" for `kernels.analytic_collisions`.
+        """
+        assert self.queries is not None
+        if self.scorer is not None:
+            return self.scorer.collisions(
+                self.queries, bits=bits, tables=tables, seed=seed, rule=rule
+            )
+        from laserkv_gguf import kernels
+
+        assert self.keys is not None
+        if rule == "analytic":
+            return kernels.analytic_collisions(self.queries, self.keys, bits=bits)
+        return kernels.collision_scores(
+            self.queries,
+            self.keys,
+            bits=bits,
+            tables=tables,
+            seed=seed,
+            rule="magicpig" if rule == "magicpig" else "fraction",
         )
 
 

@@ -81,7 +81,7 @@ class Laser(Policy):
     needs: ClassVar[Needs] = Needs(
         queries=True,
         attention=True,
-        keys=True,
+        collisions=True,
         value_norms="auto",
         outside=True,
         probe_tokens=8,
@@ -119,7 +119,8 @@ class Laser(Policy):
         needs = replace(
             self.needs,
             attention=self.alpha > 0,
-            keys=self.alpha < 1,  # at 1 no key is hashed: on a device none leaves it
+            collisions=self.alpha < 1 and self.residual == "lsh",
+            keys=self.alpha < 1 and self.residual != "lsh",  # else, on a device, none leaves it
             value_norms=self.values if self.alpha > 0 else "none",
             outside=self.softmax != "candidates" and self.alpha > 0,
             outside_kept=self.softmax != "ends",
@@ -150,10 +151,7 @@ class Laser(Policy):
                 kept[_of_every_block(scores, candidates, int(self.even * exact))] = True
             _add_best(kept, candidates.noted(scores), exact)
         if exact < budget:
-            assert candidates.queries is not None
-            assert candidates.keys is not None
-            scores = self._residual(candidates.queries, candidates.keys)
-            scores = self._pooled(scores, candidates)
+            scores = self._pooled(self._residual(candidates), candidates)
             _add_best(kept, scores if exact else candidates.noted(scores), budget)
         return np.flatnonzero(kept)
 
@@ -173,24 +171,18 @@ class Laser(Policy):
 
         return kernels.pool(scores, self.pool, candidates.tokens)
 
-    def _residual(self, queries: NDArray[np.float32], keys: NDArray[Any]) -> NDArray[Any]:
+    def _residual(self, candidates: Candidates) -> NDArray[Any]:
         """Step 5's scores, or what stands in for them."""
-        from laserkv_gguf.kernels import analytic_collisions, collision_scores, geometry
+        if self.residual == "lsh":
+            return candidates.collisions(
+                bits=self.hash_bits, tables=self.hash_tables, seed=self.seed, rule=self.rule
+            )
+        from laserkv_gguf.kernels import geometry
 
+        assert candidates.keys is not None
         if self.residual == "keydiff":
-            return geometry.keydiff_scores(keys)
-        if self.residual == "leverage":
-            return geometry.leverage_scores(keys, seed=self.seed)
-        if self.rule == "analytic":
-            return analytic_collisions(queries, keys, bits=self.hash_bits)
-        return collision_scores(
-            queries,
-            keys,
-            bits=self.hash_bits,
-            tables=self.hash_tables,
-            seed=self.seed,
-            rule="magicpig" if self.rule == "magicpig" else "fraction",
-        )
+            return geometry.keydiff_scores(candidates.keys)
+        return geometry.leverage_scores(candidates.keys, seed=self.seed)
 
 
 def _best(scores: NDArray[np.float32], candidates: Candidates) -> NDArray[np.float32]:

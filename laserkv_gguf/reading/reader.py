@@ -173,7 +173,7 @@ class Reader:
         self._all: tuple[_State, Asked | None] | None = None
         self._rotation: rope.Rotation | None = None
         there = scoring == "device" or (scoring == "auto" and context.cache_is_elsewhere)
-        self._on_device = there and policy.needs.attention
+        self._on_device = there and policy.needs.scores
         self._arrays = Arrays(context, precise=policy.needs.precise)
         self._reads: _State | None = None  # while a block is being looked at
         self.weighs = True  # until the model turns out to show no values
@@ -225,7 +225,7 @@ class Reader:
         if not budget.keeps_all:
             self._learn_rotation()
         if self._on_device and not budget.keeps_all:
-            self._on_device = device.prepare(self.context)
+            self._on_device = device.prepare(self.context, collisions=self._needs.collisions)
         if not budget.keeps_all:
             self.use_factors()
         state = _State(tokens, budget, question, on_progress, start, asks, unasked)
