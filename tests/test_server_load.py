@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import openai
@@ -28,14 +29,14 @@ class Load:
     """What the clients know together.
 
     Attributes:
-        asked: (key, book) of every question that was sent: another key's are none of its.
+        asked: how often (key, book) was sent so far: another key's are none of its.
         safe: those that were answered from what was kept, so that they are on disk.
         wrong: what must not be.
     """
 
     def __init__(self) -> None:
         self.url = ""
-        self.asked: set[tuple[str, int]] = set()
+        self.asked: Counter[tuple[str, int]] = Counter()
         self.safe: set[tuple[str, int]] = set()
         self.wrong: list[str] = []
         self.answers = self.lost = 0
@@ -61,10 +62,12 @@ class Load:
     def question(self, client: openai.OpenAI, key: str, rng: random.Random) -> None:
         book = rng.randrange(len(BOOKS))
         with self.lock:
-            before, safe = (key, book) in self.asked, (key, book) in self.safe
-            self.asked.add((key, book))
+            safe = (key, book) in self.safe
+            self.asked[key, book] += 1
         answer = ask(client, user(f"{BOOKS[book]}\n\nWhich jar is {rng.randrange(99)}?"))
-        if cached(answer) and not before:
+        with self.lock:
+            alone = self.asked[key, book] == 1  # a question sent later may have come first
+        if cached(answer) and alone:
             self.wrong.append(f"book {book} was found before {key} sent it")
         if safe and not cached(answer):
             self.wrong.append(f"book {book} of {key} was lost: {account(answer)['found']}")
