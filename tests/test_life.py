@@ -352,6 +352,7 @@ ENGINE_INSIDE = {
     "place",
 }
 ENGINE_INSIDE |= {
+    "room_for_a_file",
     "come_back",
     "leave",
     "give_back",
