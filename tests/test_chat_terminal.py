@@ -181,7 +181,7 @@ def test_saved_and_loaded(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     with terminal(*chat(folder, "quick", "-n", "20")) as it:
         it.wait_for_prompt()
         assert "not a file that --save or /save wrote" in it.ask(f"/load {folder / 'short.md'}")
-        assert "loaded: 1 turns, short.md" in it.ask(f"/load {file}")
+        assert "loaded: 1 turn, short.md" in it.ask(f"/load {file}")
         assert answer_of(it.ask("and then?")) == expected
         assert "kept" in it.ask("/docs")
         it.say("/quit")
@@ -390,7 +390,7 @@ def test_a_terminal_that_moves_no_cursor(folder: Path) -> None:  # noqa: F811
         it.say("ab\\")
         it.wait(lambda: it.lines[-1] == "" or it.text.endswith("ab\\"), "second line")
         it.say("cd")
-        it.wait(lambda: len(re.findall("first token", it.text)) == 2, "answer")
+        it.wait(lambda: len(re.findall(r"first\s+token", it.text)) == 2, "answer")
         it.wait_for_prompt()
         it.child.send(CTRL_C)
         it.wait_for("Ctrl-C again")
@@ -407,13 +407,13 @@ def test_a_terminal_without_width(folder: Path) -> None:  # noqa: F811
     try:
         it.wait_for_prompt()
         it.say("hello")
-        it.wait(lambda: "first token" in plain(it.raw), "answer")
+        it.wait(lambda: re.search(r"first\s+token", plain(it.raw)), "answer")
         it.say("/kept")
         it.wait(lambda: "evicted" in plain(it.raw), "document")
-        it.wait(lambda: plain(it.raw).rstrip().endswith((">", "to stop --")), "its end")
-        if plain(it.raw).rstrip().endswith("to stop --"):
+        it.wait(lambda: it.lines[-1] == ">" or it.lines[-1].endswith("to stop --"), "its end")
+        if it.lines[-1] != ">":
             it.child.send("q")
-            it.wait(lambda: plain(it.raw).rstrip().endswith(">"), "prompt")
+            it.wait(lambda: it.lines[-1] == ">", "prompt")
         it.child.send(CTRL_D)
         assert it.exit_code() == 0
         assert "Traceback" not in it.raw
@@ -460,11 +460,7 @@ def test_recall(folder: Path, tmp_path: Path) -> None:  # noqa: F811
         assert stats(it)["parked_tokens"] == 1818
         it.ask("/reset")
         assert answer_of(it.ask("hello")) == first
-        it.say("/kept")
-        it.wait_for(r"more lines|> \Z")
-        if "more lines" in it.text:
-            it.child.send("q")
-        it.wait_for_prompt()
+        assert "long-term" in it.ask("/kept")
         it.ask("/drop 1")
         assert stats(it)["parked_bytes"] == 0
         assert len(answer_of(it.ask("hello"))) == 20
