@@ -146,8 +146,8 @@ REFUSED = {
     # questions and answers
     "no question": ("ask -m {model}", "no question", "--question"),
     "question too long": (
-        "ask -m {model} -t 1 -n 4 --block-size 64 -q " + "why?" * 40,
-        f"question has {len('why?' * 40 + AFTER)} tokens",
+        "ask -m {model} -t 1 -n 4 --block-size 64 -d {folder}/book.txt -q " + "why?" * 40,
+        f"question has {len('--' + 'why?' * 40 + AFTER)} tokens",  # and two line breaks
         "block of 64",
         "--block-size",
     ),

@@ -1147,7 +1147,7 @@ try:
     reading = reader.read(np.full(120, 9, np.int32), Budget(120, 48, 0.3))
     context.decode(np.full(3, 9, np.int32), reading.next_position, 0)
 except UserError as error:
-    assert "-ctk" in str(error)
+    assert "-ctk" in error.with_flags
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, check=False)

@@ -350,7 +350,7 @@ def test_output_matrices_that_cannot_be_read(
         monkeypatch.setattr(gguf, "GGUFReader", lambda path: SimpleNamespace(tensors=[]))
     with pytest.raises(UserError, match=said) as error:
         read(one, policies.make("laser", values="output"))
-    assert "values=norm" in str(error.value)
+    assert "--policy-option values=norm" in error.value.with_flags
     assert "\n" not in str(error.value)
     one.model.close()
 

@@ -9,6 +9,7 @@ again, by another or by the one that Ray starts in its place (`dealing`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import socket
@@ -24,7 +25,7 @@ from laserkv_gguf.batch.output import Stream
 from laserkv_gguf.batch.questions import Input, Item
 from laserkv_gguf.batch.run import Batch, Group
 from laserkv_gguf.conversation.parallel import Spent
-from laserkv_gguf.errors import Cancelled, LaserKVError, UserError
+from laserkv_gguf.errors import Cancelled, LaserKVError, UserError, named_by_flags
 from laserkv_gguf.llama.sampler import Sampling
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,17 @@ class Answerer:
         engine: arguments of `LaserKV`; `model` is a path of the actor's machine, a name of
             models.txt, or None.
         batch: fields of `Batch` that say how questions are answered.
+        flags: whether errors name the command line's flags.
     """
 
-    def __init__(self, engine: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Mapping[str, Any], batch: Mapping[str, Any], *, flags: bool = False
+    ) -> None:
         given = dict(engine)
         model = models.find(given.pop("model"))
         self.engine = LaserKV(model, **given)
         self._batch = dict(batch)
+        self._named = named_by_flags if flags else contextlib.nullcontext
 
     def ready(self) -> None:
         """Returns: the engine is there."""
@@ -74,7 +79,8 @@ class Answerer:
             **self._batch,
         )
         group = Group(tuple(range(len(items))), frozenset(answered))
-        job.answer(group, lambda index, line: lines.append((index, line)), lambda: text)
+        with self._named():
+            job.answer(group, lambda index, line: lines.append((index, line)), lambda: text)
         return lines, job.spent
 
 
@@ -118,7 +124,7 @@ class Cluster:
             context = replace(context, threads=max(1, int(of_cores)))
         make = ray.remote(**options)(Answerer)
         given = ray.put({**engine, "context": context}), ray.put(how(job))
-        self._actors = [make.remote(*given) for _ in range(count)]
+        self._actors = [make.remote(*given, flags=True) for _ in range(count)]
 
     def __enter__(self) -> Cluster:
         return self

@@ -42,7 +42,7 @@ def main() -> int:
     try:
         result = measured(job)
     except LaserKVError as error:
-        result = {"error": str(error), "code": error.exit_code}
+        result = {"error": error.with_flags, "code": error.exit_code}
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}", "code": 1}
