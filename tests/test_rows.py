@@ -161,7 +161,7 @@ def test_no_room(tiny: Tiny, model: Model) -> None:
         form = rows.check(context)
         cells = context.allocated_cells
         context.decode(random_tokens(cells - 3, tiny.spec).astype(np.int32), 0, MAIN)
-        with pytest.raises(LaserKVError, match=r"no room for 4 more.*ctx-size"):
+        with pytest.raises(LaserKVError, match=r"no room for 4 more.*ctx_size"):
             rows.put(context, rows.build(form, np.arange(4)), SPARE)
         assert len(rows.take(context, form, SPARE).positions) == 0
         rows.put(context, rows.build(form, np.arange(3)), SPARE)
