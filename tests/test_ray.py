@@ -46,8 +46,9 @@ def command(folder: Path, out: str, *flags: str) -> list[str]:
     return [
         *(sys.executable, "-m", "laserkv_gguf", "batch", "-m", str(folder / "model.gguf")),
         *("-i", str(folder / "questions.jsonl"), "-o", str(folder / out), "-n", "8"),
-        # one at a time: what shares a batch with others may be rounded otherwise
-        *("--block-size", "64", "-t", "1", "--parallel", "1", *flags),
+        # one at a time, each read for itself: what shares a batch with others, and rows that come
+        # back after another question, may be rounded otherwise
+        *("--block-size", "64", "-t", "1", "--parallel", "1", "--recall", "off", *flags),
     ]
 
 
