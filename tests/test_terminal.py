@@ -200,8 +200,8 @@ def test_a_conversation(folder: Path) -> None:
     document = str(folder / "short.md")
     with terminal(*chat(folder, "quick", "-d", document, "--block-size", "512", "-n", "40")) as it:
         it.wait_for_prompt()
-        # the bar has been and gone; a line says what was read
-        assert re.search(r"reading(?s:.*)━.*tok/s", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", it.raw))
+        # the bar has been and gone, which on a quick machine has no time for figures
+        assert "reading" in it.raw
         assert "reading" not in it.text
         assert re.search(r"read 1,818 tokens in [\d.]+ s, kept \d+", it.text)
         assert "/help" in it.text
