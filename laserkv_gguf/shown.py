@@ -47,6 +47,11 @@ def one_line(text: str) -> str:
     return harmless(" ".join(text.splitlines()))
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def short(value: object, most: int = 40) -> str:
     """Something out of a file, in a line of at most so many characters."""
     said = value if isinstance(value, str) else repr(value)

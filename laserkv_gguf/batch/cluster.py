@@ -27,6 +27,7 @@ from laserkv_gguf.batch.run import Batch, Group
 from laserkv_gguf.conversation.parallel import Spent
 from laserkv_gguf.errors import Cancelled, LaserKVError, UserError, named_by_flags
 from laserkv_gguf.llama.sampler import Sampling
+from laserkv_gguf.shown import first_line
 
 log = logging.getLogger(__name__)
 
@@ -210,10 +211,10 @@ def _connected(address: str) -> Any:
                 f"the Ray cluster at {address} has another Python or Ray: "
                 f"{' '.join(str(error).split())[:300]}; install the same ones here"
             ) from None
-        raise UserError(f"Ray cannot start: {_first_line(error)}; see --debug") from error
+        raise UserError(f"Ray cannot start: {first_line(error)}; see --debug") from error
     except (ConnectionError, OSError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster at {address} ({_first_line(error)}); start one with ray start --head, "
+            f"no Ray cluster at {address} ({first_line(error)}); start one with ray start --head, "
             "or give --ray without an address"
         ) from None
     return ray
@@ -232,13 +233,9 @@ def _check(address: str) -> None:
         socket.create_connection((host, int(port)), _SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"no Ray cluster at {address} ({_first_line(error)}); start one with ray start --head, "
+            f"no Ray cluster at {address} ({first_line(error)}); start one with ray start --head, "
             "or give --ray without an address"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Documents:

@@ -16,6 +16,7 @@ from typing import Any
 
 from laserkv_gguf.batch.run import Group
 from laserkv_gguf.errors import LaserKVError
+from laserkv_gguf.shown import first_line
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,12 @@ class Deal:
                 found = self._ray.get(task)
             except self._ray.exceptions.RayTaskError as error:  # raised in the actor
                 cause = error.cause if isinstance(error.cause, LaserKVError) else error
-                found = LaserKVError(_first_line(cause))
+                found = LaserKVError(first_line(cause))
             except self._ray.exceptions.RayActorError:
                 yield from self._died(place)
                 continue
             except self._ray.exceptions.RayError as error:  # what it returned went with a node
-                yield from self._again(place.tasks.pop(task), f"Ray: {_first_line(error)}")
+                yield from self._again(place.tasks.pop(task), f"Ray: {first_line(error)}")
                 continue
             yield place.tasks.pop(task), found
 
@@ -130,14 +131,10 @@ class Deal:
             self._waiting.appendleft(group)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _why_dead(error: BaseException) -> str:
     """What ended an actor: its own error while it was made, or what Ray says."""
     for line in reversed(str(error).splitlines()):
         name, found, text = line.strip().partition("Error: ")
         if found and name.startswith("laserkv_gguf.errors."):
             return text
-    return f"an engine cannot start: {_first_line(error)}; see the cluster's logs"
+    return f"an engine cannot start: {first_line(error)}; see the cluster's logs"

@@ -23,6 +23,7 @@ from laserkv_gguf import models
 from laserkv_gguf.errors import LaserKVError, UserError
 from laserkv_gguf.models import Entry
 from laserkv_gguf.models.header import Header, Incomplete
+from laserkv_gguf.shown import first_line
 
 _FIRST, _MOST_OF_HEADER = 4 << 20, 1 << 30  # bytes asked for at first, and at most
 _PARTIAL = 206  # HTTP's status
@@ -121,7 +122,7 @@ def _part(hub: Any, entry: Entry, metadata: Any, start: int, end: int) -> bytes:
         raise
     except Exception as error:  # which classes there are has changed between releases
         raise LaserKVError(
-            f"the header of {entry.file} did not come ({_line(error)}); check the network"
+            f"the header of {entry.file} did not come ({first_line(error)}); check the network"
         ) from error
 
 
@@ -236,12 +237,9 @@ def _refused(errors: Any, entry: Entry, error: Exception, url: str) -> LaserKVEr
     if status is not None:
         return LaserKVError(f"the hub answers {status} for {entry.file}; try again later")
     return LaserKVError(
-        f"cannot reach {urlparse(url).netloc} ({_line(error)}); check the network and pull again"
+        f"cannot reach {urlparse(url).netloc} ({first_line(error)}); check the network and pull "
+        "again"
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fetch(hub: Any, entry: Entry, metadata: Any, part: Path) -> None:
@@ -291,7 +289,7 @@ def _credentials(hub: Any, entry: Entry, metadata: Any) -> dict[str, str]:
 
 def _broken(entry: Entry, error: Exception) -> LaserKVError:
     return LaserKVError(
-        f"the download of {entry.file} broke off ({_line(error)}); "
+        f"the download of {entry.file} broke off ({first_line(error)}); "
         f"pull {entry.name} again and it goes on where it was"
     )
 
