@@ -136,17 +136,13 @@ def _fit(options: EngineOptions, parallel: int) -> None:
 
     Every question recalls its own tokens; and a block fits a conversation's part of --ctx-size.
     """
-    from laserkv_gguf.planning.settings import BLOCK
+    from laserkv_gguf.planning.settings import block_for
 
     defaults = EngineOptions()
     if options.recall == defaults.recall:
         options.recall = "ram"
     if options.ctx_size and options.block_size is None:
-        share = options.ctx_size // parallel
-        size = BLOCK
-        while size > LEAST_BLOCK and size * 4 > share:
-            size //= 2
-        options.block_size = size
+        options.block_size = block_for(options.ctx_size // parallel, part=4, least=LEAST_BLOCK)
 
 
 def _folder(given: str | None) -> Path:

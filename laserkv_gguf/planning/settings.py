@@ -252,16 +252,16 @@ class Settings:
         return policies.make(self.policy, **{**given, **self.policy_options})
 
 
-def block_for(cells: int | None) -> int:
-    """The block that suits so many cells: at most half of them, so that something can stay.
-
-    Never less than `LEAST_BLOCK`.
+def block_for(cells: int | None, *, part: int = 2, least: int = LEAST_BLOCK) -> int:
+    """The block that suits so many cells: a part of them at most, so that something can stay.
 
     Args:
         cells: of a conversation; None for as many as needed.
+        part: of the cells, 1 / part; half of them.
+        least: tokens that a block has however few cells there are.
     """
     block = BLOCK
-    while cells is not None and block > LEAST_BLOCK and 2 * block > cells:
+    while cells is not None and block > least and part * block > cells:
         block //= 2
     return block
 
