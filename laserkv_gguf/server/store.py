@@ -24,13 +24,13 @@ from laserkv_gguf.conversation.conversation import Conversation
 from laserkv_gguf.conversation.ledger import DOCUMENT, TURN
 from laserkv_gguf.errors import Cancelled, Closed, UserError
 from laserkv_gguf.llama.model import Tokens
-from laserkv_gguf.server.disk import DiskCache
+from laserkv_gguf.server.disk import DiskCache, Kept
 from laserkv_gguf.server.prompt import Request
 
 log = logging.getLogger(__name__)
 
 _SMALL = 4  # what has fewer tokens than a block by that is not written to disk
-_PATIENCE = 0.25  # seconds between looks at whether somebody who waits is still wanted
+PATIENCE = 0.25  # seconds between looks at whether somebody who waits is still wanted
 NEW, CACHE, MEMORY, DISK = "new", "cache", "memory", "disk"
 
 
@@ -195,7 +195,7 @@ class Store:
                     made.lock.release()
                     raise
                 return made, found
-            if not entry.lock.acquire(timeout=_PATIENCE):
+            if not entry.lock.acquire(timeout=PATIENCE):
                 continue
             if not entry.dead:
                 with self._mutex:
@@ -229,8 +229,8 @@ class Store:
             best, most = entry, common
         return best
 
-    def _from_disk(self, entry: Entry, request: Request) -> str:
-        if self.disk is None or not (kept := self.disk.find(request.tokens, entry.salt)):
+    def _from_disk(self, entry: Entry, request: Request, kept: Kept | None) -> str:
+        if self.disk is None or kept is None:
             return NEW
         if len(request) > self.block >= kept.tokens:  # it is read as a document
             return NEW
@@ -263,7 +263,7 @@ class Store:
                 finally:
                     self._let_go(read)
         elif source is not None and shared > least:
-            while not source.lock.acquire(timeout=_PATIENCE):
+            while not source.lock.acquire(timeout=PATIENCE):
                 if not wanted():
                     raise Cancelled("cancelled")
             try:
@@ -272,7 +272,7 @@ class Store:
                     return MEMORY
             finally:
                 source.lock.release()
-        return self._from_disk(entry, request)
+        return self._from_disk(entry, request, whole)
 
     def _copied(
         self, entry: Entry, source: Conversation, request: Request, shared: int, least: int

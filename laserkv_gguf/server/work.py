@@ -22,11 +22,10 @@ from laserkv_gguf.llama.sampler import Likelihood, Sampling
 from laserkv_gguf.reading.reader import Progress
 from laserkv_gguf.server.errors import SERVER, ApiError, of, too_long
 from laserkv_gguf.server.prompt import Rendered, Request
-from laserkv_gguf.server.store import Entry, Place, Store
+from laserkv_gguf.server.store import PATIENCE, Entry, Place, Store
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 0.25  # seconds between looks at whether somebody who waits is still wanted
 _PROGRESS = 0.25  # seconds between two lines about reading
 PLANNED = 2048  # tokens of an answer that cells are set aside for; a longer one makes others age
 
@@ -163,7 +162,7 @@ class _Places:
             try:
                 while not self._free or min(self._waiting, key=lambda one: one.arrived) is not job:
                     job.check()
-                    self._changed.wait(_PATIENCE)
+                    self._changed.wait(PATIENCE)
                 self._free -= 1
             finally:
                 self._waiting.remove(job)
