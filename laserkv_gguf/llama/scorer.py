@@ -285,8 +285,7 @@ class Scorer:
         _, tokens, _, dim = queries.shape
         if not len(cells) or not tokens:
             return np.zeros(len(cells), np.float32)
-        L.llama_synchronize(self.context.handle)
-        asked = self._rows(self._turn(queries))
+        asked = self._asked(queries)
         seen = cells if others is None else np.concatenate((cells, others))
         shape = _Shape(
             asked.shape[2],
@@ -332,8 +331,7 @@ class Scorer:
         layers, tokens, heads, dim = queries.shape
         if not len(cells) or not tokens:
             return np.zeros(len(cells), np.float32)
-        L.llama_synchronize(self.context.handle)
-        asked = self._rows(self._turn(queries))
+        asked = self._asked(queries)
         drawn = how.planes(dim)
         planes = None if drawn is None else self._turn(drawn)
         shape = _Shape(asked.shape[2], len(cells), 0, 1, False, False, how)
@@ -345,6 +343,11 @@ class Scorer:
         worth = how.tables if how.rule == "fraction" else 1
         scores: NDArray[np.float32] = (total / (layers * tokens * heads * worth)).astype(np.float32)
         return scores
+
+    def _asked(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Queries as `_rows`, once all keys that were decoded are in the cache."""
+        L.llama_synchronize(self.context.handle)
+        return self._rows(self._turn(queries))
 
     def _turn(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """As the cache's keys are; products with these stay what they were."""
